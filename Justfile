@@ -1,0 +1,31 @@
+# `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios.
+
+# Everything that must hold before a change lands.
+check: lint types test
+
+# Formatting and lints of both languages.
+lint:
+    cargo fmt --check
+    cargo clippy --locked --features python --all-targets -- -D warnings
+    ruff format --check python tests bench examples
+    ruff check python tests bench examples
+
+# Types, and the core's stub held against the module.
+types:
+    mypy
+    python -m mypy.stubtest ftkit._core
+
+# The tests of both languages.
+test:
+    cargo test --locked --quiet
+    pytest
+
+# Ratios against peers, printed; opt-in and slow.
+bench *names:
+    python -m bench {{ names }}
+
+# Rewrites the sources in the house's format.
+format:
+    cargo fmt
+    ruff format python tests bench examples
+    ruff check --fix python tests bench examples

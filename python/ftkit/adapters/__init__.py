@@ -1,0 +1,1 @@
+"""Finetuning methods: one file a method."""

@@ -1,0 +1,1 @@
+"""Datasets as packed, ragged batches (the work is done in the core)."""

@@ -1,0 +1,1 @@
+"""One step over a ragged batch, and what generates text with it."""

@@ -1,0 +1,1 @@
+"""Targets of export: one file a target."""

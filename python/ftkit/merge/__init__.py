@@ -1,0 +1,1 @@
+"""Ways to merge adapters into weights: one file a way."""

@@ -1,0 +1,1 @@
+"""Recipes: sample, score, select, train, repeat; one file a recipe."""

@@ -1,0 +1,1 @@
+//! From files of rows to packed, memory-mapped training batches.

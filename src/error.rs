@@ -1,0 +1,71 @@
+//! The one error type of the core: what went wrong, whose fault it is, and what to do about it.
+
+use std::fmt;
+
+/// Whose fault an error is; the command line turns it into an exit code, the server into a status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The user's input cannot be used: exit code 2, HTTP 4xx.
+    Input,
+    /// Something failed on our side or the machine's: exit code 1, HTTP 5xx.
+    Failure,
+}
+
+/// An error with a message for people and, where one is known, a hint at the remedy.
+#[derive(Clone, Debug)]
+pub struct Error {
+    /// Whose fault it is.
+    pub kind: ErrorKind,
+    /// What went wrong, in lower case, with the expected and the actual value.
+    pub message: String,
+    /// What the user can do about it.
+    pub hint: Option<String>,
+}
+
+/// The core's result type.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error in what the user gave us.
+    pub fn input(message: impl Into<String>) -> Self {
+        Self { kind: ErrorKind::Input, message: message.into(), hint: None }
+    }
+
+    /// A failure that is not the user's fault.
+    pub fn failure(message: impl Into<String>) -> Self {
+        Self { kind: ErrorKind::Failure, message: message.into(), hint: None }
+    }
+
+    /// The same error with a hint at the remedy.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// An input/output error about one file.
+    pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
+        let kind = match error.kind() {
+            std::io::ErrorKind::NotFound
+            | std::io::ErrorKind::PermissionDenied
+            | std::io::ErrorKind::IsADirectory
+            | std::io::ErrorKind::NotADirectory
+            | std::io::ErrorKind::AlreadyExists
+            | std::io::ErrorKind::InvalidData => ErrorKind::Input,
+            _ => ErrorKind::Failure,
+        };
+        Self { kind, message: format!("{}: {error}", path.display()), hint: None }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(hint) = &self.hint {
+            write!(f, "\nhint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,15 @@
+//! ftkit's core: data, weights files, the memory planner and the server.
+//!
+//! Nothing here knows of Python except [`py`], which is compiled with the `python` feature only.
+
+pub mod data;
+pub mod error;
+pub mod gguf;
+pub mod plan;
+#[cfg(feature = "python")]
+mod py;
+pub mod quant;
+pub mod serve;
+pub mod text;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,25 @@
+//! The bindings: one file a room, and one place where errors become exceptions.
+
+use pyo3::prelude::*;
+
+mod data;
+mod errors;
+mod gguf;
+mod plan;
+mod quant;
+mod serve;
+mod tensor;
+mod text;
+
+/// The Python module `ftkit._core`.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    text::register(module)?;
+    data::register(module)?;
+    gguf::register(module)?;
+    quant::register(module)?;
+    plan::register(module)?;
+    serve::register(module)?;
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! Block formats of quantized weights: one file a format.

@@ -1,0 +1,1 @@
+//! The server: scheduler, block pool, sampler and HTTP.
