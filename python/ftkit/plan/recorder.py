@@ -1,0 +1,97 @@
+"""Records what a piece of torch code allocates and frees, on real tensors or on fake ones.
+
+Every operation that torch dispatches passes through the recorder, which notes a storage when an operation returns it
+for the first time, and again when its last reference goes. On fake tensors (`FakeTensorMode`) the same code leaves
+the same trace, byte for byte, without memory behind it.
+
+What an operation allocates and frees inside itself (a kernel's scratch space) is below the dispatcher and not seen.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ftkit import _core
+
+CATEGORIES = ("base weights", "adapter", "gradients", "optimizer", "activations", "loss", "data", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The moment of a trace at which most bytes are in use."""
+
+    bytes: int
+    by_category: dict[str, int]
+    left_bytes: int
+
+
+class Recorder(TorchDispatchMode):
+    """A context that records the storages born and gone inside it.
+
+    Use `with recorder.category("activations"):` around a part of the code to say what it allocates; a storage is
+    counted under the category it was born in unless `adopt` says otherwise later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._events: list[tuple[int, int]] = []  # (storage, bytes, or -1 at its death)
+        self._category: dict[int, int] = {}  # storage → category
+        self._current = CATEGORIES.index("other")
+        self._living: dict[int, int] = {}  # address of torch's storage object → storage
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        return result
+
+    def adopt(self, tensors: Iterable[torch.Tensor | None], category: str) -> None:
+        """Counts the tensors' storages under `category`, from their birth on; unseen ones are born now."""
+        index = CATEGORIES.index(category)
+        for tensor in tensors:
+            if tensor is not None:
+                self._category[self._see(tensor)] = index
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """Storages born inside are counted under `name`, one of CATEGORIES."""
+        before, self._current = self._current, CATEGORIES.index(name)
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def peak(self) -> Peak:
+        """The peak of what was recorded so far, by the exact sizes of the storages."""
+        events = [(storage, size, self._category[storage]) for storage, size in self._events]
+        total, shares, _, left = _core.replay(events, len(CATEGORIES))
+        by_category = {name: share for name, share in zip(CATEGORIES, shares, strict=True) if share}
+        return Peak(bytes=total, by_category=by_category, left_bytes=left)
+
+    def _see(self, tensor: torch.Tensor) -> int:
+        """The number of the tensor's storage, noting its birth when it is new."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        known = self._living.get(address)
+        if known is not None:
+            return known
+        number = len(self._category)
+        self._living[address] = number
+        self._category[number] = self._current
+        self._events.append((number, storage.nbytes()))
+        weakref.finalize(storage, self._forget, address, number)
+        return number
+
+    def _forget(self, address: int, number: int) -> None:
+        if self._living.get(address) == number:
+            del self._living[address]
+        self._events.append((number, -1))
