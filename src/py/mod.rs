@@ -21,5 +21,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     quant::register(module)?;
     plan::register(module)?;
     serve::register(module)?;
-    Ok(())
+    // pyo3 keeps an `__all__` of its own; what is public is said once, in `_core.pyi`.
+    module.delattr("__all__")
 }
