@@ -1,0 +1,272 @@
+"""The configuration of a run: frozen dataclasses, read from TOML and the command line, checked as a whole.
+
+    [model]       source = "model.gguf"
+    [data]        path = "conversations.jsonl"
+    [method]      name = "lora"     and the options of adapters/lora.py
+    [objective]   name = "sft"      and the options of objectives/sft.py
+    [optimizer]   name = "adamw"    and the options of optim/adamw.py
+    [schedule]    name = "cosine"   and the options of optim/schedules/cosine.py
+    [training] [evaluation] [output]
+
+What a method, an objective, an optimizer or a schedule can be told stands in its own file, as a settings class
+called `Config`; so adding one needs no edit here. Unknown keys, wrong types and values out of range are errors, all
+reported together with the lines they stand on.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ftkit import plugins
+from ftkit.config import toml
+from ftkit.config.fields import Problem, nearest, option, read, shown, table_of
+from ftkit.errors import InputError
+
+__all__ = [
+    "Choice",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "option",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model, and how it computes."""
+
+    source: str = option(meaning="a directory of safetensors, a .gguf file, a hub name, or a run's name")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "what the model computes in; trained weights and the optimizer's state are float32 either way"
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and how rows become tokens."""
+
+    path: str | tuple[str, ...] = option(meaning="a file (JSONL, JSON, CSV, Parquet), a directory, or a list of these")
+    schema: str = option("auto", "how rows are laid out; auto looks at them")
+    columns: dict[str, str] = field(default_factory=dict, metadata={"meaning": "names that the data uses for ours"})
+    train_on: Literal["assistant", "last", "all"] = option(
+        "assistant", "assistant: every answer; last: the last answer; all: every token"
+    )
+    max_tokens: int = option(1024, "tokens of a packed row, and so of the longest conversation", at_least=8)
+    long_rows: Literal["truncate", "split"] = option(
+        "truncate", "what becomes of a longer conversation: cut after its last whole turn that fits, or split"
+    )
+    skip_bad_rows: int = option(0, "rows that may be unreadable; one more is an error", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and in which portions."""
+
+    epochs: float = option(1.0, "passes over the data", above=0)
+    max_steps: int | None = option(None, "optimizer steps; when given, it decides instead of epochs", at_least=1)
+    batch_rows: int = option(1, "packed rows in one forward pass; memory grows with it", at_least=1)
+    gradient_accumulation_steps: int = option(
+        1, "forward passes in one optimizer step; the update is that of one big batch", at_least=1
+    )
+    max_gradient_norm: float = option(1.0, "longer gradients are scaled down to this; 0 leaves them", at_least=0)
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    seed: int = option(0, "of the data's order, the adapter's first weights and dropout", at_least=0, below=2**63)
+    threads: int | None = option(None, "processor threads; all that this process may use when not given", at_least=1)
+    stop_after_bad_steps: int = option(
+        10,
+        "steps in a row without a usable gradient (NaN, infinite, all zero, nothing trained) that end the run",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is held out, and how often it is looked at."""
+
+    path: str | tuple[str, ...] | None = option(None, "a file of held-out rows")
+    split: float = option(0.0, "without a file: this share of the rows is held out", at_least=0, below=1)
+    every_steps: int = option(
+        100, "optimizer steps between two evaluations; there is always one at the end", at_least=1
+    )
+    patience: int = option(0, "evaluations without a better loss that end the run; 0 goes on", at_least=0)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.split:
+            raise InputError(f"expected a path or a split, got both ({self.path!r} and {self.split})")
+        if self.patience and not self.enabled:
+            raise InputError(
+                f"patience: expected a path or a split to evaluate on, got neither (patience is {self.patience})"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is held out."""
+        return self.path is not None or self.split > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where the run leaves what it makes."""
+
+    name: str | None = option(None, "of the run; made from model and data when not given")
+    runs_dir: str = option("runs", "the directory of all runs")
+    checkpoint_every_steps: int = option(100, "optimizer steps between two checkpoints", at_least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that stay, besides the best; 0 keeps all", at_least=0)
+    samples: int = option(3, "rows whose prompts are answered before and after training, for the report", at_least=0)
+    loggers: tuple[str, ...] = option((), "where events go besides events.jsonl: tensorboard, wandb, trackio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plugin by name, with its options; `options` is complete once the configuration was checked."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Section → the room whose plugins it chooses from, and the one that is taken when nothing is said.
+_CHOICES = {
+    "method": ("adapters", "lora"),
+    "objective": ("objectives", "sft"),
+    "optimizer": ("optim", "adamw"),
+    "schedule": ("optim.schedules", "cosine"),
+}
+_SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "output": OutputConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: Choice = Choice(name="lora")
+    objective: Choice = Choice(name="sft")
+    optimizer: Choice = Choice(name="adamw")
+    schedule: Choice = Choice(name="cosine")
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+
+    @classmethod
+    def from_toml(cls, path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Self:
+        """The file's configuration (none: the defaults) with `a.b=c` overrides on top.
+
+        Overrides are texts as on the command line, or a mapping from `a.b` to values. Raises InputError with
+        everything that is wrong.
+        """
+        table: dict[str, Any] = {}
+        lines: dict[tuple[str, ...], int] = {}
+        if path is not None:
+            table, lines = toml.read_file(Path(path))
+        if isinstance(overrides, Mapping):
+            pairs = [(tuple(key.split(".")), value) for key, value in overrides.items()]
+        else:
+            pairs = [toml.parse_override(text) for text in overrides]
+        for keys, value in pairs:
+            if len(keys) == 1 and keys[0] in _CHOICES and isinstance(value, str):
+                keys = (*keys, "name")
+            _put(table, keys, value)
+            for known in [known for known in lines if known[: len(keys)] == keys]:
+                del lines[known]
+        return cls.from_table(table, str(path) if path is not None else None, lines)
+
+    @classmethod
+    def from_table(
+        cls, table: Mapping[str, Any], where: str | None = None, lines: Mapping[tuple[str, ...], int] | None = None
+    ) -> Self:
+        """The configuration in a nested table; `where` and `lines` say in messages where its keys stand."""
+        problems: list[Problem] = []
+        known = {section.name for section in fields(cls)}
+        for key in table:
+            if key not in known:
+                problems.append(Problem(path=(key,), message=f"unknown section{nearest(key, known)}"))
+        sections: dict[str, Any] = {
+            name: read(kind, table.get(name, {}), (name,), problems) for name, kind in _SECTIONS.items()
+        }
+        for name, (room, default) in _CHOICES.items():
+            sections[name] = _read_choice(room, default, table.get(name, {}), name, problems)
+        if problems:
+            raise _error(problems, where, lines or {})
+        return cls(**sections)
+
+    def table(self) -> dict[str, Any]:
+        """The configuration as `from_table` takes it."""
+        table = {name: table_of(getattr(self, name)) for name in _SECTIONS}
+        for name in _CHOICES:
+            choice: Choice = getattr(self, name)
+            table[name] = {"name": choice.name, **choice.options}
+        return {section.name: table[section.name] for section in fields(self)}
+
+    def resolved(self) -> Self:
+        """The same configuration, checked, with every option of its plugins filled in."""
+        return self.from_table(self.table())
+
+    def to_toml(self) -> str:
+        """The configuration as TOML that `from_toml` reads back to an equal one."""
+        return toml.write(self.table())
+
+
+def _read_choice(room: str, default: str, table: Any, section: str, problems: list[Problem]) -> Choice | None:
+    """A plugin and its options. A text instead of a table is its name."""
+    if isinstance(table, str):
+        table = {"name": table}
+    if not isinstance(table, Mapping):
+        problems.append(Problem(path=(section,), message=f"expected a table, got {shown(table)}"))
+        return None
+    name = table.get("name", default)
+    known = plugins.names(room)
+    if name not in known:
+        guess = nearest(name, known) if isinstance(name, str) else ""
+        message = f"expected one of {', '.join(map(repr, known))}, got {shown(name)}{guess if 'did' in guess else ''}"
+        problems.append(Problem(path=(section, "name"), message=message))
+        return None
+    settings = getattr(plugins.load(room, name), "Config", None)
+    options = {key: value for key, value in table.items() if key != "name"}
+    if settings is None:  # a plugin without options
+        problems += [Problem(path=(section, key), message=f"unknown key, {name!r} has no options") for key in options]
+        return Choice(name=name)
+    found = read(settings, options, (section,), problems)
+    return None if found is None else Choice(name=name, options=table_of(found))
+
+
+def _put(table: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Sets a value in a nested table. A plugin's section given as a text becomes a table first."""
+    for key in keys[:-1]:
+        inner = table.get(key, {})
+        if isinstance(inner, str) and key in _CHOICES:
+            inner = {"name": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"{'.'.join(keys)}: expected {key!r} to be a table, got {shown(inner)}")
+        table[key] = inner
+        table = inner
+    table[keys[-1]] = value
+
+
+def _error(problems: list[Problem], where: str | None, lines: Mapping[tuple[str, ...], int]) -> InputError:
+    """One error that lists all problems, in the order of their lines."""
+
+    def text(problem: Problem) -> str:
+        number = lines.get(problem.path)
+        place = f"line {number}: " if number is not None else ""
+        return f"{place}{'.'.join(problem.path)}: {problem.message}"
+
+    ordered = sorted(problems, key=lambda problem: lines.get(problem.path, sys.maxsize))
+    head = f"{where}: " if where else ""
+    if len(ordered) == 1:
+        return InputError(head + text(ordered[0]))
+    return InputError(
+        f"{head}expected a valid configuration, got {len(ordered)} problems\n  " + "\n  ".join(map(text, ordered))
+    )
