@@ -1,7 +1,179 @@
 //! Bindings of the `gguf` room.
 
-use pyo3::prelude::*;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-pub(super) fn register(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+use half::{bf16, f16};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+use rayon::prelude::*;
+
+use super::tensor::Memory;
+use crate::error::{Error, Result};
+use crate::gguf::{Array, File, TensorInfo, Value};
+use crate::quant;
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<GgufFile>()?;
     Ok(())
+}
+
+/// An open, memory-mapped and checked GGUF file.
+#[pyclass(frozen, module = "ftkit._core")]
+pub(super) struct GgufFile {
+    file: Arc<File>,
+}
+
+#[pymethods]
+impl GgufFile {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let file = py.detach(|| File::open(&path))?;
+        Ok(Self { file: Arc::new(file) })
+    }
+
+    /// Metadata: key → int, float, bool, str or list of these, in the file's order.
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (key, value) in self.file.metadata().iter() {
+            dict.set_item(key, value_to_python(py, value)?)?;
+        }
+        Ok(dict)
+    }
+
+    /// Tensors in the file's order: (name, shape in torch's order, block format).
+    #[getter]
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Vec<(String, Bound<'py, PyTuple>, &'static str)>> {
+        self.file
+            .tensors()
+            .iter()
+            .map(|tensor| Ok((tensor.name.clone(), PyTuple::new(py, &tensor.shape)?, tensor.kind.name())))
+            .collect()
+    }
+
+    /// Writes a tensor's values to `out`: contiguous, on the CPU, of the same shape, float32, bfloat16 or float16.
+    ///
+    /// Raises InputError when there is no such tensor, the shape differs, or a value is NaN or infinite.
+    fn read(&self, py: Python<'_>, name: &str, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tensor = self.tensor(name)?;
+        let dtype = out.getattr("dtype")?.str()?.to_string();
+        match dtype.as_str() {
+            "torch.bfloat16" => self.convert::<bf16>(py, tensor, out, |value| bf16::from_f32(value)),
+            "torch.float16" => self.convert::<f16>(py, tensor, out, |value| f16::from_f32(value)),
+            _ => self.convert::<f32>(py, tensor, out, |value| value),
+        }
+    }
+
+    /// Writes a tensor's blocks as they are to `out`: contiguous uint8 on the CPU, as many as the tensor has bytes.
+    fn read_blocks(&self, py: Python<'_>, name: &str, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tensor = self.tensor(name)?;
+        let memory = Memory::<u8>::of(name, out)?;
+        if memory.len != tensor.nbytes {
+            return Err(Error::failure(format!("{name}: expected {} bytes, got {}", tensor.nbytes, memory.len)).into());
+        }
+        // SAFETY: the caller's tensor lives during the call, and the caller gives it to be written.
+        let out = unsafe { memory.slice_mut() };
+        py.detach(|| out.copy_from_slice(self.file.data(tensor)));
+        Ok(())
+    }
+
+    fn __repr__(&self) -> String {
+        format!("GgufFile({:?}, {} tensors)", self.file.path().display().to_string(), self.file.tensors().len())
+    }
+}
+
+impl GgufFile {
+    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.file.tensor(name).ok_or_else(|| {
+            Error::input(format!(
+                "{}: expected a tensor {name:?}, got {} others",
+                self.file.path().display(),
+                self.file.tensors().len()
+            ))
+        })
+    }
+
+    fn convert<T: super::tensor::Element + Send + Sync>(
+        &self,
+        py: Python<'_>,
+        tensor: &TensorInfo,
+        out: &Bound<'_, PyAny>,
+        round: impl Fn(f32) -> T + Sync,
+    ) -> PyResult<()> {
+        let memory = Memory::<T>::of(&tensor.name, out)?;
+        if memory.shape != tensor.shape {
+            return Err(Error::input(format!(
+                "{}: tensor {:?}: expected the shape {:?}, got {:?}",
+                self.file.path().display(),
+                tensor.name,
+                memory.shape,
+                tensor.shape
+            ))
+            .into());
+        }
+        // SAFETY: the caller's tensor lives during the call, and the caller gives it to be written.
+        let out = unsafe { memory.slice_mut() };
+        let kind = tensor.kind;
+        let blocks = self.file.data(tensor);
+        let read = py.detach(|| {
+            blocks
+                .par_chunks(quant::TASK_VALUES / kind.block_size() * kind.block_bytes())
+                .zip(out.par_chunks_mut(quant::TASK_VALUES))
+                .enumerate()
+                .try_for_each(|(task, (blocks, out))| {
+                    let mut values = [0.0; quant::TASK_VALUES];
+                    let values = &mut values[..out.len()];
+                    kind.dequantize(blocks, values);
+                    quant::check_finite(values, task * quant::TASK_VALUES)?;
+                    for (out, &value) in out.iter_mut().zip(&*values) {
+                        *out = round(value);
+                    }
+                    Ok(())
+                })
+        });
+        read.map_err(|error: Error| {
+            let place = format!("{}: tensor {:?}", self.file.path().display(), tensor.name);
+            PyErr::from(Error { message: format!("{place}: {}", error.message), ..error })
+        })
+    }
+}
+
+fn value_to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        Value::U8(value) => value.into_pyobject(py)?.into_any(),
+        Value::I8(value) => value.into_pyobject(py)?.into_any(),
+        Value::U16(value) => value.into_pyobject(py)?.into_any(),
+        Value::I16(value) => value.into_pyobject(py)?.into_any(),
+        Value::U32(value) => value.into_pyobject(py)?.into_any(),
+        Value::I32(value) => value.into_pyobject(py)?.into_any(),
+        Value::F32(value) => value.into_pyobject(py)?.into_any(),
+        Value::Bool(value) => value.into_pyobject(py)?.to_owned().into_any(),
+        Value::String(value) => value.into_pyobject(py)?.into_any(),
+        Value::Array(value) => array_to_python(py, value)?.into_any(),
+        Value::U64(value) => value.into_pyobject(py)?.into_any(),
+        Value::I64(value) => value.into_pyobject(py)?.into_any(),
+        Value::F64(value) => value.into_pyobject(py)?.into_any(),
+    })
+}
+
+fn array_to_python<'py>(py: Python<'py>, array: &Array) -> PyResult<Bound<'py, PyList>> {
+    match array {
+        Array::U8(items) => PyList::new(py, items),
+        Array::I8(items) => PyList::new(py, items),
+        Array::U16(items) => PyList::new(py, items),
+        Array::I16(items) => PyList::new(py, items),
+        Array::U32(items) => PyList::new(py, items),
+        Array::I32(items) => PyList::new(py, items),
+        Array::F32(items) => PyList::new(py, items),
+        Array::Bool(items) => PyList::new(py, items),
+        Array::String(items) => PyList::new(py, items),
+        Array::U64(items) => PyList::new(py, items),
+        Array::I64(items) => PyList::new(py, items),
+        Array::F64(items) => PyList::new(py, items),
+        Array::Array(items) => {
+            let lists = items.iter().map(|item| array_to_python(py, item)).collect::<PyResult<Vec<_>>>()?;
+            PyList::new(py, lists)
+        }
+    }
 }

@@ -1,0 +1,22 @@
+//! BF16: the upper half of an f32, 8 bits of exponent and 7 of fraction.
+
+use half::bf16;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 1;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 2;
+
+/// w = bf16.
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out) {
+        *out = f32::from_bits(u32::from(u16::from_le_bytes(*block)) << 16);
+    }
+}
+
+/// To the nearest, ties to even.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (value, block) in values.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        *block = bf16::from_f32(*value).to_le_bytes();
+    }
+}

@@ -1,0 +1,22 @@
+//! F16: IEEE 754 half precision, 5 bits of exponent and 10 of fraction.
+
+use half::f16;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 1;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 2;
+
+/// w = f16.
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out) {
+        *out = f16::from_le_bytes(*block).to_f32();
+    }
+}
+
+/// To the nearest, ties to even; beyond 65,504 infinite.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (value, block) in values.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        *block = f16::from_f32(*value).to_le_bytes();
+    }
+}

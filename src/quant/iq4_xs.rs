@@ -1,0 +1,30 @@
+//! IQ4_XS: w = (d s) t[q], q of 4 bits into IQ4_NL's table; 6-bit scale s − 32 for 32 values; d in half precision for 256.
+//!
+//! Bytes: d [2], high 2 bits of the scales [2], low 4 bits of the scales [4], codes [128]: 16 bytes for 32 values, the
+//! first 16 in the low halves.
+
+use super::iq4_nl::TABLE;
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 256;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 136;
+
+/// w = (d s) t[q].
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let d = half_at(block, 0);
+        let high = u16::from_le_bytes([block[2], block[3]]);
+        for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let low = (block[4 + group / 2] >> (group % 2 * 4)) & 0x0f;
+            let scale = (low | (((high >> (group * 2)) & 3) as u8) << 4) as i8 - 32;
+            let scale = d * f32::from(scale);
+            let codes = &block[8 + group * 16..][..16];
+            for (i, codes) in codes.iter().enumerate() {
+                out[i] = scale * f32::from(TABLE[usize::from(codes & 0x0f)]);
+                out[i + 16] = scale * f32::from(TABLE[usize::from(codes >> 4)]);
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The table of the formats: the one place that lists the files of this room.
+
+use super::{bf16, f16, f32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $file:ident, $quantize:expr;)*) => {
+        /// A block format, by the names and numbers of ggml.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Kind {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Kind {
+            /// All formats that can be read.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            /// Its number in files.
+            pub fn id(self) -> u32 {
+                match self { $(Self::$variant => $id),* }
+            }
+
+            /// Its name, such as `q4_1`.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),* }
+            }
+
+            /// Values in a block.
+            pub fn block_size(self) -> usize {
+                match self { $(Self::$variant => $file::BLOCK),* }
+            }
+
+            /// Bytes of a block.
+            pub fn block_bytes(self) -> usize {
+                match self { $(Self::$variant => $file::BYTES),* }
+            }
+
+            /// Writes the values of whole blocks to `out`; ends with the shorter of the two.
+            pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
+                match self { $(Self::$variant => $file::dequantize(blocks, out)),* }
+            }
+
+            /// The function that writes values as whole blocks, for formats that have one.
+            pub fn quantizer(self) -> Option<fn(&[f32], &mut [u8])> {
+                match self { $(Self::$variant => $quantize),* }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// 32-bit floats.
+    F32 = 0, "f32", f32, Some(f32::quantize);
+    /// 16-bit floats of IEEE 754.
+    F16 = 1, "f16", f16, Some(f16::quantize);
+    /// 4-bit codes with a scale a block of 32.
+    Q4_0 = 2, "q4_0", q4_0, None;
+    /// 4-bit codes with a scale and an offset a block of 32.
+    Q4_1 = 3, "q4_1", q4_1, None;
+    /// 5-bit codes with a scale a block of 32.
+    Q5_0 = 6, "q5_0", q5_0, None;
+    /// 5-bit codes with a scale and an offset a block of 32.
+    Q5_1 = 7, "q5_1", q5_1, None;
+    /// 8-bit codes with a scale a block of 32.
+    Q8_0 = 8, "q8_0", q8_0, None;
+    /// 2-bit codes, 4-bit scales and offsets a group of 16, in blocks of 256.
+    Q2K = 10, "q2_k", q2_k, None;
+    /// 3-bit codes, 6-bit scales a group of 16, in blocks of 256.
+    Q3K = 11, "q3_k", q3_k, None;
+    /// 4-bit codes, 6-bit scales and offsets a group of 32, in blocks of 256.
+    Q4K = 12, "q4_k", q4_k, None;
+    /// 5-bit codes, 6-bit scales and offsets a group of 32, in blocks of 256.
+    Q5K = 13, "q5_k", q5_k, None;
+    /// 6-bit codes, 8-bit scales a group of 16, in blocks of 256.
+    Q6K = 14, "q6_k", q6_k, None;
+    /// 4-bit codes into a table of unequal steps, with a scale a block of 32.
+    Iq4Nl = 20, "iq4_nl", iq4_nl, None;
+    /// The codes of IQ4_NL, 6-bit scales a group of 32, in blocks of 256.
+    Iq4Xs = 23, "iq4_xs", iq4_xs, None;
+    /// 16-bit floats with the exponent of 32-bit ones.
+    Bf16 = 30, "bf16", bf16, Some(bf16::quantize);
+}
+
+impl Kind {
+    /// The format with the number `id` in files.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|kind| kind.id() == id)
+    }
+
+    /// The format called `name`, such as `q4_1`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|kind| kind.name() == name)
+    }
+
+    /// ggml's name of a format that exists and isn't read here, for messages.
+    pub fn unread_name(id: u32) -> Option<&'static str> {
+        Some(match id {
+            9 => "q8_1",
+            15 => "q8_k",
+            16 => "iq2_xxs",
+            17 => "iq2_xs",
+            18 => "iq3_xxs",
+            19 => "iq1_s",
+            21 => "iq3_s",
+            22 => "iq2_s",
+            24 => "i8",
+            25 => "i16",
+            26 => "i32",
+            27 => "i64",
+            28 => "f64",
+            29 => "iq1_m",
+            34 => "tq1_0",
+            35 => "tq2_0",
+            39 => "mxfp4",
+            40 => "nvfp4",
+            _ => return None,
+        })
+    }
+}

@@ -1,0 +1,27 @@
+//! Q2_K: w = (d s) q − (d' m), q of 2 bits; 4-bit scale s and offset m for 16 values; d, d' in half precision for 256.
+//!
+//! Bytes: s (low half) and m (high half) [16], codes [64], d [2], d' [2]. Each 32 bytes of codes hold 128 values: bits
+//! 2j, 2j + 1 of byte i hold value 32 j + i.
+
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 256;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 84;
+
+/// w = (d s) q − (d' m).
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let (d, d_offset) = (half_at(block, 80), half_at(block, 82));
+        for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let packed = block[group];
+            let (scale, offset) = (d * f32::from(packed & 0x0f), d_offset * f32::from(packed >> 4));
+            let (half, shift, side) = (group / 8, group % 8 / 2 * 2, group % 2);
+            let codes = &block[16 + half * 32 + side * 16..][..16];
+            for (out, codes) in out.iter_mut().zip(codes) {
+                *out = scale * f32::from((codes >> shift) & 3) - offset;
+            }
+        }
+    }
+}

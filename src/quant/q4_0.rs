@@ -1,0 +1,22 @@
+//! Q4_0: w = d (q − 8), q of 4 bits, d in half precision for 32 values.
+//!
+//! Bytes: d [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
+
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 32;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 18;
+
+/// w = d (q − 8).
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let d = half_at(block, 0);
+        for i in 0..16 {
+            let codes = block[2 + i];
+            out[i] = d * f32::from((codes & 0x0f) as i8 - 8);
+            out[i + 16] = d * f32::from((codes >> 4) as i8 - 8);
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Q4_1: w = d q + m, q of 4 bits, scale d and offset m in half precision for 32 values.
+//!
+//! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
+
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 32;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 20;
+
+/// w = d q + m, the product rounded first.
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        for i in 0..16 {
+            let codes = block[4 + i];
+            out[i] = d * f32::from(codes & 0x0f) + m;
+            out[i + 16] = d * f32::from(codes >> 4) + m;
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Q4_K: w = (d s) q − (d' m), q of 4 bits; 6-bit scale s and offset m for 32 values; d, d' in half precision for 256.
+//!
+//! Bytes: d [2], d' [2], scales and offsets [12], codes [128]: each 32 bytes hold 64 values, the first 32 in the low halves.
+
+use super::scales::{half_at, scale_and_offset};
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 256;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 144;
+
+/// w = (d s) q − (d' m).
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let (d, d_offset) = (half_at(block, 0), half_at(block, 2));
+        for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let (scale, offset) = scale_and_offset(&block[4..16], group);
+            let (scale, offset) = (d * f32::from(scale), d_offset * f32::from(offset));
+            let codes = &block[16 + group / 2 * 32..][..32];
+            for (out, codes) in out.iter_mut().zip(codes) {
+                *out = scale * f32::from((codes >> (group % 2 * 4)) & 0x0f) - offset;
+            }
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Q5_0: w = d (q − 16), q of 5 bits, d in half precision for 32 values.
+//!
+//! Bytes: d [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
+
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 32;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 22;
+
+/// w = d (q − 16).
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let d = half_at(block, 0);
+        let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+        for i in 0..16 {
+            let codes = block[6 + i];
+            let low = (codes & 0x0f) | (((high >> i) & 1) as u8) << 4;
+            let upper = (codes >> 4) | (((high >> (i + 16)) & 1) as u8) << 4;
+            out[i] = d * f32::from(low as i8 - 16);
+            out[i + 16] = d * f32::from(upper as i8 - 16);
+        }
+    }
+}

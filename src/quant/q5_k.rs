@@ -1,0 +1,28 @@
+//! Q5_K: w = (d s) q − (d' m), q of 5 bits; 6-bit scale s and offset m for 32 values; d, d' in half precision for 256.
+//!
+//! Bytes: d [2], d' [2], scales and offsets [12], fifth bits [32] (bit j of byte i for value 32 j + i), low 4 bits [128]
+//! laid out as in Q4_K.
+
+use super::scales::{half_at, scale_and_offset};
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 256;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 176;
+
+/// w = (d s) q − (d' m).
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let (d, d_offset) = (half_at(block, 0), half_at(block, 2));
+        for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let (scale, offset) = scale_and_offset(&block[4..16], group);
+            let (scale, offset) = (d * f32::from(scale), d_offset * f32::from(offset));
+            let fifth = &block[16..48];
+            let low = &block[48 + group / 2 * 32..][..32];
+            for ((out, low), fifth) in out.iter_mut().zip(low).zip(fifth) {
+                let code = ((low >> (group % 2 * 4)) & 0x0f) | ((fifth >> group) & 1) << 4;
+                *out = scale * f32::from(code) - offset;
+            }
+        }
+    }
+}

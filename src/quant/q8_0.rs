@@ -1,0 +1,20 @@
+//! Q8_0: w = d q, q of 8 bits with sign, d in half precision for 32 values.
+//!
+//! Bytes: d [2], codes [32].
+
+use super::scales::half_at;
+
+/// Values in a block.
+pub(super) const BLOCK: usize = 32;
+/// Bytes of a block.
+pub(super) const BYTES: usize = 34;
+
+/// w = d q.
+pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let d = half_at(block, 0);
+        for i in 0..32 {
+            out[i] = d * f32::from(block[2 + i] as i8);
+        }
+    }
+}
