@@ -67,7 +67,7 @@ pub(super) mod types {
 }
 
 impl Value {
-    /// The type's name in messages.
+    /// The type's name: `u32`, `string`, `[f32]` …
     pub fn type_name(&self) -> &'static str {
         match self {
             Self::U8(_) => "u8",
@@ -79,7 +79,7 @@ impl Value {
             Self::F32(_) => "f32",
             Self::Bool(_) => "bool",
             Self::String(_) => "string",
-            Self::Array(_) => "array",
+            Self::Array(items) => items.type_name(),
             Self::U64(_) => "u64",
             Self::I64(_) => "i64",
             Self::F64(_) => "f64",
@@ -139,6 +139,25 @@ impl Array {
             Self::U64(items) => items.len(),
             Self::I64(items) => items.len(),
             Self::F64(items) => items.len(),
+        }
+    }
+
+    /// The type's name: that of the items in brackets.
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::U8(_) => "[u8]",
+            Self::I8(_) => "[i8]",
+            Self::U16(_) => "[u16]",
+            Self::I16(_) => "[i16]",
+            Self::U32(_) => "[u32]",
+            Self::I32(_) => "[i32]",
+            Self::F32(_) => "[f32]",
+            Self::Bool(_) => "[bool]",
+            Self::String(_) => "[string]",
+            Self::Array(_) => "[array]",
+            Self::U64(_) => "[u64]",
+            Self::I64(_) => "[i64]",
+            Self::F64(_) => "[f64]",
         }
     }
 

@@ -13,7 +13,7 @@ mod writer;
 
 pub use metadata::{Array, Metadata, Value};
 pub use reader::{File, TensorInfo};
-pub use writer::Writer;
+pub use writer::{Declared, Writer};
 
 /// The first four bytes of a file.
 const MAGIC: [u8; 4] = *b"GGUF";

@@ -1,5 +1,6 @@
 //! Bindings of the `gguf` room.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,13 +9,15 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use rayon::prelude::*;
 
+use super::quant::{Values, kind_called};
 use super::tensor::Memory;
 use crate::error::{Error, Result};
-use crate::gguf::{Array, File, TensorInfo, Value};
+use crate::gguf::{Array, Declared, File, TensorInfo, Value, Writer};
 use crate::quant;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<GgufFile>()?;
+    module.add_class::<GgufWriter>()?;
     Ok(())
 }
 
@@ -38,6 +41,16 @@ impl GgufFile {
         let dict = PyDict::new(py);
         for (key, value) in self.file.metadata().iter() {
             dict.set_item(key, value_to_python(py, value)?)?;
+        }
+        Ok(dict)
+    }
+
+    /// The types of the metadata: key → `u32`, `string`, `[f32]` and so on, in the file's order.
+    #[getter]
+    fn metadata_types<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (key, value) in self.file.metadata().iter() {
+            dict.set_item(key, value.type_name())?;
         }
         Ok(dict)
     }
@@ -137,6 +150,134 @@ impl GgufFile {
             PyErr::from(Error { message: format!("{place}: {}", error.message), ..error })
         })
     }
+}
+
+/// Writes a GGUF file: all is declared when it is made, then the tensors follow in that order; `finish` gives it its name.
+#[pyclass(module = "ftkit._core")]
+pub(super) struct GgufWriter {
+    writer: Option<Writer>,
+    tensors: HashMap<String, Declared>,
+}
+
+#[pymethods]
+impl GgufWriter {
+    /// `metadata`: (key, type, value) with the types of `GgufFile.metadata_types`; `tensors`: (name, shape, format).
+    #[new]
+    #[pyo3(signature = (path, metadata, tensors, overwrite = false))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        metadata: Vec<(String, String, Bound<'_, PyAny>)>,
+        tensors: Vec<(String, Vec<usize>, String)>,
+        overwrite: bool,
+    ) -> PyResult<Self> {
+        let metadata = metadata
+            .into_iter()
+            .map(|(key, kind, value)| {
+                let value = value_from_python(&key, &kind, &value)?;
+                Ok((key, value))
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let tensors = tensors
+            .into_iter()
+            .map(|(name, shape, kind)| Ok(Declared { name, shape, kind: kind_called(&kind)? }))
+            .collect::<Result<Vec<_>>>()?;
+        let writer = py.detach(|| Writer::create(&path, overwrite, &metadata, &tensors))?;
+        let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        Ok(Self { writer: Some(writer), tensors })
+    }
+
+    /// Quantizes the values (float32, bfloat16 or float16, contiguous, on the CPU) to the tensor's format and writes them.
+    fn write(&mut self, py: Python<'_>, name: &str, values: &Bound<'_, PyAny>) -> PyResult<()> {
+        let declared = declared(&self.tensors, name)?;
+        let values = Values::of(name, values)?;
+        if values.shape() != declared.shape {
+            return Err(Error::failure(format!(
+                "tensor {name:?}: expected the shape {:?}, got {:?}",
+                declared.shape,
+                values.shape()
+            ))
+            .into());
+        }
+        let writer = open(&mut self.writer)?;
+        py.detach(|| values.in_pieces(declared.kind, |blocks| writer.write(name, blocks)))
+            .map_err(|error| PyErr::from(Error { message: format!("tensor {name:?}: {}", error.message), ..error }))
+    }
+
+    /// Writes the tensor's blocks as they are (uint8, contiguous, on the CPU).
+    fn write_blocks(&mut self, py: Python<'_>, name: &str, blocks: &Bound<'_, PyAny>) -> PyResult<()> {
+        let expected = declared(&self.tensors, name)?.nbytes()?;
+        let memory = Memory::<u8>::of(name, blocks)?;
+        if memory.len != expected {
+            return Err(Error::failure(format!("{name}: expected {expected} bytes, got {}", memory.len)).into());
+        }
+        // SAFETY: the caller's tensor lives during the call and nobody writes to it.
+        let blocks = unsafe { memory.slice() };
+        let writer = open(&mut self.writer)?;
+        Ok(py.detach(|| writer.write(name, blocks))?)
+    }
+
+    /// Syncs the file, gives it its name, and returns its size in bytes.
+    fn finish(&mut self, py: Python<'_>) -> PyResult<u64> {
+        open(&mut self.writer)?;
+        match self.writer.take() {
+            Some(writer) => Ok(py.detach(|| writer.finish())?),
+            None => Ok(0), // not reached: `open` found it
+        }
+    }
+
+    /// Drops what was written so far; nothing remains of the file.
+    fn abandon(&mut self) {
+        self.writer = None;
+    }
+}
+
+fn open(writer: &mut Option<Writer>) -> Result<&mut Writer> {
+    writer.as_mut().ok_or_else(|| Error::failure("expected an open writer, got one that has ended"))
+}
+
+fn declared<'a>(tensors: &'a HashMap<String, Declared>, name: &str) -> Result<&'a Declared> {
+    tensors.get(name).ok_or_else(|| Error::failure(format!("expected a declared tensor, got {name:?}")))
+}
+
+fn value_from_python(key: &str, kind: &str, value: &Bound<'_, PyAny>) -> PyResult<Value> {
+    let wrong = |error: PyErr| {
+        PyErr::from(Error::input(format!(
+            "metadata {key:?}: expected a value of the type {kind}, got {value:?}: {error}"
+        )))
+    };
+    let read = || -> PyResult<Option<Value>> {
+        Ok(Some(match kind {
+            "u8" => Value::U8(value.extract()?),
+            "i8" => Value::I8(value.extract()?),
+            "u16" => Value::U16(value.extract()?),
+            "i16" => Value::I16(value.extract()?),
+            "u32" => Value::U32(value.extract()?),
+            "i32" => Value::I32(value.extract()?),
+            "f32" => Value::F32(value.extract()?),
+            "bool" => Value::Bool(value.extract()?),
+            "string" => Value::String(value.extract()?),
+            "u64" => Value::U64(value.extract()?),
+            "i64" => Value::I64(value.extract()?),
+            "f64" => Value::F64(value.extract()?),
+            "[u8]" => Value::Array(Array::U8(value.try_iter()?.map(|item| item?.extract()).collect::<PyResult<_>>()?)),
+            "[i8]" => Value::Array(Array::I8(value.extract()?)),
+            "[u16]" => Value::Array(Array::U16(value.extract()?)),
+            "[i16]" => Value::Array(Array::I16(value.extract()?)),
+            "[u32]" => Value::Array(Array::U32(value.extract()?)),
+            "[i32]" => Value::Array(Array::I32(value.extract()?)),
+            "[f32]" => Value::Array(Array::F32(value.extract()?)),
+            "[bool]" => Value::Array(Array::Bool(value.extract()?)),
+            "[string]" => Value::Array(Array::String(value.extract()?)),
+            "[u64]" => Value::Array(Array::U64(value.extract()?)),
+            "[i64]" => Value::Array(Array::I64(value.extract()?)),
+            "[f64]" => Value::Array(Array::F64(value.extract()?)),
+            _ => return Ok(None),
+        }))
+    };
+    read().map_err(wrong)?.ok_or_else(|| {
+        Error::input(format!("metadata {key:?}: expected a type such as u32, string or [f32], got {kind:?}")).into()
+    })
 }
 
 fn value_to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {

@@ -53,15 +53,15 @@ kinds! {
     /// 16-bit floats of IEEE 754.
     F16 = 1, "f16", f16, Some(f16::quantize);
     /// 4-bit codes with a scale a block of 32.
-    Q4_0 = 2, "q4_0", q4_0, None;
+    Q4_0 = 2, "q4_0", q4_0, Some(q4_0::quantize);
     /// 4-bit codes with a scale and an offset a block of 32.
-    Q4_1 = 3, "q4_1", q4_1, None;
+    Q4_1 = 3, "q4_1", q4_1, Some(q4_1::quantize);
     /// 5-bit codes with a scale a block of 32.
-    Q5_0 = 6, "q5_0", q5_0, None;
+    Q5_0 = 6, "q5_0", q5_0, Some(q5_0::quantize);
     /// 5-bit codes with a scale and an offset a block of 32.
-    Q5_1 = 7, "q5_1", q5_1, None;
+    Q5_1 = 7, "q5_1", q5_1, Some(q5_1::quantize);
     /// 8-bit codes with a scale a block of 32.
-    Q8_0 = 8, "q8_0", q8_0, None;
+    Q8_0 = 8, "q8_0", q8_0, Some(q8_0::quantize);
     /// 2-bit codes, 4-bit scales and offsets a group of 16, in blocks of 256.
     Q2K = 10, "q2_k", q2_k, None;
     /// 3-bit codes, 6-bit scales a group of 16, in blocks of 256.

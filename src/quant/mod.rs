@@ -20,6 +20,7 @@ mod q5_k;
 mod q6_k;
 mod q8_0;
 mod scales;
+mod search;
 
 pub use kind::Kind;
 
@@ -47,7 +48,7 @@ pub fn dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) -> Result<()> {
 ///
 /// # Errors
 /// The two lengths are not those of the same whole number of blocks, the format has no quantizer, or a value is not
-/// finite.
+/// finite or too large for the format.
 pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
     check_lengths(kind, blocks.len(), values.len())?;
     let quantize = kind.quantizer().ok_or_else(|| no_quantizer(kind))?;
@@ -57,6 +58,7 @@ pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
         .enumerate()
         .try_for_each(|(task, (values, blocks))| {
             check_finite(values, task * TASK_VALUES)?;
+            check_range(kind, values, task * TASK_VALUES)?;
             quantize(values, blocks);
             Ok(())
         })
@@ -72,6 +74,25 @@ pub fn check_finite(values: &[f32], start: usize) -> Result<()> {
         Some(index) => {
             Err(Error::input(format!("expected finite values, got {} at index {}", values[index], start + index)))
         }
+        None => Ok(()),
+    }
+}
+
+/// An error that names the first value that the format would turn into infinity; half precision ends at 65,504.
+fn check_range(kind: Kind, values: &[f32], start: usize) -> Result<()> {
+    let limit = match kind {
+        Kind::F32 => return Ok(()),
+        Kind::Bf16 => half::bf16::MAX.to_f32(),
+        _ => half::f16::MAX.to_f32(),
+    };
+    match values.iter().position(|value| value.abs() > limit) {
+        Some(index) => Err(Error::input(format!(
+            "expected values of at most {limit} for {}, got {} at index {}",
+            kind.name(),
+            values[index],
+            start + index
+        ))
+        .hint("export as f32 or bf16")),
         None => Ok(()),
     }
 }

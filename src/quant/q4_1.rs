@@ -3,6 +3,7 @@
 //! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
 use super::scales::half_at;
+use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -17,6 +18,18 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             let codes = block[4 + i];
             out[i] = d * f32::from(codes & 0x0f) + m;
             out[i + 16] = d * f32::from(codes >> 4) + m;
+        }
+    }
+}
+
+/// The best of several scales and offsets; never worse than llama.cpp's reference.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let (d, m, codes) = search::affine(values, 15);
+        block[..2].copy_from_slice(&d.to_le_bytes());
+        block[2..4].copy_from_slice(&m.to_le_bytes());
+        for i in 0..16 {
+            block[4 + i] = codes[i] | codes[i + 16] << 4;
         }
     }
 }

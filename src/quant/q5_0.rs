@@ -3,6 +3,7 @@
 //! Bytes: d [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
 use super::scales::half_at;
+use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -21,5 +22,24 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             out[i] = d * f32::from(low as i8 - 16);
             out[i + 16] = d * f32::from(upper as i8 - 16);
         }
+    }
+}
+
+/// The best of several scales; never worse than llama.cpp's reference.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let extreme = search::signed_extreme(values);
+        let (d, codes) = search::symmetric(values, extreme, -16, 15, &[-1.5, -0.75, 0.5, 1.0]);
+        block[..2].copy_from_slice(&d.to_le_bytes());
+        pack_five_bits(&codes.map(|code| (code + 16) as u8), &mut block[2..]);
+    }
+}
+
+/// 5-bit codes as the upper bits [4] and the low 4 bits [16].
+pub(super) fn pack_five_bits(codes: &[u8; BLOCK], packed: &mut [u8]) {
+    let high = codes.iter().enumerate().fold(0u32, |high, (i, code)| high | u32::from(code >> 4) << i);
+    packed[..4].copy_from_slice(&high.to_le_bytes());
+    for i in 0..16 {
+        packed[4 + i] = (codes[i] & 0x0f) | codes[i + 16] << 4;
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Bytes: d [2], m [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
+use super::q5_0::pack_five_bits;
 use super::scales::half_at;
+use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -21,5 +23,15 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             out[i] = d * f32::from(low) + m;
             out[i + 16] = d * f32::from(upper) + m;
         }
+    }
+}
+
+/// The best of several scales and offsets; never worse than llama.cpp's reference.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let (d, m, codes) = search::affine(values, 31);
+        block[..2].copy_from_slice(&d.to_le_bytes());
+        block[2..4].copy_from_slice(&m.to_le_bytes());
+        pack_five_bits(&codes, &mut block[4..]);
     }
 }

@@ -3,6 +3,7 @@
 //! Bytes: d [2], codes [32].
 
 use super::scales::half_at;
+use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -15,6 +16,18 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
         let d = half_at(block, 0);
         for i in 0..32 {
             out[i] = d * f32::from(block[2 + i] as i8);
+        }
+    }
+}
+
+/// The better of the scale that reaches the greatest value and its least-squares refinements; codes from −127 to 127.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let extreme = search::signed_extreme(values).abs();
+        let (d, codes) = search::symmetric(values, -extreme, -127, 127, &[]);
+        block[..2].copy_from_slice(&d.to_le_bytes());
+        for i in 0..32 {
+            block[2 + i] = codes[i] as u8;
         }
     }
 }
