@@ -1,0 +1,35 @@
+"""Where events go besides events.jsonl: one file a service, imported only when `output.loggers` asks for it.
+
+A plugin has `open(run: str, folder: Path, config: dict) -> Callable[[Event], None]`; the returned function hears
+every event of the run, `finished` and `interrupted` last.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftkit import plugins
+from ftkit.errors import InputError
+
+METRICS = {"step": ("loss", "learning_rate", "gradient_norm", "tokens_per_second"), "evaluation": ("loss",)}
+
+
+def open_all(names: Sequence[str], run: str, folder: Path, config: dict[str, Any]) -> list[Callable[[Any], None]]:
+    """The listeners of the named services. Raises InputError for one that is unknown or not installed."""
+    opened = []
+    for name in names:
+        plugin: Any = plugins.load("train.loggers", name)
+        if importlib.util.find_spec(plugin.PACKAGE) is None:
+            raise InputError(
+                f"output.loggers: expected the package {plugin.PACKAGE!r} to be installed for {name!r}, got none",
+                f"uv pip install {plugin.PACKAGE}",
+            )
+        opened.append(plugin.open(run, folder, config))
+    return opened
+
+
+def metrics(event: dict[str, Any]) -> dict[str, float]:
+    """The event's numbers by the names services show them under, such as `train/loss`; empty for other events."""
+    group = "train" if event["event"] == "step" else "evaluation"
+    return {f"{group}/{name}": event[name] for name in METRICS.get(event["event"], ()) if event.get(name) is not None}

@@ -1,0 +1,43 @@
+"""What a run takes: tensor storage, counted exactly over a step, and the process' memory as the system counts it."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ftkit.plan.recorder import Recorder
+
+Result = TypeVar("Result")
+
+
+def peak_bytes_of(
+    run: Callable[[], Result], held: Mapping[str, Iterable[torch.Tensor]], device: torch.device
+) -> tuple[Result, int]:
+    """Runs something and counts the most bytes of tensors alive at once; `held` are those alive before, by category."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return run(), torch.cuda.max_memory_allocated(device)
+    recorder = Recorder()
+    for category, tensors in held.items():
+        recorder.adopt(tensors, category)
+    with recorder:
+        result = run()
+    return result, recorder.peak().bytes
+
+
+def rss_bytes() -> int:
+    """The process' memory now, where the system tells it, else its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that the process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,87 @@
+"""The live line of a run on standard error: it rewrites itself on a terminal; elsewhere a line now and then."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_PLAIN_SECONDS = 5.0
+
+
+class ProgressLine:
+    """Listens to the events of a run and shows them."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._steps = 0
+        self._shown = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Shows an event."""
+        match event["event"]:
+            case "started" | "resumed":
+                self._steps = event["steps"]
+                self._say(f"{event['run']}: {event['event']}, {event['summary']}")
+            case "step":
+                self._step(event)
+            case "evaluation":
+                best = " (best so far)" if event["best"] else ""
+                self._say(f"step {event['step']}: evaluation loss {_number(event['loss'], 4)}{best}")
+            case "warning" | "notice":
+                hint = f" ({event['hint']})" if event.get("hint") else ""
+                self._say(f"{event['event']}: {event['message']}{hint}", style="yellow")
+            case "finished":
+                self._say(f"{event['run']}: done, {event['steps']} steps, adapter in {event['adapter']}")
+                self.close()
+            case "interrupted":
+                self.close()
+
+    def close(self) -> None:
+        """Leaves the last line standing and gives the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _step(self, event: dict[str, Any]) -> None:
+        line = describe(event, self._steps)
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=8)
+                self._live.start()
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif event["step"] in (1, self._steps) or time.monotonic() - self._shown >= _PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            self._say(line)
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style))
+
+
+def describe(event: dict[str, Any], steps: int) -> str:
+    """A step's event as one line: loss, real tokens a second, memory, time left."""
+    parts = [
+        f"step {event['step']}/{steps}",
+        f"loss {_number(event['loss'], 4)}",
+        f"{event['tokens_per_second']:,.0f} tokens/s",
+        f"{event['rss_bytes'] / 2**30:.2f} GiB",
+        f"{duration(event['seconds_left'])} left",
+    ]
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3:05, 1:02:03."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
