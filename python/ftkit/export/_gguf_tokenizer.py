@@ -123,7 +123,7 @@ def _tokens(folder: Path, document: dict[str, Any], vocabulary: int) -> tuple[li
 
 
 def _scores(tokens: list[str], pairs: list[list[str]]) -> list[float]:
-    """Scores under which SentencePiece joins pairs in the order of the merges: minus the rank of the first to make it."""
+    """Scores under which SentencePiece joins pairs in the order of the merges: minus the rank of the first merge."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
