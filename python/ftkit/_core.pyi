@@ -68,8 +68,8 @@ class GgufWriter:
         """Drops what was written so far."""
 
 # quant
-def quant_formats() -> list[tuple[str, int, int, bool]]:
-    """The block formats: (name, values in a block, bytes of a block, whether there is a quantizer)."""
+def quant_formats() -> list[tuple[str, int, int]]:
+    """The block formats: (name, values in a block, bytes of a block)."""
 
 def quantize(kind: str, values: Tensor, out: Tensor) -> None:
     """Writes float32, bfloat16 or float16 `values` as blocks of the format `kind` to `out` (uint8)."""

@@ -14,13 +14,10 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     Ok(())
 }
 
-/// The block formats: (name, values in a block, bytes of a block, whether there is a quantizer).
+/// The block formats: (name, values in a block, bytes of a block).
 #[pyfunction]
-fn quant_formats() -> Vec<(&'static str, usize, usize, bool)> {
-    Kind::ALL
-        .iter()
-        .map(|kind| (kind.name(), kind.block_size(), kind.block_bytes(), kind.quantizer().is_some()))
-        .collect()
+fn quant_formats() -> Vec<(&'static str, usize, usize)> {
+    Kind::ALL.iter().map(|kind| (kind.name(), kind.block_size(), kind.block_bytes())).collect()
 }
 
 /// Writes the values of `blocks` (uint8) to `out` (float32).

@@ -2,7 +2,8 @@
 //!
 //! Bytes: d [2], codes [16] laid out as in Q4_0.
 
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
+use super::search::{self, Codes};
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -22,4 +23,38 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             out[i + 16] = d * f32::from(TABLE[usize::from(codes >> 4)]);
         }
     }
+}
+
+/// The best of several scales, by squared error.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let extreme = search::signed_extreme(values);
+        let starts = [-127.0, -137.0, -117.0, 113.0, 121.0].map(|end| extreme / end);
+        let d = search::symmetric::<Table, BLOCK>(values, starts, search::half);
+        let codes = search::codes::<Table, BLOCK>(values, d).map(code_of);
+        block[..2].copy_from_slice(&half_bytes(d));
+        for i in 0..16 {
+            block[2 + i] = codes[i] | codes[i + 16] << 4;
+        }
+    }
+}
+
+/// The values of [`TABLE`].
+pub(super) struct Table;
+
+impl Codes for Table {
+    fn nearest(scaled: f32) -> f32 {
+        // a sum of steps at the middles between neighbours, without a branch
+        let mut value = f32::from(TABLE[0]);
+        for pair in TABLE.windows(2) {
+            let (low, high) = (f32::from(pair[0]), f32::from(pair[1]));
+            value += if scaled > (low + high) / 2.0 { high - low } else { 0.0 };
+        }
+        value
+    }
+}
+
+/// The code of a value of the table; of another, that of the next lower one.
+pub(super) fn code_of(value: i8) -> u8 {
+    TABLE.iter().skip(1).filter(|&&entry| entry <= value).count() as u8
 }

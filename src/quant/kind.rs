@@ -3,7 +3,7 @@
 use super::{bf16, f16, f32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 
 macro_rules! kinds {
-    ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $file:ident, $quantize:expr;)*) => {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $file:ident;)*) => {
         /// A block format, by the names and numbers of ggml.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Kind {
@@ -39,9 +39,9 @@ macro_rules! kinds {
                 match self { $(Self::$variant => $file::dequantize(blocks, out)),* }
             }
 
-            /// The function that writes values as whole blocks, for formats that have one.
-            pub fn quantizer(self) -> Option<fn(&[f32], &mut [u8])> {
-                match self { $(Self::$variant => $quantize),* }
+            /// Writes values as whole blocks; ends with the shorter of the two. All values must be finite.
+            pub fn quantize(self, values: &[f32], blocks: &mut [u8]) {
+                match self { $(Self::$variant => $file::quantize(values, blocks)),* }
             }
         }
     };
@@ -49,35 +49,35 @@ macro_rules! kinds {
 
 kinds! {
     /// 32-bit floats.
-    F32 = 0, "f32", f32, Some(f32::quantize);
+    F32 = 0, "f32", f32;
     /// 16-bit floats of IEEE 754.
-    F16 = 1, "f16", f16, Some(f16::quantize);
+    F16 = 1, "f16", f16;
     /// 4-bit codes with a scale a block of 32.
-    Q4_0 = 2, "q4_0", q4_0, Some(q4_0::quantize);
+    Q4_0 = 2, "q4_0", q4_0;
     /// 4-bit codes with a scale and an offset a block of 32.
-    Q4_1 = 3, "q4_1", q4_1, Some(q4_1::quantize);
+    Q4_1 = 3, "q4_1", q4_1;
     /// 5-bit codes with a scale a block of 32.
-    Q5_0 = 6, "q5_0", q5_0, Some(q5_0::quantize);
+    Q5_0 = 6, "q5_0", q5_0;
     /// 5-bit codes with a scale and an offset a block of 32.
-    Q5_1 = 7, "q5_1", q5_1, Some(q5_1::quantize);
+    Q5_1 = 7, "q5_1", q5_1;
     /// 8-bit codes with a scale a block of 32.
-    Q8_0 = 8, "q8_0", q8_0, Some(q8_0::quantize);
+    Q8_0 = 8, "q8_0", q8_0;
     /// 2-bit codes, 4-bit scales and offsets a group of 16, in blocks of 256.
-    Q2K = 10, "q2_k", q2_k, None;
+    Q2K = 10, "q2_k", q2_k;
     /// 3-bit codes, 6-bit scales a group of 16, in blocks of 256.
-    Q3K = 11, "q3_k", q3_k, None;
+    Q3K = 11, "q3_k", q3_k;
     /// 4-bit codes, 6-bit scales and offsets a group of 32, in blocks of 256.
-    Q4K = 12, "q4_k", q4_k, None;
+    Q4K = 12, "q4_k", q4_k;
     /// 5-bit codes, 6-bit scales and offsets a group of 32, in blocks of 256.
-    Q5K = 13, "q5_k", q5_k, None;
+    Q5K = 13, "q5_k", q5_k;
     /// 6-bit codes, 8-bit scales a group of 16, in blocks of 256.
-    Q6K = 14, "q6_k", q6_k, None;
+    Q6K = 14, "q6_k", q6_k;
     /// 4-bit codes into a table of unequal steps, with a scale a block of 32.
-    Iq4Nl = 20, "iq4_nl", iq4_nl, None;
+    Iq4Nl = 20, "iq4_nl", iq4_nl;
     /// The codes of IQ4_NL, 6-bit scales a group of 32, in blocks of 256.
-    Iq4Xs = 23, "iq4_xs", iq4_xs, None;
+    Iq4Xs = 23, "iq4_xs", iq4_xs;
     /// 16-bit floats with the exponent of 32-bit ones.
-    Bf16 = 30, "bf16", bf16, Some(bf16::quantize);
+    Bf16 = 30, "bf16", bf16;
 }
 
 impl Kind {

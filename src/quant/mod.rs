@@ -1,4 +1,4 @@
-//! Block formats of weights: one file a format, with the bytes of a block, `dequantize` and, where it exists, `quantize`.
+//! Block formats of weights: one file a format, with the bytes of a block, `dequantize` and `quantize`.
 //!
 //! A format cuts a row into blocks of [`Kind::block_size`] values, each stored in [`Kind::block_bytes`] bytes. Values are
 //! those of llama.cpp's reference to the bit: the same products, rounded in the same order.
@@ -9,6 +9,7 @@ mod f32;
 mod iq4_nl;
 mod iq4_xs;
 mod kind;
+mod nested;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -47,11 +48,10 @@ pub fn dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) -> Result<()> {
 /// Writes `values` as blocks, in parallel; the result doesn't depend on the number of threads.
 ///
 /// # Errors
-/// The two lengths are not those of the same whole number of blocks, the format has no quantizer, or a value is not
-/// finite or too large for the format.
+/// The two lengths are not those of the same whole number of blocks, or a value is not finite or too large for the
+/// format.
 pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
     check_lengths(kind, blocks.len(), values.len())?;
-    let quantize = kind.quantizer().ok_or_else(|| no_quantizer(kind))?;
     values
         .par_chunks(TASK_VALUES)
         .zip(blocks.par_chunks_mut(TASK_VALUES / kind.block_size() * kind.block_bytes()))
@@ -59,7 +59,7 @@ pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
         .try_for_each(|(task, (values, blocks))| {
             check_finite(values, task * TASK_VALUES)?;
             check_range(kind, values, task * TASK_VALUES)?;
-            quantize(values, blocks);
+            kind.quantize(values, blocks);
             Ok(())
         })
 }
@@ -110,13 +110,4 @@ fn check_lengths(kind: Kind, bytes: usize, values: usize) -> Result<()> {
         kind.block_size(),
         kind.block_bytes()
     )))
-}
-
-fn no_quantizer(kind: Kind) -> Error {
-    let known = Kind::ALL.iter().filter(|kind| kind.quantizer().is_some()).map(|kind| kind.name());
-    Error::input(format!(
-        "expected a format with a quantizer ({}), got {}",
-        known.collect::<Vec<_>>().join(", "),
-        kind.name()
-    ))
 }

@@ -3,6 +3,7 @@
 //! Bytes: s (low half) and m (high half) [16], codes [64], d [2], d' [2]. Each 32 bytes of codes hold 128 values: bits
 //! 2j, 2j + 1 of byte i hold value 32 j + i.
 
+use super::nested;
 use super::scales::half_at;
 
 /// Values in a block.
@@ -23,5 +24,21 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
                 *out = scale * f32::from((codes >> shift) & 3) - offset;
             }
         }
+    }
+}
+
+/// The best of several scales on both levels, by squared error.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let found = nested::affine::<16, 16>(values, 15.0, 3.0);
+        block.fill(0);
+        for group in 0..16 {
+            block[group] = found.scales[group] | found.offsets[group] << 4;
+        }
+        for (i, code) in found.codes.iter().enumerate() {
+            block[16 + i / 128 * 32 + i % 32] |= code << (i % 128 / 32 * 2);
+        }
+        block[80..82].copy_from_slice(&found.d.to_le_bytes());
+        block[82..84].copy_from_slice(&found.d_offset.to_le_bytes());
     }
 }

@@ -2,13 +2,16 @@
 //!
 //! Bytes: d [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
 use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 18;
+
+/// What codes stand for.
+type Grid = search::Integers<-8, 7>;
 
 /// w = d (q − 8).
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
@@ -26,8 +29,10 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
         let extreme = search::signed_extreme(values);
-        let (d, codes) = search::symmetric(values, extreme, -8, 7, &[-1.5, -1.0, -0.5, 0.5, 1.0]);
-        block[..2].copy_from_slice(&d.to_le_bytes());
+        let starts = [-8.0, -9.5, -9.0, -8.5, -7.5, -7.0].map(|lowest| extreme / lowest);
+        let d = search::symmetric::<Grid, BLOCK>(values, starts, search::half);
+        let codes = search::codes::<Grid, BLOCK>(values, d);
+        block[..2].copy_from_slice(&half_bytes(d));
         for i in 0..16 {
             block[2 + i] = (codes[i] + 8) as u8 | ((codes[i + 16] + 8) as u8) << 4;
         }

@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
 use super::search;
 
 /// Values in a block.
@@ -25,9 +25,10 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 /// The best of several scales and offsets; never worse than llama.cpp's reference.
 pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let (d, m, codes) = search::affine(values, 15);
-        block[..2].copy_from_slice(&d.to_le_bytes());
-        block[2..4].copy_from_slice(&m.to_le_bytes());
+        let (d, m) = search::affine(values, 15.0, false, search::half);
+        let codes = search::affine_codes(values, d, m, 15.0);
+        block[..2].copy_from_slice(&half_bytes(d));
+        block[2..4].copy_from_slice(&half_bytes(m));
         for i in 0..16 {
             block[4 + i] = codes[i] | codes[i + 16] << 4;
         }

@@ -2,13 +2,16 @@
 //!
 //! Bytes: d [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
 use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 22;
+
+/// What codes stand for.
+type Grid = search::Integers<-16, 15>;
 
 /// w = d (q − 16).
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
@@ -29,8 +32,10 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
         let extreme = search::signed_extreme(values);
-        let (d, codes) = search::symmetric(values, extreme, -16, 15, &[-1.5, -0.75, 0.5, 1.0]);
-        block[..2].copy_from_slice(&d.to_le_bytes());
+        let starts = [-16.0, -17.5, -16.75, -15.5, -15.0].map(|lowest| extreme / lowest);
+        let d = search::symmetric::<Grid, BLOCK>(values, starts, search::half);
+        let codes = search::codes::<Grid, BLOCK>(values, d);
+        block[..2].copy_from_slice(&half_bytes(d));
         pack_five_bits(&codes.map(|code| (code + 16) as u8), &mut block[2..]);
     }
 }

@@ -3,7 +3,7 @@
 //! Bytes: d [2], m [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
 use super::q5_0::pack_five_bits;
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
 use super::search;
 
 /// Values in a block.
@@ -29,9 +29,10 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 /// The best of several scales and offsets; never worse than llama.cpp's reference.
 pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let (d, m, codes) = search::affine(values, 31);
-        block[..2].copy_from_slice(&d.to_le_bytes());
-        block[2..4].copy_from_slice(&m.to_le_bytes());
+        let (d, m) = search::affine(values, 31.0, false, search::half);
+        let codes = search::affine_codes(values, d, m, 31.0);
+        block[..2].copy_from_slice(&half_bytes(d));
+        block[2..4].copy_from_slice(&half_bytes(m));
         pack_five_bits(&codes, &mut block[4..]);
     }
 }

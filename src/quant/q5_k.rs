@@ -3,7 +3,8 @@
 //! Bytes: d [2], d' [2], scales and offsets [12], fifth bits [32] (bit j of byte i for value 32 j + i), low 4 bits [128]
 //! laid out as in Q4_K.
 
-use super::scales::{half_at, scale_and_offset};
+use super::nested;
+use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -23,6 +24,21 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
                 let code = ((low >> (group % 2 * 4)) & 0x0f) | ((fifth >> group) & 1) << 4;
                 *out = scale * f32::from(code) - offset;
             }
+        }
+    }
+}
+
+/// The best of several scales on both levels, by squared error.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let found = nested::affine::<8, 32>(values, 63.0, 31.0);
+        block[..2].copy_from_slice(&found.d.to_le_bytes());
+        block[2..4].copy_from_slice(&found.d_offset.to_le_bytes());
+        pack_scales_and_offsets(&found.scales, &found.offsets, &mut block[4..16]);
+        block[16..].fill(0);
+        for (i, code) in found.codes.iter().enumerate() {
+            block[48 + i / 64 * 32 + i % 32] |= (code & 0x0f) << (i / 32 % 2 * 4);
+            block[16 + i % 32] |= (code >> 4) << (i / 32);
         }
     }
 }

@@ -4,7 +4,9 @@
 //! 0 to 63 in their low halves and 64 to 127 in their high ones; bits 2j, 2j + 1 of byte i of 32 hold the high bits of
 //! value 32 j + i.
 
+use super::nested;
 use super::scales::half_at;
+use super::search::Integers;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -26,5 +28,22 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
                 *out = scale * f32::from(code as i8 - 32);
             }
         }
+    }
+}
+
+/// The best of several scales on both levels, by squared error.
+pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
+    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
+        let found = nested::symmetric::<Integers<-32, 31>, 16, 16>(values, -128.0, (-32.0, 31.0));
+        block.fill(0);
+        for (i, code) in found.codes.iter().enumerate() {
+            let code = (code + 32) as u8;
+            block[i / 128 * 64 + i % 64] |= (code & 0x0f) << (i / 64 % 2 * 4);
+            block[128 + i / 128 * 32 + i % 32] |= (code >> 4) << (i % 128 / 32 * 2);
+        }
+        for (group, scale) in found.scales.iter().enumerate() {
+            block[192 + group] = *scale as u8;
+        }
+        block[208..210].copy_from_slice(&found.d.to_le_bytes());
     }
 }

@@ -2,13 +2,16 @@
 //!
 //! Bytes: d [2], codes [32].
 
-use super::scales::half_at;
+use super::scales::{half_at, half_bytes};
 use super::search;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 34;
+
+/// What codes stand for.
+type Grid = search::Integers<-127, 127>;
 
 /// w = d q.
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
@@ -24,8 +27,9 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
         let extreme = search::signed_extreme(values).abs();
-        let (d, codes) = search::symmetric(values, -extreme, -127, 127, &[]);
-        block[..2].copy_from_slice(&d.to_le_bytes());
+        let d = search::symmetric::<Grid, BLOCK>(values, [extreme / 127.0], search::half);
+        let codes = search::codes::<Grid, BLOCK>(values, d);
+        block[..2].copy_from_slice(&half_bytes(d));
         for i in 0..32 {
             block[2 + i] = codes[i] as u8;
         }

@@ -20,3 +20,18 @@ pub(super) fn scale_and_offset(packed: &[u8], group: usize) -> (u8, u8) {
     let low = packed[group + 4];
     ((low & 0x0f) | (packed[group - 4] >> 6) << 4, (low >> 4) | (packed[group] >> 6) << 4)
 }
+
+/// A number that half precision holds, as bytes.
+#[inline]
+pub(super) fn half_bytes(value: f32) -> [u8; 2] {
+    f16::from_f32(value).to_le_bytes()
+}
+
+/// Packs the 6-bit scales and offsets of the 8 groups of a Q4_K or Q5_K block: the inverse of [`scale_and_offset`].
+pub(super) fn pack_scales_and_offsets(scales: &[u8; 8], offsets: &[u8; 8], packed: &mut [u8]) {
+    for group in 0..4 {
+        packed[group] = scales[group] | (scales[group + 4] >> 4) << 6;
+        packed[group + 4] = offsets[group] | (offsets[group + 4] >> 4) << 6;
+        packed[group + 8] = (scales[group + 4] & 0x0f) | (offsets[group + 4] & 0x0f) << 4;
+    }
+}

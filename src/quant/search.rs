@@ -1,118 +1,159 @@
-//! The search for a block's scale: the least squared error over a few starting points, each refined by least squares.
+//! The search for a scale: the least squared error over a few starting points, each refined by least squares.
 //!
 //! The first starting point is that of llama.cpp's reference quantizer, codes are the nearest ones under the scale as it
-//! will be stored, and the best candidate is taken: so no block is worse than the reference's.
+//! will be stored, and the best candidate is taken: so no block of 32 is worse than the reference's.
 //!
-//! The shape of each loop is chosen so that it vectorizes on the baseline of the architecture; sums over a block are taken
-//! in one fixed order.
+//! The shape of each loop is chosen so that it vectorizes on the baseline of the architecture; sums are taken in one
+//! fixed order.
 
 use half::f16;
-
-/// Values in a block of the formats that search.
-const BLOCK: usize = 32;
 
 /// Adding and subtracting 1.5 · 2²³ rounds to the nearest integer, ties to even, where |x| < 2²².
 const ROUND: f32 = 12_582_912.0;
 
-fn nearest(value: f32) -> f32 {
+/// The nearest integer of a number below 2²² in magnitude.
+pub(super) fn nearest(value: f32) -> f32 {
     (value + ROUND) - ROUND
 }
 
-/// The scale d and codes q in `lowest..=highest` with w ≈ d q.
-///
-/// `extreme` is the value that `lowest` encodes at the first starting point; the others give it the codes
-/// `lowest + shift` for each of `shifts` (beyond `lowest` it is clipped, so that the others have finer steps).
-pub(super) fn symmetric(
-    values: &[f32; BLOCK],
-    extreme: f32,
-    lowest: i8,
-    highest: i8,
-    shifts: &[f32],
-) -> (f16, [i8; BLOCK]) {
-    let (lowest, highest) = (f32::from(lowest), f32::from(highest));
-    let mut best = (f32::INFINITY, f16::ZERO);
-    let mut consider = |d: f32| -> f32 {
-        let stored = f16::from_f32(d);
-        let fit = fit_symmetric(values, stored.to_f32(), lowest, highest);
-        if fit.error < best.0 {
-            best = (fit.error, stored);
-        }
-        fit.refined
-    };
-    if extreme != 0.0 {
-        let mut refined = consider(extreme / lowest);
-        for _ in 0..2 {
-            refined = consider(refined);
-        }
-        for shift in shifts {
-            let refined = consider(extreme / (lowest + shift));
-            consider(refined);
-        }
+/// The numbers that codes stand for, before the scale.
+pub(super) trait Codes {
+    /// The one nearest to `scaled`.
+    fn nearest(scaled: f32) -> f32;
+}
+
+/// The integers from `LOWEST` to `HIGHEST`.
+pub(super) struct Integers<const LOWEST: i32, const HIGHEST: i32>;
+
+impl<const LOWEST: i32, const HIGHEST: i32> Codes for Integers<LOWEST, HIGHEST> {
+    fn nearest(scaled: f32) -> f32 {
+        nearest(scaled.clamp(LOWEST as f32, HIGHEST as f32))
     }
-    let inverse = inverse(best.1.to_f32());
-    (best.1, values.map(|value| nearest((value * inverse).clamp(lowest, highest)) as i8))
 }
 
-struct Fit {
-    error: f32,
-    /// The best scale for these codes.
-    refined: f32,
+/// A number as half precision stores it.
+pub(super) fn half(value: f32) -> f32 {
+    f16::from_f32(value).to_f32()
 }
 
-fn fit_symmetric(values: &[f32; BLOCK], d: f32, lowest: f32, highest: f32) -> Fit {
+/// A candidate's squared error, and the scale that is best for its codes.
+pub(super) struct Fit {
+    /// The sum of the squared differences.
+    pub error: f32,
+    /// Σ w q, whose quotient by `squares` is the best scale.
+    pub products: f32,
+    /// Σ q².
+    pub squares: f32,
+}
+
+impl Fit {
+    fn refined(&self) -> f32 {
+        if self.squares > 0.0 { self.products / self.squares } else { 0.0 }
+    }
+}
+
+/// How well d q, with the nearest codes q, gives the values.
+pub(super) fn fit<C: Codes, const N: usize>(values: &[f32; N], d: f32) -> Fit {
     let inverse = inverse(d);
-    let (mut error, mut products, mut squares) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
+    let mut sums = [[0.0f32; 8]; 3];
     for values in values.as_chunks::<8>().0 {
         for lane in 0..8 {
-            let code = nearest((values[lane] * inverse).clamp(lowest, highest));
+            let code = C::nearest(values[lane] * inverse);
             let difference = values[lane] - d * code;
-            error[lane] += difference * difference;
-            products[lane] += values[lane] * code;
-            squares[lane] += code * code;
+            sums[0][lane] += difference * difference;
+            sums[1][lane] += values[lane] * code;
+            sums[2][lane] += code * code;
         }
     }
-    let squares: f32 = squares.iter().sum();
-    let refined = if squares > 0.0 { products.iter().sum::<f32>() / squares } else { 0.0 };
-    Fit { error: error.iter().sum(), refined }
+    let [error, products, squares] = sums.map(|lanes| lanes.iter().sum());
+    Fit { error, products, squares }
 }
 
-/// The scale d, offset m and codes q in `0..=highest` with w ≈ d q + m.
+/// The best scale d for w ≈ d q, as `store` keeps it, from the scales of `starts`.
+pub(super) fn symmetric<C: Codes, const N: usize>(
+    values: &[f32; N],
+    starts: impl IntoIterator<Item = f32>,
+    store: impl Fn(f32) -> f32,
+) -> f32 {
+    let mut best = (f32::INFINITY, 0.0);
+    for start in starts {
+        let mut candidate = start;
+        for _ in 0..3 {
+            let d = store(candidate);
+            let fit = fit::<C, N>(values, d);
+            if fit.error < best.0 {
+                best = (fit.error, d);
+            }
+            candidate = fit.refined();
+        }
+    }
+    best.1
+}
+
+/// The codes of the values under the scale d.
+pub(super) fn codes<C: Codes, const N: usize>(values: &[f32; N], d: f32) -> [i8; N] {
+    let inverse = inverse(d);
+    values.map(|value| C::nearest(value * inverse) as i8)
+}
+
+/// The best scale d and offset m for w ≈ d q + m, q in `0..=highest`, as `store` keeps both.
 ///
 /// The first starting point spans from the least to the greatest value; the others leave out a share of the span at both
-/// ends, or only at one.
-pub(super) fn affine(values: &[f32; BLOCK], highest: u8) -> (f16, f16, [u8; BLOCK]) {
-    let highest = f32::from(highest);
+/// ends, or only at one. With `below_zero`, m is zero or less.
+pub(super) fn affine<const N: usize>(
+    values: &[f32; N],
+    highest: f32,
+    below_zero: bool,
+    store: impl Fn(f32) -> f32,
+) -> (f32, f32) {
     let least = values.iter().copied().fold(f32::INFINITY, f32::min);
-    let span = values.iter().copied().fold(f32::NEG_INFINITY, f32::max) - least;
-    let mut best = (f32::INFINITY, f16::ZERO, f16::from_f32(least));
-    let mut consider = |d: f32, m: f32| -> (f32, f32) {
-        let stored = (f16::from_f32(d), f16::from_f32(m));
-        let (error, refined) = fit_affine(values, stored.0.to_f32(), stored.1.to_f32(), highest);
-        if error < best.0 {
-            best = (error, stored.0, stored.1);
-        }
-        refined
-    };
-    let mut refined = consider(span / highest, least);
-    for _ in 0..2 {
-        refined = consider(refined.0, refined.1);
-    }
-    for (below, above) in [(0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)] {
-        let mut refined = consider(span * (1.0 - below - above) / highest, least + span * below);
-        for _ in 0..2 {
-            refined = consider(refined.0, refined.1);
+    let least = if below_zero { least.min(0.0) } else { least };
+    let span = values.iter().copied().fold(f32::NEG_INFINITY, f32::max).max(least) - least;
+    let mut best = (f32::INFINITY, 0.0, store(least));
+    for (below, above) in [(0.0, 0.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)] {
+        let mut candidate = (span * (1.0 - below - above) / highest, least + span * below);
+        for _ in 0..3 {
+            let (d, m) = (store(candidate.0), store(candidate.1));
+            let fit = fit_affine(values, d, m, highest);
+            if fit.error < best.0 {
+                best = (fit.error, d, m);
+            }
+            candidate = fit.refined(below_zero);
         }
     }
-    let (d, m) = (best.1.to_f32(), best.2.to_f32());
-    let inverse = inverse(d);
-    (best.1, best.2, values.map(|value| nearest(((value - m) * inverse).clamp(0.0, highest)) as u8))
+    (best.1, best.2)
 }
 
-/// The squared error under (d, m), and the best (d, m) for the codes found there.
-fn fit_affine(values: &[f32; BLOCK], d: f32, m: f32, highest: f32) -> (f32, (f32, f32)) {
+/// A candidate's squared error, and the sums from which the best scale and offset for its codes follow.
+struct AffineFit {
+    error: f32,
+    codes: f32,
+    squares: f32,
+    products: f32,
+    values: f32,
+    count: f32,
+    at: f32,
+}
+
+impl AffineFit {
+    fn refined(&self, below_zero: bool) -> (f32, f32) {
+        let d = self.at;
+        let determinant = self.count * self.squares - self.codes * self.codes;
+        if determinant <= 0.0 {
+            return (d, self.values / self.count - d * self.codes / self.count); // one code for all: the offset follows
+        }
+        let refined = (self.count * self.products - self.codes * self.values) / determinant;
+        let offset = (self.values - refined * self.codes) / self.count;
+        if below_zero && offset > 0.0 {
+            return (if self.squares > 0.0 { self.products / self.squares } else { d }, 0.0);
+        }
+        (refined, offset)
+    }
+}
+
+fn fit_affine<const N: usize>(values: &[f32; N], d: f32, m: f32, highest: f32) -> AffineFit {
     let inverse = inverse(d);
-    let mut sums = [[0.0f32; 8]; 4]; // of squared errors, codes, squared codes, offsets from m times codes
-    let mut offsets = [0.0f32; 8];
+    let mut sums = [[0.0f32; 8]; 5];
     for values in values.as_chunks::<8>().0 {
         for lane in 0..8 {
             let value = values[lane];
@@ -121,26 +162,26 @@ fn fit_affine(values: &[f32; BLOCK], d: f32, m: f32, highest: f32) -> (f32, (f32
             sums[0][lane] += difference * difference;
             sums[1][lane] += code;
             sums[2][lane] += code * code;
-            sums[3][lane] += (value - m) * code;
-            offsets[lane] += value - m;
+            sums[3][lane] += value * code;
+            sums[4][lane] += value;
         }
     }
-    let [error, codes, squares, products] = sums.map(|lanes| lanes.iter().sum::<f32>());
-    let offset = offsets.iter().sum::<f32>();
-    let count = BLOCK as f32;
-    let determinant = count * squares - codes * codes;
-    if determinant <= 0.0 {
-        return (error, (d, m + offset / count)); // one code for all: only the offset can follow
-    }
-    let refined = (count * products - codes * offset) / determinant;
-    (error, (refined, m + (offset - refined * codes) / count))
+    let [error, codes, squares, products, values] = sums.map(|lanes| lanes.iter().sum());
+    AffineFit { error, codes, squares, products, values, count: N as f32, at: d }
 }
 
-fn inverse(d: f32) -> f32 {
+/// The codes of the values under scale d and offset m.
+pub(super) fn affine_codes<const N: usize>(values: &[f32; N], d: f32, m: f32, highest: f32) -> [u8; N] {
+    let inverse = inverse(d);
+    values.map(|value| nearest(((value - m) * inverse).clamp(0.0, highest)) as u8)
+}
+
+/// 1 / d, and 0 for 0.
+pub(super) fn inverse(d: f32) -> f32 {
     if d == 0.0 { 0.0 } else { 1.0 / d }
 }
 
 /// The value with the greatest magnitude, with its sign; the first of equal ones.
-pub(super) fn signed_extreme(values: &[f32; BLOCK]) -> f32 {
+pub(super) fn signed_extreme(values: &[f32]) -> f32 {
     values.iter().copied().fold(0.0f32, |extreme, value| if value.abs() > extreme.abs() { value } else { extreme })
 }

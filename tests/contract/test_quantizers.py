@@ -12,7 +12,7 @@ from ftkit.errors import InputError
 
 pytestmark = pytest.mark.contract
 
-SIZES = {name: (size, nbytes) for name, size, nbytes, quantizes in _core.quant_formats() if quantizes}
+SIZES = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 KINDS = sorted(SIZES)
 
 
@@ -72,6 +72,41 @@ def test_the_search_pays(kind: str, share: float) -> None:
     assert ours <= share * theirs
 
 
+# the root mean square error on normal weights that a good quantizer reaches, in standard deviations
+NORMAL_ERROR = {
+    "q2_k": 0.27,
+    "q3_k": 0.148,
+    "q4_k": 0.072,
+    "q5_k": 0.0355,
+    "q6_k": 0.0172,
+    "iq4_nl": 0.0745,
+    "iq4_xs": 0.075,
+}
+
+
+@pytest.mark.parametrize("kind", NORMAL_ERROR)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_formats_without_a_reference_reach_their_error(kind: str, scale: float) -> None:
+    values = (np.random.default_rng(3).standard_normal((32, 1024)) * scale).astype(np.float32)
+    error = np.sqrt(squared_errors(values, round_trip(kind, values)).sum() / values.size)
+    assert error <= NORMAL_ERROR[kind] * scale * (1 + 2e-2 * (scale < 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["heavy", "shifted", "sparse", "one", "signed"])
+def test_no_kind_of_weights_breaks_a_format(kind: str, shape: str) -> None:
+    generator = np.random.default_rng(9)
+    values = {
+        "heavy": lambda: generator.standard_t(2, (5, 512)),
+        "shifted": lambda: -3 + generator.standard_normal((5, 512)) * 0.1,
+        "sparse": lambda: generator.standard_normal((5, 512)) * (generator.random((5, 512)) < 0.02),
+        "one": lambda: np.eye(5, 512) * 100,
+        "signed": lambda: np.abs(generator.standard_normal((5, 512))),
+    }[shape]().astype(np.float32)
+    error = np.sqrt(squared_errors(values, round_trip(kind, values)).sum() / (values**2).sum())
+    assert error <= {"q2_k": 0.35, "q3_k": 0.2}.get(kind, 0.15)
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
 def test_floats_are_rounded_as_the_gguf_package_does(kind: str) -> None:
     generator = np.random.default_rng(5)
@@ -84,7 +119,7 @@ def test_floats_are_rounded_as_the_gguf_package_does(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, -7.25, 65504.0])
 def test_constant_blocks_keep_their_value(kind: str, value: float) -> None:
-    values = np.full((1, 64), value, dtype=np.float32)
+    values = np.full((1, 512), value, dtype=np.float32)
     restored = round_trip(kind, values)
     assert np.abs(restored - values).max() <= abs(value) * 2e-3 + 6e-8  # the least half-precision number
 
@@ -92,7 +127,7 @@ def test_constant_blocks_keep_their_value(kind: str, value: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_by_place(kind: str, value: float) -> None:
-    values = torch.zeros(64)
+    values = torch.zeros(512)
     values[37] = value
     with pytest.raises(InputError, match=r"expected finite values, got .* at index 37"):
         quantize(kind, values)
@@ -100,7 +135,7 @@ def test_values_that_are_not_finite_are_refused_by_place(kind: str, value: float
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "f32"])
 def test_values_beyond_the_formats_range_are_refused(kind: str) -> None:
-    values = torch.zeros(64)
+    values = torch.zeros(512)
     values[5] = 3.4e38
     with pytest.raises(InputError, match=r"expected values of at most .* at index 5"):
         quantize(kind, values)
@@ -108,5 +143,5 @@ def test_values_beyond_the_formats_range_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_value_types_of_torch_give_the_same_blocks(kind: str) -> None:
-    values = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    values = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(quantize(kind, values), quantize(kind, values.float()))
