@@ -36,7 +36,7 @@ _OPTIONS: dict[str, tuple[str, type, str]] = {
     "evaluation_split": ("evaluation.split", float, "Share of the rows that is held out."),
     "evaluation_data": ("evaluation.path", str, "A file of held-out rows."),
     "name": ("output.name", str, "The run's name."),
-    "runs_dir": ("output.runs_dir", str, "The directory of runs [default: runs]."),
+    "runs_dir": ("output.runs_dir", str, "The directory of runs (default: runs)."),
     "seed": ("training.seed", int, "Seed of order, first weights and dropout."),
     "threads": ("training.threads", int, "Processor threads."),
 }

@@ -55,7 +55,10 @@ def show(name: str, runs_dir: RunsDir = "runs", json: Json = False) -> None:
         config, _ = toml.read_file(run.config)
         print_json({**found, "config": config, "result": run.finished(), "warnings": warnings})
         return
-    _table(["", run.name], [[key, str(value)] for key, value in found.items() if key != "run"])
+    shown = {**found, "started": history.age(found["started"]), "bytes": _size(found["bytes"])}
+    _table(
+        ["", run.name], [[key, "–" if value is None else str(value)] for key, value in shown.items() if key != "run"]
+    )
     for event in warnings:
         print(f"{event['event']}: {event['message']}")
     print(f"\n{run.config.read_text(encoding='utf-8')}\nreport: {run.report}")

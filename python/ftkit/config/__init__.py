@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 from ftkit import plugins
 from ftkit.config import toml
-from ftkit.config.fields import Problem, nearest, option, read, shown, table_of
+from ftkit.config.settings import Problem, nearest, option, read, shown, table_of
 from ftkit.errors import InputError
 
 __all__ = [

@@ -45,6 +45,12 @@ class Recorder(TorchDispatchMode):
         self._current = CATEGORIES.index("other")
         self._living: dict[int, int] = {}  # address of torch's storage object → storage
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return (
+            False  # skipping it would import the compiler, three seconds and 150 MB, for nothing that is compiled here
+        )
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -6,10 +6,14 @@ checkpoints/step-000100/                                 adapter/       the resu
 result.json     what `train` returned, once it is done
 """
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,24 +114,57 @@ def fresh_name(config: RunConfig) -> str:
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
-def create(config: RunConfig, *, overwrite: bool) -> RunDirectory:
-    """An empty run directory with the resolved configuration in it.
+def expected(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
+    """Where the run will be, once it is clear that it may: nothing is written yet.
 
-    Raises InputError when the run exists and must not be overwritten, or when the place cannot be written to.
+    Raises InputError when a run is there that should not be, or none that should, or the place refuses.
     """
     assert config.output.name is not None
-    run = named(config.output.runs_dir, config.output.name)
-    if run.path.exists() and any(run.path.iterdir() if run.path.is_dir() else [run.path]):
-        if not overwrite:
-            raise InputError(
-                f"{run.path}: expected no such run, got one that exists",
-                "--resume continues it, --overwrite replaces it, --name gives this one another name",
-            )
-        if not run.config.is_file():
-            raise InputError(f"{run.path}: expected a run to overwrite, got something else that is not ours to delete")
-        with files.disk_errors(run.path):
-            shutil.rmtree(run.path)
+    runs_dir, name = config.output.runs_dir, config.output.name
+    if resume:
+        return existing(runs_dir, name)
+    run = named(runs_dir, name)
     with files.disk_errors(run.path):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-    files.write_text(run.config, config.to_toml())
+        taken = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
+    if taken and not overwrite:
+        raise InputError(
+            f"{run.path}: expected no such run, got one that exists",
+            "--resume continues it, --overwrite replaces it, --name gives this one another name",
+        )
+    if taken and not run.config.is_file():
+        raise InputError(f"{run.path}: expected a run to overwrite, got something that is not ours to delete")
+    above = next(path for path in (run.path, *run.path.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        kind = "a file" if above.is_file() else "one without the right to write"
+        raise InputError(f"{run.path}: expected {above} to be a directory to write to, got {kind}", "see --runs-dir")
     return run
+
+
+def create(run: RunDirectory, config: RunConfig) -> None:
+    """An empty run directory with the resolved configuration in it, in place of what was there."""
+    if run.config.exists():
+        with claim(run):
+            pass
+    with files.disk_errors(run.path):
+        if run.path.exists():
+            shutil.rmtree(run.path)
+        run.checkpoints.mkdir(parents=True)
+    files.write_text(run.config, config.to_toml())
+
+
+@contextmanager
+def claim(run: RunDirectory) -> Iterator[None]:
+    """Keeps other processes from training the same run; ends with the process, however it ends.
+
+    Raises InputError when another has it.
+    """
+    with files.disk_errors(run.path):
+        file = (run.path / ".claim").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run.path}: expected a run that nobody is training, got one that another process has"
+            ) from None
+        yield

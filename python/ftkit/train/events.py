@@ -62,8 +62,9 @@ def read(path: Path) -> list[Event]:
 
 
 def rewind(path: Path, step: int) -> list[Event]:
-    """Drops what came after `step` (a checkpoint), so that a resumed run tells it once; what is left."""
-    kept = [event for event in read(path) if event.get("step", 0) <= step and event["event"] not in _ENDS]
+    """Drops what came after `step` (a checkpoint; 0: there is none), so that a resumed run tells it once; the rest."""
+    events = read(path) if step else []
+    kept = [event for event in events if event.get("step", 0) <= step and event["event"] not in _ENDS]
     files.write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
     return kept
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftkit.config import toml
 from ftkit.errors import InputError
-from ftkit.train import checkpoint, events
+from ftkit.train import checkpoints, events
 from ftkit.train.directory import RunDirectory
 
 
@@ -34,14 +34,14 @@ def summary(run: RunDirectory) -> dict[str, Any]:
         "model": table.get("model", {}).get("source"),
         "data": table.get("data", {}).get("path"),
         "method": table.get("method", {}).get("name"),
-        "checkpoints": len(checkpoint.every(run.checkpoints)),
+        "checkpoints": len(checkpoints.every(run.checkpoints)),
         "bytes": sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()),
     }
 
 
 def settings_that_differ(runs: Sequence[RunDirectory]) -> dict[str, list[Any]]:
     """Every key of the configurations on which the runs do not agree, with its value in each (None: absent)."""
-    tables = [_flat(toml.read_file(run.config)[0]) for run in runs]
+    tables = [flat(toml.read_file(run.config)[0]) for run in runs]
     keys = sorted(set().union(*tables) - {"output.name"})
     values = {key: [table.get(key) for table in tables] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
@@ -58,9 +58,9 @@ def prune(runs: Sequence[RunDirectory], keep: int) -> tuple[list[Path], int]:
     for run in runs:
         if run.finished() is None:
             continue
-        for path in checkpoint.every(run.checkpoints)[: -keep or None]:
+        for path in checkpoints.every(run.checkpoints)[: -keep or None]:
             freed += sum(inside.stat().st_size for inside in path.rglob("*") if inside.is_file())
-            checkpoint.remove(path)
+            checkpoints.remove(path)
             removed.append(path)
     return removed, freed
 
@@ -76,8 +76,9 @@ def _state(found: Sequence[events.Event]) -> str:
     return last if last in ends else "unfinished"
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

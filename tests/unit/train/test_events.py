@@ -45,3 +45,4 @@ def test_winding_back_keeps_what_was_before_the_checkpoint(tmp_path: Path) -> No
     ]
     assert [event["step"] for event in read(path)] == [0, 1, 2, 3]
     assert rewind(tmp_path / "none", 3) == []
+    assert rewind(path, 0) == read(path) == []

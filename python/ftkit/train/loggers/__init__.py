@@ -15,18 +15,20 @@ from ftkit.errors import InputError
 METRICS = {"step": ("loss", "learning_rate", "gradient_norm", "tokens_per_second"), "evaluation": ("loss",)}
 
 
-def open_all(names: Sequence[str], run: str, folder: Path, config: dict[str, Any]) -> list[Callable[[Any], None]]:
-    """The listeners of the named services. Raises InputError for one that is unknown or not installed."""
-    opened = []
+def check(names: Sequence[str]) -> None:
+    """Raises InputError for a service that is unknown or not installed."""
     for name in names:
-        plugin: Any = plugins.load("train.loggers", name)
-        if importlib.util.find_spec(plugin.PACKAGE) is None:
+        package: str = plugins.load("train.loggers", name).PACKAGE
+        if importlib.util.find_spec(package) is None:
             raise InputError(
-                f"output.loggers: expected the package {plugin.PACKAGE!r} to be installed for {name!r}, got none",
-                f"uv pip install {plugin.PACKAGE}",
+                f"output.loggers: expected the package {package!r} to be installed for {name!r}, got none",
+                f"uv pip install {package}",
             )
-        opened.append(plugin.open(run, folder, config))
-    return opened
+
+
+def open_all(names: Sequence[str], run: str, folder: Path, config: dict[str, Any]) -> list[Callable[[Any], None]]:
+    """The listeners of the named services."""
+    return [plugins.load("train.loggers", name).open(run, folder, config) for name in names]
 
 
 def metrics(event: dict[str, Any]) -> dict[str, float]:
