@@ -5,6 +5,7 @@ Rope scaling is metadata for `linear` and `yarn`, and a tensor of factors for `l
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ _KEYS = [
 ]
 
 
-def architecture(config: dict[str, Any]) -> str:
+def architecture(config: Mapping[str, Any]) -> str:
     """GGUF's name of the architecture. Raises InputError for a family that is not written."""
     family = config.get("model_type", "")
     if family not in ARCHITECTURES:
@@ -40,7 +41,7 @@ def architecture(config: dict[str, Any]) -> str:
     return ARCHITECTURES[family]
 
 
-def entries(config: dict[str, Any]) -> list[Entry]:
+def entries(config: Mapping[str, Any]) -> list[Entry]:
     """The metadata of the architecture in `config` (the content of `config.json`)."""
     name = architecture(config)
     config = {"num_key_value_heads": config.get("num_attention_heads"), **config}
@@ -59,13 +60,13 @@ def entries(config: dict[str, Any]) -> list[Entry]:
     return found + _rope(name, config)
 
 
-def head_size(config: dict[str, Any]) -> int:
+def head_size(config: Mapping[str, Any]) -> int:
     """Values of one attention head."""
     size: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return size
 
 
-def rope_factors(config: dict[str, Any]) -> Tensor | None:
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     """The factors by which Llama 3 divides its rotation frequencies, [head_size / 2]; None for other scalings.
 
     Frequencies whose wavelength is beyond the original context are divided by `factor`, those well inside it are kept,
@@ -83,7 +84,7 @@ def rope_factors(config: dict[str, Any]) -> Tensor | None:
     return factors.float()
 
 
-def _rope(name: str, config: dict[str, Any]) -> list[Entry]:
+def _rope(name: str, config: Mapping[str, Any]) -> list[Entry]:
     rope = _rope_settings(config)
     found: list[Entry] = [(f"{name}.rope.freq_base", "f32", float(rope["rope_theta"]))]
     match rope.get("rope_type"):
@@ -111,7 +112,7 @@ def _rope(name: str, config: dict[str, Any]) -> list[Entry]:
     return found
 
 
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), as the former."""
     settings = {"rope_theta": config.get("rope_theta", 10_000.0)}
     settings |= config.get("rope_scaling") or {}

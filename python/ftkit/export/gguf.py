@@ -1,0 +1,127 @@
+"""A GGUF file: for llama.cpp and what is built on it, and for ftkit itself.
+
+Weights get the block formats of the type (see `_gguf_types`), and llama.cpp's names and layout. Metadata and tokenizer
+of a model that comes from a GGUF file are carried over as they are, and so are its blocks where format and weights are
+unchanged: exporting a file to its own type gives back the same bits. `--type source` keeps every tensor's format.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftkit._core import GgufFile, GgufWriter, quant_formats
+from ftkit.errors import InputError
+from ftkit.export import Material, _gguf_architecture, _gguf_tokenizer, _gguf_types
+from ftkit.export._gguf_names import gguf_layout, gguf_name
+
+TYPES = ("source", *_gguf_types.TYPES)
+DEFAULT_TYPE = "f16"
+
+Entry = tuple[str, str, Any]
+# llama.cpp's version of its block formats
+_QUANTIZATION_VERSION = 2
+_FORMATS = {name: (size, nbytes) for name, size, nbytes in quant_formats()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A tensor of the file."""
+
+    name: str
+    form: str
+    tensor: Tensor
+    unchanged: bool
+    """Whether the source file has the same blocks."""
+
+
+def write(material: Material, out: Path, kind: str) -> list[str]:
+    """Writes the model to the file `out`, which appears whole or not at all.
+
+    Raises InputError for a family, tokenizer or weight that GGUF cannot hold.
+    """
+    source = GgufFile(material.path) if material.path.suffix == ".gguf" else None
+    if kind == "source" and source is None:
+        raise InputError("--type source: expected a model from a GGUF file, got one from safetensors", "name a type")
+    plan = list(_plan(material, source, kind))
+    entries = [(planned.name, tuple(planned.tensor.shape), planned.form) for planned in plan]
+    writer = GgufWriter(out, _metadata(material, source, kind), entries)
+    for planned in plan:
+        if source is not None and planned.unchanged:
+            size, nbytes = _FORMATS[planned.form]
+            blocks = torch.empty(planned.tensor.numel() // size * nbytes, dtype=torch.uint8)
+            source.read_blocks(planned.name, blocks)
+            writer.write_blocks(planned.name, blocks)
+        else:
+            writer.write(planned.name, planned.tensor.detach().cpu().contiguous())
+    writer.finish()
+    return _remarks(plan, kind)
+
+
+def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_Planned]:
+    """The tensors of the file, in the order of its data: embeddings, layers, output."""
+    config = material.config
+    architecture = _gguf_architecture.architecture(config)
+    heads = config["num_attention_heads"]
+    key_value_heads = config.get("num_key_value_heads") or heads
+    old = {name: (shape, form) for name, shape, form in source.tensors} if source else {}
+    mixture = None if kind == "source" else _gguf_types.mixture(kind)
+
+    def planned(name: str, tensor: Tensor, changed: bool) -> _Planned:
+        shape = tuple(tensor.shape)
+        if mixture is None:
+            form = old[name][1] if name in old else "f32" if tensor.dim() < 2 else "f16"
+        else:
+            form = _gguf_types.block_format(name, shape, config["num_hidden_layers"], mixture)
+        return _Planned(name=name, form=form, tensor=tensor, unchanged=not changed and old.get(name) == (shape, form))
+
+    embeddings = material.tensors["model.embed_tokens.weight"]
+    for name, tensor in material.tensors.items():
+        tied = name == "lm_head.weight" and tensor.data_ptr() == embeddings.data_ptr()
+        if not tied:  # GGUF takes the embeddings where there is no output matrix
+            laid_out = gguf_layout(name, tensor, architecture, heads, key_value_heads)
+            yield planned(gguf_name(name), laid_out, name in material.changed)
+    factors = _gguf_architecture.rope_factors(config)
+    if source is not None and "rope_freqs.weight" in old:
+        factors = torch.empty(old["rope_freqs.weight"][0])
+        source.read("rope_freqs.weight", factors)
+    if factors is not None:
+        yield planned("rope_freqs.weight", factors, False)
+
+
+def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[Entry]:
+    """The file's metadata: the source's own, or made from `config.json` and the tokenizer's files."""
+    file_type: list[Entry] = []
+    if kind != "source":
+        file_type = [("general.file_type", "u32", _gguf_types.mixture(kind).file_type)]
+    own = [*file_type, ("general.quantization_version", "u32", _QUANTIZATION_VERSION)]
+    if source is not None:
+        types = source.metadata_types
+        replaced = {"general.alignment", *(key for key, _, _ in own)}
+        return [(key, types[key], value) for key, value in source.metadata.items() if key not in replaced] + own
+    return [
+        ("general.architecture", "string", _gguf_architecture.architecture(material.config)),
+        ("general.type", "string", "model"),
+        ("general.name", "string", material.path.resolve().name),
+        *own,
+        *_gguf_architecture.entries(material.config),
+        *_gguf_tokenizer.entries(
+            material.path, material.tensors["model.embed_tokens.weight"].shape[0], material.template
+        ),
+    ]
+
+
+def _remarks(plan: list[_Planned], kind: str) -> list[str]:
+    """Formats that differ from the type's because rows don't divide into its blocks."""
+    if kind == "source":
+        return []
+    base = _gguf_types.mixture(kind).base
+    size = _FORMATS[base][0]
+    odd = [planned for planned in plan if planned.tensor.dim() > 1 and planned.tensor.shape[-1] % size != 0]
+    if not odd:
+        return []
+    forms = sorted({planned.form for planned in odd})
+    return [f"{len(odd)} of {len(plan)} weights have rows that don't divide by {size}: {', '.join(forms)} for {base}"]
