@@ -1,6 +1,6 @@
 """The Rust core, as Python sees it. `just check` holds this file against the module (stubtest)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, final
 
@@ -76,3 +76,97 @@ def quantize(kind: str, values: Tensor, out: Tensor) -> None:
 
 def dequantize(kind: str, blocks: Tensor, out: Tensor) -> None:
     """Writes the values of `blocks` (uint8, of the format `kind`) to `out` (float32)."""
+
+# text
+
+@final
+class Tokenizer:
+    """A model's tokenizer: text to ids and back. Nothing is added in front of or behind a text."""
+
+    @staticmethod
+    def from_dir(path: str | PathLike[str]) -> Tokenizer:
+        """The tokenizer of a model's directory: `tokenizer.json`, with the small files that say more about it."""
+    @staticmethod
+    def from_gguf(path: str | PathLike[str]) -> Tokenizer:
+        """The tokenizer rebuilt from a GGUF file's metadata."""
+    def encode(self, text: str, specials: bool = True) -> list[int]:
+        """The ids of `text`; without `specials`, a special token's text is text like any other."""
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; ids beyond the vocabulary have none."""
+    def stream(self) -> StreamDecoder:
+        """A decoder that takes ids one at a time."""
+    def id_of(self, token: str) -> int | None: ...
+    def token_of(self, id: int) -> str | None: ...
+    def is_special(self, id: int) -> bool: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids at which generation stops, ascending: the end of a sequence and those of a turn."""
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+    @property
+    def hash(self) -> str:
+        """blake3, in hex, of all that decides the ids."""
+    def save(self, path: str | PathLike[str], template: ChatTemplate | None = None) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` for transformers' AutoTokenizer."""
+
+@final
+class StreamDecoder:
+    """Text from ids as they come: never half a character; special tokens are skipped."""
+
+    def push(self, id: int) -> str:
+        """Takes the next id; gives the text that is certain now."""
+    def finish(self) -> str:
+        """What is left when no id follows."""
+
+@final
+class ChatTemplate:
+    """A model's chat template, rendered as transformers' `apply_chat_template` does, within limits."""
+
+    @staticmethod
+    def from_dir(path: str | PathLike[str]) -> ChatTemplate | None:
+        """The template of a model's directory; None for a model that has none."""
+    @staticmethod
+    def from_gguf(path: str | PathLike[str]) -> ChatTemplate | None:
+        """The template in a GGUF file's metadata; None for a file that has none."""
+    @staticmethod
+    def from_source(source: str, bos_token: str | None = None, eos_token: str | None = None) -> ChatTemplate: ...
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **extra: Any,
+    ) -> str:
+        """The text of a conversation. Raises InputError with what the template raises and its line."""
+    @property
+    def source(self) -> str: ...
+    @property
+    def hash(self) -> str:
+        """blake3, in hex, of all that decides the text."""
+
+def encode_conversation(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    train_on: str = "assistant",
+    **extra: Any,
+) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation, and which are trained on: those of the assistant's turns, of the `last`, or `all`.
+
+    Special-token text inside a message stays text. Raises InputError when a turn's tokens cannot be proven.
+    """
+
+def encode_prompt(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **extra: Any,
+) -> list[int]:
+    """The ids that ask for the assistant's next turn. Special-token text inside a message stays text."""

@@ -1,1 +1,26 @@
-//! Chat templates, tokenizers and loss masks.
+//! Chat templates, tokenizers and loss masks: the same code for training and for serving.
+//!
+//! A conversation becomes text by the model's own [`Template`], the text becomes ids by its [`Tokenizer`], and
+//! [`encode_conversation`] says which of them are trained on. Special-token text inside a message stays text: only
+//! what the template itself writes is parsed as special tokens.
+
+mod added;
+mod clock;
+mod conversation;
+mod decode;
+mod directory;
+mod encode;
+mod json;
+mod limits;
+mod provenance;
+mod python;
+mod template;
+mod tokenizer;
+mod vocabulary;
+
+pub use conversation::{Conversation, TrainOn};
+pub use decode::StreamDecoder;
+pub use encode::{Encoded, encode_conversation, encode_prompt};
+pub use json::parse as parse_json;
+pub use template::Template;
+pub use tokenizer::{Specials, Tokenizer};
