@@ -13,15 +13,16 @@ called `Config`; so adding one needs no edit here. Unknown keys, wrong types and
 reported together with the lines they stand on.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ftkit import plugins
 from ftkit.config import toml
-from ftkit.config.settings import Problem, nearest, option, read, shown, table_of
+from ftkit.config.fields import Problem, nearest, option, read, shown, table_of
 from ftkit.errors import InputError
 
 __all__ = [
@@ -189,7 +190,7 @@ class RunConfig:
     ) -> Self:
         """The configuration in a nested table; `where` and `lines` say in messages where its keys stand."""
         problems: list[Problem] = []
-        known = {section.name for section in fields(cls)}
+        known = {section.name for section in dataclasses.fields(cls)}
         for key in table:
             if key not in known:
                 problems.append(Problem(path=(key,), message=f"unknown section{nearest(key, known)}"))
@@ -208,7 +209,7 @@ class RunConfig:
         for name in _CHOICES:
             choice: Choice = getattr(self, name)
             table[name] = {"name": choice.name, **choice.options}
-        return {section.name: table[section.name] for section in fields(self)}
+        return {section.name: table[section.name] for section in dataclasses.fields(self)}
 
     def resolved(self) -> Self:
         """The same configuration, checked, with every option of its plugins filled in."""

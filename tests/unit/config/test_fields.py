@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.config import option
-from ftkit.config.settings import Problem, read, table_of
+from ftkit.config.fields import Problem, read, table_of
 
 pytestmark = pytest.mark.unit
 
