@@ -1,0 +1,163 @@
+"""A linear layer over a ragged batch: a frozen weight, and adapters that change what it does for their rows.
+
+    y = x Wᵀ + b                                    rows without an adapter
+    y = adapter.forward(x, W) + b                   rows of one adapter
+    y = x Wᵀ + b, then y[rows] += s (x[rows] Aᵀ) Bᵀ   where adapters meet in a batch and are LoRAs
+
+`Weight` and `Adapter` are the two protocols in which quantization schemes and finetuning methods meet without knowing
+each other.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ftkit.nn.routes import Routes
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """The matrix W [out, in] of a linear layer, stored in whatever way."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+
+    @property
+    def nbytes(self) -> int:
+        """What is stored, in bytes."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [rows, in] to x Wᵀ [rows, out] in x's dtype; differentiable in x."""
+
+    def matmul_transposed(self, dy: Tensor) -> Tensor:
+        """dy [rows, out] to dy W [rows, in] in dy's dtype: the gradient of `matmul` in x."""
+
+    def dense(self) -> Tensor:
+        """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""
+
+    def replace_dense(self, dense: Tensor) -> "Weight":
+        """A weight stored in the same way that holds `dense` as nearly as that way can."""
+
+
+class DenseWeight(nn.Module):
+    """W as a plain tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = nn.Parameter(tensor, requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.nbytes
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [rows, in] to [rows, out]."""
+        return functional.linear(x, self.tensor)
+
+    def matmul_transposed(self, dy: Tensor) -> Tensor:
+        """dy [rows, out] to [rows, in]."""
+        return dy @ self.tensor
+
+    def dense(self) -> Tensor:
+        """The tensor itself."""
+        return self.tensor.detach()
+
+    def replace_dense(self, dense: Tensor) -> "DenseWeight":
+        """A dense weight of these values."""
+        return DenseWeight(dense.to(self.tensor.dtype))
+
+
+class Adapter(Protocol):
+    """What a finetuning method puts on a linear layer."""
+
+    bias: Tensor | None
+    """A bias [out] in place of the layer's own, or None."""
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [rows, in] to the adapted layer's output [rows, out], without bias."""
+
+    def merged(self, weight: Weight) -> Tensor:
+        """The dense [out, in] that does what the adapter does on `weight`."""
+
+    def as_lora(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A [rank, in], B [out, rank], scale) with forward(x) = x Wᵀ + scale (x Aᵀ) Bᵀ right now, or None."""
+
+
+class Linear(nn.Module):
+    """A linear layer under its published name, with its adapters by id."""
+
+    weight: Weight
+
+    def __init__(self, name: str, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.weight.shape
+
+    def adapter(self, adapter_id: int) -> Adapter | None:
+        """The adapter of that id on this layer, or None."""
+        key = str(adapter_id)
+        return self.adapters[key] if key in self.adapters else None  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, routes: Routes) -> Tensor:
+        """x [T, in] to [T, out]; `routes` says which rows are under which adapter."""
+        if not self.adapters:
+            return self._base(x)
+        if routes.single is not None:
+            return self._under(routes.single, x)
+        return self._mixed(x, routes)
+
+    def _base(self, x: Tensor) -> Tensor:
+        y = self.weight.matmul(x)
+        return y if self.bias is None else y + self.bias
+
+    def _under(self, adapter_id: int, x: Tensor) -> Tensor:
+        """All rows under one adapter."""
+        adapter = self.adapter(adapter_id)
+        if adapter is None:
+            return self._base(x)
+        y = adapter.forward(x, self.weight)
+        bias = self.bias if adapter.bias is None else adapter.bias
+        return y if bias is None else y + bias
+
+    def _mixed(self, x: Tensor, routes: Routes) -> Tensor:
+        """Rows under several adapters: one matmul of the base, and each adapter's part on its rows."""
+        found = [(rows, self.adapter(adapter_id), adapter_id) for adapter_id, rows in routes.parts]
+        loras = [(rows, None if adapter is None else adapter.as_lora()) for rows, adapter, _ in found]
+        plain = all(
+            adapter is None or (lora is not None and adapter.bias is None)
+            for (_, adapter, _), (_, lora) in zip(found, loras, strict=True)
+        )
+        if not plain:
+            parts = [self._under(adapter_id, x[rows]) for rows, _, adapter_id in found]
+            return torch.cat(parts).index_select(0, routes.back.to(x.device))
+        y = self._base(x)
+        for rows, lora in loras:
+            if lora is not None:
+                a, b, scale = (lora[0].to(x.dtype), lora[1].to(x.dtype), lora[2])
+                delta = functional.linear(functional.linear(x[rows], a), b) * scale
+                y = _add(y, rows, delta)
+        return y
+
+
+def _add(y: Tensor, rows: slice | Tensor, delta: Tensor) -> Tensor:
+    """y with delta added to its rows, in place: nothing else refers to a matmul's fresh output."""
+    if isinstance(rows, slice):
+        y[rows] += delta
+        return y
+    return y.index_add_(0, rows.to(y.device), delta)

@@ -1,0 +1,69 @@
+"""Layers whose parameters are a table or a vector, and may be trained whole: embedding and norm.
+
+An adapter on them is a replacement of their weight, for the rows that it is routed to.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ftkit.kernels.rms_norm import rms_norm
+from ftkit.nn.linear import DenseWeight
+from ftkit.nn.routes import Routes
+
+
+class Replacement(Protocol):
+    """A weight that stands in for a layer's own."""
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight, in the dtype that the model computes in."""
+
+
+class Embedding(nn.Module):
+    """Token ids to the rows of a table [vocabulary, d]."""
+
+    def __init__(self, name: str, weight: DenseWeight) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = weight
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """i32 [T] to [T, d]."""
+        if not self.adapters:
+            return nn.functional.embedding(tokens, self.weight.tensor)
+        rows = [nn.functional.embedding(tokens[part], self._table(adapter)) for adapter, part in routes.parts]
+        return rows[0] if len(rows) == 1 else _in_order(rows, routes, tokens.device)
+
+    def _table(self, adapter: int) -> Tensor:
+        found: Replacement | None = self.adapters[str(adapter)] if str(adapter) in self.adapters else None  # type: ignore[assignment]
+        return self.weight.tensor if found is None else found.dense
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a weight [d]."""
+
+    def __init__(self, name: str, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.epsilon = epsilon
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x: Tensor, routes: Routes) -> Tensor:
+        """[T, ..., d] to the same shape."""
+        if not self.adapters:
+            return rms_norm(x, self.weight, self.epsilon)
+        rows = [rms_norm(x[part], self._weight(adapter), self.epsilon) for adapter, part in routes.parts]
+        return rows[0] if len(rows) == 1 else _in_order(rows, routes, x.device)
+
+    def _weight(self, adapter: int) -> Tensor:
+        found: Replacement | None = self.adapters[str(adapter)] if str(adapter) in self.adapters else None  # type: ignore[assignment]
+        return self.weight if found is None else found.dense
+
+
+def _in_order(rows: list[Tensor], routes: Routes, device: torch.device) -> Tensor:
+    """The parts of the routes as one stream again."""
+    return torch.cat(rows).index_select(0, routes.back.to(device))
