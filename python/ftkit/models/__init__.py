@@ -1,1 +1,196 @@
-"""Model families: one file a family, from configuration to modules and weight names."""
+"""Model families: one file a family, from its configuration to modules and weight names.
+
+loaded = models.load("model.gguf")            weights, tokenizer, chat template
+hidden = loaded.model(batch)                  [T, d]
+logits = loaded.model.head(hidden)            [T, vocabulary]
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ftkit import _core
+from ftkit.errors import InputError
+from ftkit.models._family import Family, family, family_of_gguf, family_of_hf
+from ftkit.models._source import Source, resolve
+from ftkit.models._weights import Gguf, Safetensors, Weights, read_json
+from ftkit.nn.decoder import Decoder, DecoderConfig, Maker, shapes
+
+__all__ = ["LoadedModel", "Source", "build", "config_of", "family", "family_of_hf", "load", "resolve", "save"]
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model, and what belongs to it on disk."""
+
+    model: Decoder
+    path: Path
+    """The directory or the .gguf file."""
+    name: str
+    fingerprint: str
+    """Tells base models apart; an adapter remembers it."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @functools.cached_property
+    def tokenizer(self) -> "_core.Tokenizer":
+        """The model's tokenizer."""
+        return _core.Tokenizer.from_gguf(self.path) if self.path.is_file() else _core.Tokenizer.from_dir(self.path)
+
+    @functools.cached_property
+    def template(self) -> "_core.ChatTemplate":
+        """The model's chat template. Raises InputError when it has none."""
+        if self.path.is_file():
+            return _core.ChatTemplate.from_gguf(self.path)
+        return _core.ChatTemplate.from_dir(self.path)
+
+    def hf_config(self) -> dict[str, Any]:
+        """The content of the model's config.json; made from its configuration when it comes from GGUF."""
+        if self.path.is_dir():
+            return read_json(self.path / "config.json")
+        return family(self.config.family).to_hf(self.config)
+
+
+def load(
+    source: str | Path | Source, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """A model with its weights, frozen, in `dtype` on `device`.
+
+    Raises InputError, with all that is wrong, when weights are missing, superfluous, of another shape or not finite.
+    """
+    place = source if isinstance(source, Source) else resolve(source)
+    config, weights, owner = _open(place.path)
+    names = _names(config, weights, owner)
+    problems = _problems(config, weights, names)
+    read: dict[str, Tensor] = {}
+    if not problems:
+        for name, stored in names.items():
+            try:
+                tensor = owner.of_gguf(config, name, weights.read(stored, dtype)) if _is_gguf(weights) else None
+                read[name] = (weights.read(stored, dtype) if tensor is None else tensor).to(device)
+            except InputError as error:
+                problems.append(error.message)
+    if problems:
+        raise InputError(f"{place.path}: expected the weights of its configuration, got\n  " + "\n  ".join(problems))
+    model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon)).to(device).eval()
+    model.fingerprint = weights.fingerprint()
+    return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
+
+
+def build(config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    """A model of this configuration whose weights hold whatever memory held; no file is read."""
+    make = Maker(lambda _, shape: torch.empty(shape, dtype=dtype, device=device), config.norm_epsilon)
+    return Decoder(config, make).to(device).eval()
+
+
+def config_of(source: str | Path | Source) -> DecoderConfig:
+    """The configuration of a model, without reading its weights."""
+    place = source if isinstance(source, Source) else resolve(source)
+    return _open(place.path)[0]
+
+
+def save(loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes `tensors` (by published names) with the model's config.json, tokenizer and template to a new directory.
+
+    The result is a model that `load` and transformers read. Shards have 5 GB at most.
+    """
+    folder.mkdir(parents=True)
+    dtype = next(iter(tensors.values())).dtype
+    table = loaded.hf_config() | {"dtype": str(dtype).removeprefix("torch."), "vocab_size": loaded.config.vocab_size}
+    table["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    table.pop("torch_dtype", None)
+    table.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    _save_shards(tensors, folder, 5 * 10**9)
+    generation = loaded.path / "generation_config.json"
+    if generation.is_file():
+        (folder / generation.name).write_bytes(generation.read_bytes())
+    try:
+        template = loaded.template
+    except InputError:  # a model without a template is saved without one
+        template = None
+    loaded.tokenizer.save(folder, template)
+
+
+def _save_shards(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    home: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        home |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": home}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _open(path: Path) -> tuple[DecoderConfig, Weights, Family]:
+    if path.is_file():
+        weights = Gguf(path)
+        metadata = weights.file.metadata
+        owner = family_of_gguf(metadata)
+
+        def read(name: str) -> Tensor:
+            return weights.read(name, torch.float32)
+
+        try:
+            return owner.from_gguf(metadata, weights.shapes, read), weights, owner
+        except InputError as error:
+            raise InputError(f"{path}: {error.message}", error.hint) from None
+    table = read_json(path / "config.json")
+    try:
+        owner = family_of_hf(table)
+        config = owner.from_hf(table)
+    except InputError as error:
+        raise InputError(f"{path / 'config.json'}: {error.message}", error.hint) from None
+    return config, Safetensors(path), owner
+
+
+def _is_gguf(weights: Weights) -> bool:
+    return isinstance(weights, Gguf)
+
+
+def _names(config: DecoderConfig, weights: Weights, owner: Family) -> dict[str, str]:
+    """Published name of each weight → its name in the file."""
+    return {name: owner.gguf_name(name) if _is_gguf(weights) else name for name, _ in shapes(config)}
+
+
+def _problems(config: DecoderConfig, weights: Weights, names: dict[str, str]) -> list[str]:
+    """What is missing, superfluous or of another shape."""
+    problems = []
+    for name, shape in shapes(config):
+        found = weights.shapes.get(names[name])
+        if found is None:
+            problems.append(f"{names[name]}: expected shape {shape}, got nothing")
+        elif found != shape:
+            problems.append(f"{names[name]}: expected shape {shape}, got {found}")
+    known = set(names.values()) | {"rope_freqs.weight"}
+    for name in weights.shapes:
+        if name in known or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight" and config.tied_embeddings:
+            embedding, head = (weights.read(n, torch.float32) for n in ("model.embed_tokens.weight", name))
+            if not torch.equal(embedding, head):
+                problems.append(f"{name}: expected the embedding's values, since both are tied, got others")
+            continue
+        problems.append(f"{name}: expected no such weight")
+    return problems

@@ -134,7 +134,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.attached: dict[int, Any] = {}
+        self.fingerprint: str | None = None  # of the weights that were loaded
+        self.attached: dict[int, Any] = {}  # what `adapters` knows of the adapters by their ids
         self.embed_tokens = make.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer, make) for layer in range(config.layers))
         self.norm = make.norm("model.norm", config.hidden_size)

@@ -111,8 +111,8 @@ class Linear(nn.Module):
 
     def adapter(self, adapter_id: int) -> Adapter | None:
         """The adapter of that id on this layer, or None."""
-        key = str(adapter_id)
-        return self.adapters[key] if key in self.adapters else None  # type: ignore[return-value]
+        found: Adapter | None = self.adapters._modules.get(str(adapter_id))  # type: ignore[assignment]
+        return found
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:
         """x [T, in] to [T, out]; `routes` says which rows are under which adapter."""

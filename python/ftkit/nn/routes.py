@@ -39,8 +39,8 @@ class Routes:
 
     def take(self, rows: Sequence[int]) -> "Routes":
         """The routes of a stream made of these rows of this one."""
-        if len({adapter for adapter, _, _ in self.spans}) == 1:
-            return Routes(((self.spans[0][0], 0, len(rows)),) if rows else ())
+        if self.single is not None:
+            return Routes(((self.single, 0, len(rows)),))
         ends = [end for _, _, end in self.spans]
         return Routes.of_rows([self.spans[bisect.bisect_right(ends, row)][0] for row in rows])
 
@@ -53,7 +53,7 @@ class Routes:
     @functools.cached_property
     def parts(self) -> tuple[tuple[int, slice | Tensor], ...]:
         """(adapter, its rows: a slice, or i64 indices on the CPU where they are scattered), by adapter id."""
-        found = []
+        found: list[tuple[int, slice | Tensor]] = []
         for adapter, group in itertools.groupby(sorted(self.spans), key=lambda span: span[0]):
             spans = [(begin, end) for _, begin, end in group]
             if len(spans) == 1:

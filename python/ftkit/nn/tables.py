@@ -38,7 +38,7 @@ class Embedding(nn.Module):
         return rows[0] if len(rows) == 1 else _in_order(rows, routes, tokens.device)
 
     def _table(self, adapter: int) -> Tensor:
-        found: Replacement | None = self.adapters[str(adapter)] if str(adapter) in self.adapters else None  # type: ignore[assignment]
+        found: Replacement | None = self.adapters._modules.get(str(adapter))  # type: ignore[assignment]
         return self.weight.tensor if found is None else found.dense
 
 
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         return rows[0] if len(rows) == 1 else _in_order(rows, routes, x.device)
 
     def _weight(self, adapter: int) -> Tensor:
-        found: Replacement | None = self.adapters[str(adapter)] if str(adapter) in self.adapters else None  # type: ignore[assignment]
+        found: Replacement | None = self.adapters._modules.get(str(adapter))  # type: ignore[assignment]
         return self.weight if found is None else found.dense
 
 

@@ -1,1 +1,86 @@
-"""Objectives: one file a loss."""
+"""What is minimised: one file an objective.
+
+An objective's file has `loss(forward, batch) -> LossParts`, `NEEDS` (the columns that its rows must have beside the
+tokens) and, where it has options, `Config`.
+
+A loss is returned as sums and counts, one entry a task, so that whoever adds up micro-batches, packed rows, tasks and
+machines divides once, by what was really trained on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.decoder import DecoderConfig
+from ftkit.nn.loss import token_losses
+from ftkit.nn.routes import Routes
+
+__all__ = ["Forward", "LossParts", "losses_of_trained", "sums_by_task"]
+
+
+class Forward(Protocol):
+    """What an objective needs of a model."""
+
+    config: DecoderConfig
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The layer whose parameters decide whether the head is trained."""
+
+    def __call__(self, batch: RaggedBatch) -> Tensor:
+        """The hidden states [T, d]."""
+
+    def head(self, hidden: Tensor, routes: Routes | None = None) -> Tensor:
+        """Hidden states [rows, d] to logits [rows, vocab_size]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossParts:
+    """A loss before it is divided."""
+
+    sum: Tensor
+    """f32 [tasks], differentiable."""
+    count: Tensor
+    """f32 [tasks]: what to divide by; the weights of the trained tokens, summed."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further sums to report, each divided by `count`'s total."""
+
+
+def losses_of_trained(forward: Forward, batch: RaggedBatch) -> Tensor:
+    """The loss (−log probability) of each trained token of the batch, [K] in the order of `batch.trained`.
+
+    The head works on trained positions only.
+    """
+    if batch.targets is None:
+        raise ValueError("expected a batch with targets, got one without")
+    rows = batch.trained
+    hidden = forward(batch).index_select(0, rows)
+    routes = None
+    if getattr(forward.lm_head, "adapters", None):
+        single = batch.routes.single
+        routes = Routes(((single, 0, len(rows)),)) if single is not None else batch.routes.take(rows.tolist())
+    return token_losses(
+        forward.head,
+        hidden,
+        batch.targets.index_select(0, rows).long(),
+        forward.config.vocab_size,
+        routes=routes,
+        head_is_trained=any(parameter.requires_grad for parameter in forward.lm_head.parameters()),
+    )
+
+
+def sums_by_task(losses: Tensor, batch: RaggedBatch) -> LossParts:
+    """The weighted losses [K] of the trained tokens and their weights, added up by task."""
+    rows = batch.trained
+    weights = torch.ones_like(losses) if batch.weights is None else batch.weights.index_select(0, rows).to(losses.dtype)
+    weighted = losses * weights
+    if batch.task is None:
+        return LossParts(sum=weighted.sum().unsqueeze(0), count=weights.sum().unsqueeze(0))
+    task = batch.task.long()[batch.sequence[rows]]  # [K]
+    tasks = int(batch.task.max()) + 1
+    zeros = losses.new_zeros(tasks)
+    return LossParts(sum=zeros.index_add(0, task, weighted), count=zeros.index_add(0, task, weights.detach()))

@@ -1,0 +1,27 @@
+"""The loss of predicting tokens, from logits, and its gradient.
+
+    loss_t = log Σ_v exp(z_tv) − z_t,target            ∂loss_t / ∂z_tv = softmax(z_t)_v − [v = target]
+
+Computed in float32 (float64 for float64).
+"""
+
+import torch
+from torch import Tensor
+
+from ftkit.kernels import operation
+
+
+@operation
+def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """logits [rows, V] and targets i64 [rows] to (losses [rows], the gradient [rows, V] in the logits' dtype or None).
+
+    The losses are differentiable in the logits when no gradient is asked for.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scores = torch.log_softmax(wide, dim=-1)
+    losses = -scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+    if not gradient:
+        return losses, None
+    slope = scores.exp_()
+    slope.scatter_add_(1, targets.unsqueeze(1), slope.new_full((len(targets), 1), -1.0))
+    return losses, slope.to(logits.dtype)

@@ -1,0 +1,168 @@
+"""Weights on disk, by name: a directory of safetensors, or a GGUF file. Both are memory-mapped and checked."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ftkit import _core
+from ftkit.errors import InputError
+
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+class Weights(Protocol):
+    """Named tensors in a file or in several."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape."""
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype` on the CPU. Raises InputError when values are NaN or infinite."""
+
+    def fingerprint(self) -> str:
+        """A hash of the tensors' names, shapes, formats, and of bytes at 16 places of each.
+
+        Any finetuning changes it; it does not read files of many gigabytes whole.
+        """
+
+
+class Safetensors:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [(path, _open(path)) for path in _shards(folder)]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._home: dict[str, Any] = {}
+        problems = []
+        for path, file in self._files:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                part = file.get_slice(name)
+                if part.get_dtype() not in _FLOATS:
+                    problems.append(f"{name}: expected one of {', '.join(_FLOATS)}, got {part.get_dtype()}")
+                if name in self._home:
+                    problems.append(f"{name}: expected in one file, got it again in {path.name}")
+                self.shapes[name], self._home[name] = tuple(part.get_shape()), file
+        _raise(str(folder), problems)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor; without a copy where it is stored in `dtype`."""
+        tensor: Tensor = self._home[name].get_tensor(name)
+        # a sum is one pass without a copy; only where it is not finite (or overflows) each value is looked at
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise InputError(f"{name}: expected finite weights, got {_wrong(tensor)}")
+        return tensor.to(dtype)
+
+    def fingerprint(self) -> str:
+        """See `Weights`."""
+        return _digest((name, self._home[name].get_tensor(name)) for name in sorted(self.shapes))
+
+
+class Gguf:
+    """A GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = _core.GgufFile(path)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape, _ in self.file.tensors}
+        self._path = path
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor, dequantized."""
+        direct = dtype in (torch.float32, torch.bfloat16, torch.float16)
+        out = torch.empty(self.shapes[name], dtype=dtype if direct else torch.float32)
+        self.file.read(name, out)
+        return out.to(dtype)
+
+    def fingerprint(self) -> str:
+        """See `Weights`."""
+        sizes = {name: (kind, _nbytes(shape, kind)) for name, shape, kind in self.file.tensors}
+
+        def blocks() -> Iterator[tuple[str, Tensor]]:
+            for name in sorted(sizes):
+                kind, size = sizes[name]
+                out = torch.empty(size, dtype=torch.uint8)
+                self.file.read_blocks(name, out)
+                yield f"{name} {kind}", out
+
+        return _digest(blocks())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError when it isn't one."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a file, got nothing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON object, got: {str(error).lower()}") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(table).__name__}")
+    return table
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a model's directory, in order."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{index}: expected a table 'weight_map' of file names, got {names!r:.80}")
+        paths = [folder / name for name in sorted(set(names.values()))]
+        outside = [path for path in paths if path.parent != folder]
+        missing = [path for path in paths if not path.is_file()]
+        _raise(str(index), [f"expected a file in the same directory, got {path}" for path in outside])
+        _raise(str(index), [f"expected the file {path.name}, got nothing" for path in missing])
+        return paths
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    hint = None
+    if any(folder.glob("pytorch_model*.bin")):
+        hint = "pickled weights (.bin) can run code when read; convert them to safetensors first"
+    raise InputError(f"{folder}: expected model.safetensors or model.safetensors.index.json, got neither", hint)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: expected a safetensors file, got: {str(error).lower()}") from None
+
+
+def _raise(where: str, problems: list[str]) -> None:
+    if problems:
+        raise InputError(f"{where}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems]).strip()))
+
+
+def _wrong(tensor: Tensor) -> str:
+    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return f"{nan} NaN and {infinite} infinite of {tensor.numel()}"
+
+
+def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """sha256 of names, dtypes, shapes and sampled bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        if len(data) <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(data.numpy().tobytes())
+            continue
+        step = (len(data) - _SAMPLE_BYTES) // (_SAMPLES - 1)
+        for start in range(0, _SAMPLES * step, step):
+            digest.update(data[start : start + _SAMPLE_BYTES].numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _nbytes(shape: tuple[int, ...], kind: str) -> int:
+    values, size = next((row[1], row[2]) for row in _core.quant_formats() if row[0] == kind)
+    count = 1
+    for side in shape:
+        count *= side
+    return count // values * size
