@@ -42,13 +42,13 @@ class LoadedModel:
         return self.model.config
 
     @functools.cached_property
-    def tokenizer(self) -> "_core.Tokenizer":
+    def tokenizer(self) -> _core.Tokenizer:
         """The model's tokenizer."""
         return _core.Tokenizer.from_gguf(self.path) if self.path.is_file() else _core.Tokenizer.from_dir(self.path)
 
     @functools.cached_property
-    def template(self) -> "_core.ChatTemplate":
-        """The model's chat template. Raises InputError when it has none."""
+    def template(self) -> _core.ChatTemplate | None:
+        """The model's chat template; None when it has none."""
         if self.path.is_file():
             return _core.ChatTemplate.from_gguf(self.path)
         return _core.ChatTemplate.from_dir(self.path)
@@ -114,11 +114,7 @@ def save(loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path) -> None:
     generation = loaded.path / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
-    try:
-        template = loaded.template
-    except InputError:  # a model without a template is saved without one
-        template = None
-    loaded.tokenizer.save(folder, template)
+    loaded.tokenizer.save(folder, loaded.template)
 
 
 def _save_shards(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
