@@ -12,6 +12,7 @@ mod directory;
 mod encode;
 mod json;
 mod limits;
+mod pretokenizers;
 mod provenance;
 mod python;
 mod template;
