@@ -170,3 +170,71 @@ def encode_prompt(
     **extra: Any,
 ) -> list[int]:
     """The ids that ask for the assistant's next turn. Special-token text inside a message stays text."""
+
+# data
+@final
+class PreparedData:
+    """A prepared dataset: sequences of tokens in a memory-mapped cache."""
+
+    def __len__(self) -> int:
+        """Sequences."""
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data and of all that decides its tokens."""
+    @property
+    def problems(self) -> list[str]:
+        """What was wrong with the first rows that were skipped; empty when the cache was there already."""
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Counts: rows, bad_rows, truncated_rows, split_rows, masked_rows, duplicate_rows, sequences, tokens, …"""
+    def lengths(self) -> list[int]:
+        """The sequences' lengths, in tokens."""
+    def sequence(self, index: int) -> tuple[list[int], list[bool]]:
+        """A sequence's token ids, and whether each is trained on."""
+    def split(self, room: int, seed: int, held_out: float) -> tuple[PackedRows, PackedRows | None]:
+        """Packs into rows of `room` tokens what is trained on, and the share `held_out` that isn't."""
+
+@final
+class PackedRows:
+    """Packed rows of a dataset, or of its held-out part."""
+
+    def __len__(self) -> int: ...
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows."""
+    @property
+    def fill(self) -> float:
+        """The share of the rows' room that holds tokens."""
+    def order(self, seed: int, number: int) -> list[int]:
+        """The rows in the order of the `number`-th pass."""
+    def sizes(self, rows: list[int]) -> tuple[int, int]:
+        """Tokens and sequences of these rows together."""
+    def write(
+        self,
+        rows: list[int],
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        group: Tensor,
+    ) -> None:
+        """Writes the rows to i32 tensors: [T], [T], [T], [N + 1], [N], with T and N as `sizes` says."""
+
+def prepare_data(
+    paths: Sequence[str | PathLike[str]],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    max_tokens: int,
+    schema: str | None = None,
+    mapping: dict[str, str] | None = None,
+    train_on: str = "assistant",
+    long_rows: str = "truncate",
+    skip_bad_rows: int = 0,
+    cache: str | PathLike[str],
+    progress: Callable[[int], None] | None = None,
+) -> PreparedData:
+    """Prepares a dataset below `cache`, or opens what an equal call has prepared; `progress` gets the rows so far.
+
+    Raises InputError for sources that cannot be read, more bad rows than allowed, or nothing left to train on.
+    """

@@ -181,6 +181,12 @@ impl Tokenizer {
         self.inner.bos
     }
 
+    /// Whether the tokenizer puts [`Self::bos`] in front of a text of its own accord.
+    pub fn adds_bos(&self) -> bool {
+        let first = guarded(|| self.inner.parsing.encode_fast("a", true)).ok().and_then(Result::ok);
+        first.is_some_and(|ids| ids.get_ids().first().copied() == self.inner.bos && ids.get_ids().len() > 1)
+    }
+
     /// The id that ends a sequence.
     pub fn eos(&self) -> Option<u32> {
         self.inner.eos

@@ -1,1 +1,131 @@
-"""Datasets as packed, ragged batches (the work is done in the core)."""
+"""Datasets as packed, ragged batches (the work is done in the core).
+
+A dataset is read, encoded and cached once; packing it into rows, holding a part out and ordering the rows of each pass
+are decided by the seed alone, so that a run can be stopped and continued at any batch.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ftkit import _core
+from ftkit.config import DataConfig
+from ftkit.errors import InputError
+from ftkit.nn.batch import RaggedBatch
+
+__all__ = ["Dataset", "cache_directory", "encode", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Packed rows that are trained or evaluated on."""
+
+    rows: _core.PackedRows
+    seed: int
+    fingerprint: str
+    """Hash of the data and of all that decides its tokens."""
+    statistics: Mapping[str, int]
+    """Counts of the whole dataset, held-out part included."""
+    problems: tuple[str, ...]
+    """What was wrong with the rows that were skipped, as far as they were read anew."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_rows: int, *, start: int = 0, passes: int | None = None) -> Iterator[RaggedBatch]:
+        """Batches of `batch_rows` rows, pass after pass (without end when `passes` is None), from the `start`-th on.
+
+        The last batch of a pass may have fewer rows. Which rows are in the i-th batch depends on the seed only.
+        """
+        a_pass = -(-len(self) // batch_rows)
+        number, first = divmod(start, a_pass)
+        while passes is None or number < passes:
+            order = self.rows.order(self.seed, number)
+            for index in range(first, a_pass):
+                yield self.batch(order[index * batch_rows : (index + 1) * batch_rows])
+            number, first = number + 1, 0
+
+    def batch(self, rows: list[int]) -> RaggedBatch:
+        """The given rows, one after the other, for the adapter 0; targets are shifted within each sequence."""
+        tokens, sequences = self.rows.sizes(rows)
+        arrays = {name: torch.empty(tokens, dtype=torch.int32) for name in ("tokens", "targets", "positions")}
+        cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
+        group = torch.empty(sequences, dtype=torch.int32)
+        self.rows.write(rows, **arrays, cu_seqlens=cu_seqlens, group=group)
+        return RaggedBatch(
+            **arrays, cu_seqlens=cu_seqlens, group=group, adapter=torch.zeros(sequences, dtype=torch.int32)
+        )
+
+
+def cache_directory() -> Path:
+    """Where prepared data is kept: `$FTKIT_CACHE`, or `ftkit` in the user's cache directory."""
+    chosen = os.environ.get("FTKIT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftkit"
+
+
+def encode(
+    config: DataConfig,
+    tokenizer: _core.Tokenizer,
+    template: _core.ChatTemplate | None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> _core.PreparedData:
+    """The data's sequences: tokens, and which of them are trained on; from the cache where they are in it already.
+
+    `progress` is called with the number of rows read so far. Raises InputError for data that cannot be used.
+    """
+    paths = [config.path] if isinstance(config.path, str) else list(config.path)
+    if not paths:
+        raise InputError("data.path: expected at least one file, got none")
+    for path in paths:
+        if path != "-" and not Path(path).exists():
+            raise InputError(f"{path}: expected a file or a directory of rows, got nothing there")
+    return _core.prepare_data(
+        paths,
+        tokenizer,
+        template,
+        max_tokens=config.max_tokens,
+        schema=None if config.schema == "auto" else config.schema,
+        mapping=dict(config.columns),
+        train_on=config.train_on,
+        long_rows=config.long_rows,
+        skip_bad_rows=config.skip_bad_rows,
+        cache=str(cache_directory()),
+        progress=progress,
+    )
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: _core.Tokenizer,
+    template: _core.ChatTemplate | None,
+    *,
+    seed: int,
+    split: float = 0.0,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """The dataset packed into rows of `config.max_tokens`, and the share `split` of it that is held out.
+
+    Equal rows are on the same side. Raises InputError for data that cannot be used, or too little to hold any out.
+    """
+    prepared = encode(config, tokenizer, template, progress=progress)
+    training, held_out = prepared.split(config.max_tokens, seed, split)
+    if not len(training):
+        raise InputError(
+            f"evaluation.split: expected rows to train on beside those held out, got {len(prepared)} in all",
+            "hold out a smaller share, or give a file of held-out rows",
+        )
+
+    def dataset(rows: _core.PackedRows) -> Dataset:
+        return Dataset(
+            rows=rows,
+            seed=seed,
+            fingerprint=prepared.fingerprint,
+            statistics=prepared.statistics,
+            problems=tuple(prepared.problems),
+        )
+
+    return dataset(training), None if held_out is None else dataset(held_out)

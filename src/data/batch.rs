@@ -1,0 +1,169 @@
+//! Packed rows as the arrays of a ragged batch.
+
+use std::sync::Arc;
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::cache::Cache;
+use super::pack::pack;
+use crate::error::{Error, Result};
+
+/// A target that is not trained on.
+const UNTRAINED: i32 = -100;
+
+/// The packed rows of a dataset, or of its held-out part.
+#[derive(Clone, Debug)]
+pub struct Part {
+    cache: Arc<Cache>,
+    /// Row → indices of its sequences.
+    rows: Vec<Vec<u32>>,
+    tokens: u64,
+    room: u32,
+}
+
+/// Where the arrays of a batch are written; lengths as [`Part::sizes`] says.
+pub struct Arrays<'a> {
+    /// Token ids, [tokens].
+    pub tokens: &'a mut [i32],
+    /// The token that follows, or −100 where it isn't trained on or the sequence ends, [tokens].
+    pub targets: &'a mut [i32],
+    /// Positions within the sequence, [tokens].
+    pub positions: &'a mut [i32],
+    /// Where sequences begin, and the end, [sequences + 1].
+    pub cu_seqlens: &'a mut [i32],
+    /// Equal for sequences that belong together, [sequences].
+    pub group: &'a mut [i32],
+}
+
+impl Part {
+    /// Splits a dataset into what is trained on and what is held out, and packs both into rows of `room` tokens.
+    ///
+    /// About `held_out` of the units are held out, chosen by `seed` and their content, so that equal rows are on the same
+    /// side. Rows of sequences that belong together may be longer than `room`.
+    pub fn split(cache: &Arc<Cache>, room: u32, seed: u64, held_out: f64) -> (Self, Option<Self>) {
+        let mut units: Vec<(u64, Vec<u32>)> = Vec::new(); // content, sequences
+        for (index, sequence) in (0_u32..).zip(cache.sequences()) {
+            match units.get_mut(sequence.unit as usize) {
+                Some((_, sequences)) => sequences.push(index),
+                None => units.push((sequence.content, vec![index])),
+            }
+        }
+        let rank = |content: u64| {
+            let hash = blake3::hash(&[seed.to_le_bytes(), content.to_le_bytes()].concat());
+            u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap_or_default())
+        };
+        let mut ranks: Vec<u64> = units.iter().map(|(content, _)| rank(*content)).collect();
+        ranks.sort_unstable();
+        let count = if held_out > 0.0 { ((units.len() as f64 * held_out).round() as usize).max(1) } else { 0 };
+        let below = ranks.get(count).copied().unwrap_or(u64::MAX);
+        let (held, kept): (Vec<_>, Vec<_>) =
+            units.into_iter().partition(|(content, _)| count > 0 && rank(*content) < below);
+        let part = |units: Vec<(u64, Vec<u32>)>| Self::packed(cache, &units, room, seed);
+        let evaluation = if held.is_empty() { None } else { Some(part(held)) };
+        (part(kept), evaluation)
+    }
+
+    fn packed(cache: &Arc<Cache>, units: &[(u64, Vec<u32>)], room: u32, seed: u64) -> Self {
+        let length = |index: &u32| cache.sequences()[*index as usize].length;
+        let lengths: Vec<u32> = units.iter().map(|(_, sequences)| sequences.iter().map(length).sum()).collect();
+        let rows = pack(&lengths, room, seed)
+            .into_iter()
+            .map(|row| row.into_iter().flat_map(|unit| units[unit as usize].1.iter().copied()).collect())
+            .collect();
+        Self { cache: cache.clone(), rows, tokens: lengths.iter().map(|&length| u64::from(length)).sum(), room }
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Tokens in all rows.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// The share of the rows' room that holds tokens.
+    pub fn fill(&self) -> f64 {
+        let room = self.rows.len() as f64 * f64::from(self.room);
+        if room > 0.0 { self.tokens as f64 / room } else { 0.0 }
+    }
+
+    /// The rows in the order of the `pass`-th pass; it depends on `seed` and `pass` alone.
+    pub fn order(&self, seed: u64, pass: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        let mut dice = ChaCha8Rng::seed_from_u64(seed);
+        dice.set_stream(pass + 1); // stream 0 has shuffled the units
+        order.shuffle(&mut dice);
+        order
+    }
+
+    /// Tokens and sequences in `rows` together.
+    pub fn sizes(&self, rows: &[usize]) -> Result<(usize, usize)> {
+        let mut sizes = (0, 0);
+        for &row in rows {
+            let sequences = self.row(row)?;
+            sizes.0 +=
+                sequences.iter().map(|&index| self.cache.sequences()[index as usize].length as usize).sum::<usize>();
+            sizes.1 += sequences.len();
+        }
+        Ok(sizes)
+    }
+
+    /// Writes `rows`, one after the other.
+    ///
+    /// # Errors
+    /// A row that doesn't exist, or arrays of other lengths than [`Part::sizes`] says.
+    pub fn write(&self, rows: &[usize], out: &mut Arrays<'_>) -> Result<()> {
+        let (tokens, sequences) = self.sizes(rows)?;
+        for (name, length, expected) in [
+            ("tokens", out.tokens.len(), tokens),
+            ("targets", out.targets.len(), tokens),
+            ("positions", out.positions.len(), tokens),
+            ("cu_seqlens", out.cu_seqlens.len(), sequences + 1),
+            ("group", out.group.len(), sequences),
+        ] {
+            if length != expected {
+                return Err(Error::failure(format!("{name}: expected {expected} elements, got {length}")));
+            }
+        }
+        let (mut at, mut number) = (0, 0);
+        let mut groups: (Option<u32>, i32) = (None, -1);
+        out.cu_seqlens[0] = 0;
+        for &row in rows {
+            for &index in self.row(row)? {
+                let sequence = &self.cache.sequences()[index as usize];
+                if groups.0 != Some(sequence.unit) {
+                    groups = (Some(sequence.unit), groups.1 + 1);
+                }
+                let start = at;
+                for (position, (id, trained)) in self.cache.tokens(sequence).enumerate() {
+                    out.tokens[at] = id.cast_signed();
+                    out.positions[at] = i32::try_from(position).unwrap_or(i32::MAX);
+                    out.targets[at] = UNTRAINED;
+                    if trained && at > start {
+                        out.targets[at - 1] = id.cast_signed();
+                    }
+                    at += 1;
+                }
+                out.group[number] = groups.1;
+                number += 1;
+                out.cu_seqlens[number] = i32::try_from(at)
+                    .map_err(|_| Error::input("expected a batch of fewer than 2^31 tokens, got more"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&self, row: usize) -> Result<&[u32]> {
+        let missing = || Error::failure(format!("expected a row below {}, got {row}", self.rows.len()));
+        self.rows.get(row).map(Vec::as_slice).ok_or_else(missing)
+    }
+}

@@ -1,0 +1,214 @@
+//! Preparing a dataset: read, recognise, encode in parallel, and write to the cache; or find it there.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::cache::{Cache, Writer};
+use super::encode::{Encoder, Outcome};
+use super::read;
+use super::rows::{BadRow, Row};
+use super::schema::{Mapping, Schema, renamed};
+use super::source;
+use super::statistics::Statistics;
+use crate::error::{Error, Result};
+
+/// Changes whenever the same inputs would give other sequences.
+const VERSION: u32 = 1;
+/// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
+const CHUNK: usize = 1024;
+/// Bad rows that an error shows.
+const SHOWN: usize = 20;
+
+/// What to prepare, and how.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Files, folders, or `-`.
+    pub paths: Vec<PathBuf>,
+    /// How rows are laid out; `None` looks at them, file by file.
+    pub schema: Option<Schema>,
+    /// The data's names for our columns.
+    pub mapping: Mapping,
+    /// Bad rows that are allowed.
+    pub skip_bad_rows: u64,
+    /// Where caches are kept.
+    pub cache: PathBuf,
+}
+
+/// A prepared dataset.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Its sequences.
+    pub cache: Arc<Cache>,
+    /// The first problems among the rows that were skipped; empty when the cache was there already.
+    pub problems: Vec<String>,
+}
+
+/// Prepares a dataset, or opens what an equal call has prepared.
+///
+/// `progress` is called now and then with the number of rows so far; an error from it ends the work.
+///
+/// # Errors
+/// A source that cannot be read, more bad rows than allowed, nothing left to train on, or a disk that is full.
+pub fn prepare(
+    settings: &Settings,
+    encoder: &Encoder,
+    progress: &mut dyn FnMut(u64) -> Result<()>,
+) -> Result<Prepared> {
+    let mut sources = Vec::new();
+    for path in &settings.paths {
+        sources.extend(source::open(path)?);
+    }
+    let key = key(settings, encoder, &source::fingerprint(&mut sources)?);
+    let place = settings.cache.join("data").join(&key);
+    if let Some(cache) = Cache::open(&place, &key).filter(|cache| cache.statistics.bad_rows <= settings.skip_bad_rows) {
+        return Ok(Prepared { cache: Arc::new(cache), problems: Vec::new() });
+    }
+    let mut work = Work {
+        settings,
+        encoder,
+        progress,
+        writer: Writer::create(&place)?,
+        statistics: Statistics::default(),
+        problems: Vec::new(),
+        seen: HashSet::new(),
+        chunk: Vec::with_capacity(CHUNK),
+        schema: settings.schema,
+    };
+    for source in sources {
+        work.schema = settings.schema;
+        read::rows(source, &mut |row| work.take(row))?;
+        work.encode()?;
+    }
+    let problems = work.finish(&key)?;
+    let cache = Cache::open(&place, &key)
+        .ok_or_else(|| Error::failure(format!("{}: what was just written reads back differently", place.display())))?;
+    Ok(Prepared { cache: Arc::new(cache), problems })
+}
+
+fn key(settings: &Settings, encoder: &Encoder, data: &str) -> String {
+    let template = encoder.template.as_ref().map(crate::text::Template::hash).unwrap_or_default();
+    let said = format!(
+        "{VERSION}\n{data}\n{template}\n{}\n{:?}\n{:?}\n{:?}\n{}\n{:?}",
+        encoder.tokenizer.hash(),
+        settings.schema,
+        settings.mapping,
+        encoder.train_on,
+        encoder.max_tokens,
+        encoder.long_rows
+    );
+    blake3::hash(said.as_bytes()).to_hex().to_string()
+}
+
+struct Work<'a> {
+    settings: &'a Settings,
+    encoder: &'a Encoder,
+    progress: &'a mut dyn FnMut(u64) -> Result<()>,
+    writer: Writer,
+    statistics: Statistics,
+    problems: Vec<String>,
+    seen: HashSet<u64>,
+    chunk: Vec<(Schema, Row)>,
+    schema: Option<Schema>,
+}
+
+impl Work<'_> {
+    /// Takes a row from a reader.
+    fn take(&mut self, row: Result<Row, BadRow>) -> Result<()> {
+        self.statistics.rows += 1;
+        let recognised = row.and_then(|Row { place, columns }| {
+            let columns = renamed(columns, &self.settings.mapping);
+            match self.schema.map_or_else(|| Schema::recognise(&columns), Ok) {
+                Ok(schema) => Ok((schema, Row { place, columns })),
+                Err(problem) => Err(BadRow { place, problem }),
+            }
+        });
+        match recognised {
+            Ok((schema, row)) => {
+                self.schema = Some(schema);
+                self.chunk.push((schema, row));
+            }
+            Err(bad) => self.bad(&bad),
+        }
+        if self.chunk.len() == CHUNK { self.encode() } else { Ok(()) }
+    }
+
+    fn bad(&mut self, bad: &BadRow) {
+        self.statistics.bad_rows += 1;
+        if self.problems.len() < SHOWN {
+            self.problems.push(bad.to_string());
+        }
+    }
+
+    /// Encodes the rows that are waiting, in parallel, and writes them in their order.
+    fn encode(&mut self) -> Result<()> {
+        let rows = std::mem::take(&mut self.chunk);
+        let outcomes: Vec<Result<Outcome, BadRow>> = rows
+            .into_par_iter()
+            .map(|(schema, Row { place, columns })| {
+                let example = schema.read(&columns, &self.settings.mapping);
+                let outcome =
+                    example.and_then(|example| self.encoder.encode(&example).map_err(|error| error.to_string()));
+                outcome.map_err(|problem| BadRow { place, problem })
+            })
+            .collect();
+        for outcome in outcomes {
+            match outcome {
+                Ok(outcome) => self.write(&outcome)?,
+                Err(bad) => self.bad(&bad),
+            }
+        }
+        (self.progress)(self.statistics.rows)
+    }
+
+    fn write(&mut self, outcome: &Outcome) -> Result<()> {
+        let counts = &mut self.statistics;
+        counts.longest_row = counts.longest_row.max(outcome.length as u64);
+        counts.truncated_rows += u64::from(outcome.truncated);
+        counts.split_rows += u64::from(outcome.split);
+        counts.masked_rows += u64::from(outcome.units.is_empty());
+        for (index, unit) in outcome.units.iter().enumerate() {
+            let mut hasher = blake3::Hasher::new();
+            for sequence in unit {
+                hasher.update(bytemuck::cast_slice(&sequence.ids));
+                hasher.update(&[0xff]);
+                counts.sequences += 1;
+                counts.tokens += sequence.ids.len() as u64;
+                counts.trained_tokens += sequence.trained.iter().skip(1).filter(|&&trained| trained).count() as u64;
+            }
+            let content = u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().unwrap_or_default());
+            counts.duplicate_rows += u64::from(!self.seen.insert(content) && index == 0);
+            self.writer.unit(unit, content)?;
+        }
+        Ok(())
+    }
+
+    /// Closes the cache; the problems of the rows that were skipped.
+    fn finish(self, key: &str) -> Result<Vec<String>> {
+        let counts = &self.statistics;
+        if counts.bad_rows > self.settings.skip_bad_rows {
+            let more = counts.bad_rows - self.problems.len() as u64;
+            let more = if more > 0 { format!("\n  … and {more} more") } else { String::new() };
+            return Err(Error::input(format!(
+                "expected at most {} bad rows, got {} of {}:\n  {}{more}",
+                self.settings.skip_bad_rows,
+                counts.bad_rows,
+                counts.rows,
+                self.problems.join("\n  ")
+            ))
+            .hint(format!("mend them, or leave them out with --skip-bad-rows {}", counts.bad_rows)));
+        }
+        if counts.sequences == 0 {
+            return Err(Error::input(format!(
+                "expected rows to train on, got none: of {} rows {} were bad and {} had nothing to train on ({} of them \
+                 because no whole turn fits into {} tokens)",
+                counts.rows, counts.bad_rows, counts.masked_rows, counts.truncated_rows, self.encoder.max_tokens
+            ))
+            .hint("ftkit data show prints what is trained on; --max-tokens and --train-on change it"));
+        }
+        self.writer.finish(key, counts)?;
+        Ok(self.problems)
+    }
+}
