@@ -1,6 +1,6 @@
 """The Rust core, as Python sees it. `just check` holds this file against the module (stubtest)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, final
 

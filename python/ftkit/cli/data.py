@@ -7,7 +7,6 @@ import typer
 if TYPE_CHECKING:
     from ftkit import _core
     from ftkit.config import DataConfig
-    from ftkit.models import Texts
 
 command = typer.Typer(
     help="What the model will see of a dataset: check counts everything, show prints examples, pack fills the cache.",
@@ -91,7 +90,7 @@ def show(
     from ftkit.errors import InputError
 
     config = _config(data, max_tokens, train_on, long_rows, schema, column, skip_bad_rows)
-    texts, prepared = _encode(config, model, as_json)
+    tokenizer, prepared = _encode(config, model, as_json)
     if start >= len(prepared):
         raise InputError(f"--start: expected a sequence below {len(prepared)}, got {start}")
     chosen = range(start, min(start + rows, len(prepared)))
@@ -103,7 +102,7 @@ def show(
     for index in chosen:
         ids, trained = prepared.sequence(index)
         console.rule(f"sequence {index}: {len(ids):,} tokens, {sum(trained):,} trained", align="left")
-        console.print(_coloured(texts.tokenizer, ids, trained, plain=not console.is_terminal), soft_wrap=True)
+        console.print(_coloured(tokenizer, ids, trained, plain=not console.is_terminal), soft_wrap=True)
     console.print("green: trained on" if console.is_terminal else "⟦…⟧: trained on", style="dim")
 
 
@@ -130,23 +129,24 @@ def _config(
     )
 
 
-def _encode(config: "DataConfig", model: str, as_json: bool) -> tuple["Texts", "_core.PreparedData"]:
+def _encode(config: "DataConfig", model: str, as_json: bool) -> tuple["_core.Tokenizer", "_core.PreparedData"]:
     from rich.console import Console
 
     from ftkit import data, models
 
-    texts = models.load_texts(model)
+    path = models.resolve(model).path
+    tokenizer = models.tokenizer_of(path)
     console = Console(stderr=True, quiet=as_json)
     with console.status("reading rows") as status:
         prepared = data.encode(
             config,
-            texts.tokenizer,
-            texts.template,
+            tokenizer,
+            models.template_of(path),
             progress=lambda rows: status.update(f"reading rows: {rows:,}"),
         )
     for problem in prepared.problems:
         console.print(f"skipped {problem}", style="yellow", markup=False, highlight=False)
-    return texts, prepared
+    return tokenizer, prepared
 
 
 def _report(config: "DataConfig", prepared: "_core.PreparedData", as_json: bool) -> None:

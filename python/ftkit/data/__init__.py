@@ -51,12 +51,17 @@ class Dataset:
     def batch(self, rows: list[int]) -> RaggedBatch:
         """The given rows, one after the other, for the adapter 0; targets are shifted within each sequence."""
         tokens, sequences = self.rows.sizes(rows)
-        arrays = {name: torch.empty(tokens, dtype=torch.int32) for name in ("tokens", "targets", "positions")}
+        ids, targets, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(3))
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
         group = torch.empty(sequences, dtype=torch.int32)
-        self.rows.write(rows, **arrays, cu_seqlens=cu_seqlens, group=group)
+        self.rows.write(rows, ids, targets, positions, cu_seqlens, group)
         return RaggedBatch(
-            **arrays, cu_seqlens=cu_seqlens, group=group, adapter=torch.zeros(sequences, dtype=torch.int32)
+            tokens=ids,
+            targets=targets,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            group=group,
+            adapter=torch.zeros(sequences, dtype=torch.int32),
         )
 
 

@@ -19,10 +19,23 @@ from ftkit import _core
 from ftkit.errors import InputError
 from ftkit.models._family import Family, family, family_of_gguf, family_of_hf
 from ftkit.models._source import Source, resolve
+from ftkit.models._texts import template_of, tokenizer_of
 from ftkit.models._weights import Gguf, Safetensors, Weights, read_json
 from ftkit.nn.decoder import Decoder, DecoderConfig, Maker, shapes
 
-__all__ = ["LoadedModel", "Source", "build", "config_of", "family", "family_of_hf", "load", "resolve", "save"]
+__all__ = [
+    "LoadedModel",
+    "Source",
+    "build",
+    "config_of",
+    "family",
+    "family_of_hf",
+    "load",
+    "resolve",
+    "save",
+    "template_of",
+    "tokenizer_of",
+]
 
 
 @dataclass(kw_only=True)
@@ -44,14 +57,12 @@ class LoadedModel:
     @functools.cached_property
     def tokenizer(self) -> _core.Tokenizer:
         """The model's tokenizer."""
-        return _core.Tokenizer.from_gguf(self.path) if self.path.is_file() else _core.Tokenizer.from_dir(self.path)
+        return tokenizer_of(self.path)
 
     @functools.cached_property
     def template(self) -> _core.ChatTemplate | None:
-        """The model's chat template; None when it has none."""
-        if self.path.is_file():
-            return _core.ChatTemplate.from_gguf(self.path)
-        return _core.ChatTemplate.from_dir(self.path)
+        """The model's chat template; None for a model without one."""
+        return template_of(self.path)
 
     def hf_config(self) -> dict[str, Any]:
         """The content of the model's config.json; made from its configuration when it comes from GGUF."""

@@ -117,9 +117,7 @@ def test_prompt_messages_are_not_trained_even_if_they_are_answers(encode: Encode
     assert 0 < sum(trained) < sum(both)
 
 
-def test_preferences_become_pairs(
-    encode: Encode, tmp_path: Path, texts: tuple[_core.Tokenizer, _core.ChatTemplate | None]
-) -> None:
+def test_preferences_become_pairs(tmp_path: Path, texts: tuple[_core.Tokenizer, _core.ChatTemplate | None]) -> None:
     rows = [{"prompt": f"Is {n} even?", "chosen": "yes" * (n + 1), "rejected": "no"} for n in range(3)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     dataset, _ = data.prepare(DataConfig(path=str(path), max_tokens=400), *texts, seed=0)
@@ -158,7 +156,9 @@ def test_a_feed_goes_on_from_any_batch(tmp_path: Path, texts: tuple[_core.Tokeni
     dataset, _ = data.prepare(DataConfig(path=str(path), max_tokens=96), *texts, seed=3)
     whole = [batch.tokens for batch in dataset.batches(3, passes=3)]
     assert len(whole) == 3 * -(-len(dataset) // 3)
-    assert [t.tolist() for t in whole[: len(whole) // 3]] != [t.tolist() for t in whole[len(whole) // 3 :][: len(whole) // 3]]
+    assert [t.tolist() for t in whole[: len(whole) // 3]] != [
+        t.tolist() for t in whole[len(whole) // 3 :][: len(whole) // 3]
+    ]
     for start in range(len(whole)):
         rest = [batch.tokens for batch in dataset.batches(3, start=start, passes=3)]
         assert len(rest) == len(whole) - start
@@ -195,7 +195,7 @@ def test_long_rows_lose_whole_turns_or_are_split(encode: Encode, tmp_path: Path)
     assert trained[-1], "it ends with an answer's end"
     split = encode(path, max_tokens=150, long_rows="split")
     pieces = [split.sequence(index)[0] for index in range(len(split) - 1)]
-    assert sum(pieces, []) == full[0]
+    assert [token for piece in pieces for token in piece] == full[0]
     assert split.statistics["split_rows"] == 1
 
 
@@ -258,14 +258,15 @@ def test_the_second_time_comes_from_the_cache_and_a_damaged_cache_is_made_anew(
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"messages": talk} for talk in TALKS])
     first = encode(path)
+    expected = sequences(first)
     (tokens,) = cache.rglob("tokens.bin")
     before = tokens.stat().st_mtime_ns
-    assert sequences(encode(path)) == sequences(first)
+    assert sequences(encode(path)) == expected
     assert tokens.stat().st_mtime_ns == before
     content = bytearray(tokens.read_bytes())
     content[10] ^= 1
     tokens.write_bytes(content)
-    assert sequences(encode(path)) == sequences(first)
+    assert sequences(encode(path)) == expected
     assert tokens.stat().st_mtime_ns != before
     assert encode(path, train_on="all").fingerprint != first.fingerprint
 
@@ -311,7 +312,7 @@ def test_an_unwritable_cache_is_an_error(encode: Encode, tmp_path: Path, monkeyp
 def test_an_interrupt_leaves_nothing(texts: tuple[_core.Tokenizer, Any], tmp_path: Path, cache: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"messages": talk} for talk in TALKS * 100])
 
-    def stop(rows: int) -> None:
+    def stop(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
