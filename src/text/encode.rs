@@ -1,10 +1,10 @@
 //! From a conversation to ids, and which of them are trained on.
 //!
-//! A turn of the assistant is found by rendering prefixes, not by searching for marker strings: with `p` the text of the
-//! messages before the turn and a generation prompt, and `q` the text up to and with the turn, the turn is proven when
-//! both `p` and `q` begin the text of the whole conversation. Trained is what comes after `p`, up to and with the last
-//! token within `q` at which generation would stop; the ids of `p` are then exactly those that a server would prompt
-//! with.
+//! A turn of the assistant is found by rendering prefixes, not by searching for marker strings. `p` is the text of the
+//! messages before the turn with a generation prompt, `q` the text up to and with the turn. A turn is proven when `p`
+//! begins the text of the whole conversation, and `q` has with it in common, after `p`, a special token of the template
+//! at which generation stops. Trained is what comes after `p`, up to and with the first such token: just what a server
+//! that prompts with the ids of `p` would let the model say.
 
 use std::ops::Range;
 
@@ -50,80 +50,115 @@ pub fn encode_conversation(
         wanted.drain(..wanted.len().saturating_sub(1));
     }
     let proofs = wanted.iter().map(|&turn| prove(template, conversation, &prepared, &rendered.text, turn));
-    let turns: Vec<Range<usize>> = match train_on {
+    let turns: Vec<Turn> = match train_on {
         // turns only say where a row may be cut
         TrainOn::All => proofs.filter_map(Result::ok).collect(),
         TrainOn::Assistant | TrainOn::Last => proofs.collect::<Result<_>>()?,
     };
-    let boundaries: Vec<usize> = turns.iter().map(|turn| turn.start).collect();
+    let boundaries: Vec<usize> = match train_on {
+        TrainOn::All => Vec::new(),
+        TrainOn::Assistant | TrainOn::Last => turns.iter().map(|turn| turn.start).collect(),
+    };
     let stream = Stream::of(tokenizer, &rendered, &boundaries)?;
     let mut trained = vec![train_on == TrainOn::All; stream.ids.len()];
     let mut turn_ends = Vec::with_capacity(turns.len());
-    for ((turn, &first), &message) in turns.iter().zip(&stream.positions).zip(&wanted) {
-        match stream.end_of_turn(tokenizer, turn) {
-            Some(last) => {
-                trained[first..=last].fill(true);
+    for (number, turn) in turns.iter().enumerate() {
+        match (stream.end_of_turn(tokenizer, turn), stream.positions.get(number)) {
+            (Some(last), first) => {
+                trained[first.copied().unwrap_or(last)..=last].fill(true);
                 turn_ends.push(last + 1);
             }
-            None if train_on == TrainOn::All => {}
-            None => return Err(no_end(tokenizer, message, &rendered.text[turn.clone()])),
+            (None, Some(_)) => return Err(turn.unproven(tokenizer, &rendered.text)),
+            (None, None) => {}
         }
     }
     Ok(Encoded { ids: stream.ids, trained, turn_ends })
 }
 
-/// The bytes of the whole text that the assistant's message `turn` takes, after its generation prompt.
+/// Where an assistant's message stands in the text of the whole conversation.
+struct Turn {
+    /// The message's index.
+    message: usize,
+    /// The end of its generation prompt, in bytes.
+    start: usize,
+    /// How far the whole is the text of the conversation up to this message, in bytes.
+    end: usize,
+    /// What that text has where the whole goes on differently; empty where it doesn't.
+    differs: String,
+}
+
+/// Finds the message at index `turn` in `whole`.
 fn prove(
     template: &Template,
     conversation: &Conversation,
     prepared: &Prepared,
     whole: &str,
     turn: usize,
-) -> Result<Range<usize>> {
-    let render = |messages: Range<usize>, prompt: bool, what: &str| -> Result<usize> {
-        if !prompt && messages.end == conversation.messages.len() {
-            return Ok(whole.len());
-        }
-        let text = template.render_messages(prepared, messages, prompt).map_err(|error| Error {
-            message: format!("message {}: the conversation {what} cannot be rendered: {}", turn + 1, error.message),
-            ..error
-        })?;
-        if whole.starts_with(&text) {
-            return Ok(text.len());
-        }
-        let same = whole.bytes().zip(text.bytes()).take_while(|(a, b)| a == b).count();
-        Err(Error::input(format!(
-            "message {}: which tokens are the assistant's cannot be proven with this chat template: expected the \
-             conversation {what} to begin the whole text, got {:?} where the whole has {:?}",
-            turn + 1,
-            excerpt(&text, same),
-            excerpt(whole, same),
-        ))
-        .hint("the template rewrites earlier turns; train on the last turn (`last`) or on every token (`all`)"))
+) -> Result<Turn> {
+    let render = |messages: Range<usize>, prompt: bool| -> Result<String> {
+        template.render_messages(prepared, messages, prompt).map_err(|error| {
+            let what = if prompt { "before" } else { "up to" };
+            let message =
+                format!("message {}: the conversation {what} it cannot be rendered: {}", turn + 1, error.message);
+            Error { message, ..error }
+        })
     };
-    let start = render(0..turn, true, "before it, with a generation prompt,")?;
-    let end = render(0..turn + 1, false, "up to it")?;
-    if start > end {
-        return Err(Error::input(format!("message {}: expected text after the generation prompt, got none", turn + 1)));
+    let prompt = render(0..turn, true)?;
+    if !whole.starts_with(&prompt) {
+        let same = common(whole, &prompt);
+        return Err(cannot_prove(turn, "before it, with a generation prompt,", &prompt[same..], &whole[same..]).hint(
+            "the template's generation prompt has text that a finished turn lacks, or it rewrites earlier turns; use a \
+             template that doesn't, train on the last turn (`last`) or on every token (`all`)",
+        ));
     }
-    Ok(start..end)
+    let start = prompt.len();
+    if turn + 1 == conversation.messages.len() {
+        return Ok(Turn { message: turn, start, end: whole.len(), differs: String::new() });
+    }
+    let finished = render(0..turn + 1, false)?;
+    let end = common(whole, &finished);
+    Ok(Turn { message: turn, start, end: end.max(start), differs: finished[end..].chars().take(EXCERPT).collect() })
 }
 
-/// Some characters from `from` on.
-fn excerpt(text: &str, from: usize) -> String {
-    let from = (0..=from.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-    text[from..].chars().take(24).collect()
+/// How many characters of a text an error shows.
+const EXCERPT: usize = 24;
+
+/// How many bytes both texts have in common, in whole characters.
+fn common(a: &str, b: &str) -> usize {
+    let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
+    same.map(|(character, _)| character.len_utf8()).sum()
 }
 
-fn no_end(tokenizer: &Tokenizer, message: usize, text: &str) -> Error {
-    let names: Vec<String> = tokenizer.end_ids().iter().filter_map(|&id| tokenizer.token_of(id)).collect();
-    let tail: String = text.chars().rev().take(24).collect::<Vec<_>>().into_iter().rev().collect();
+fn cannot_prove(message: usize, what: &str, got: &str, whole: &str) -> Error {
+    let excerpt = |text: &str| text.chars().take(EXCERPT).collect::<String>();
     Error::input(format!(
-        "message {}: the chat template writes no token that ends the turn: expected one of {}, got {tail:?} at its end",
+        "message {}: which tokens are the assistant's cannot be proven with this chat template: expected the \
+         conversation {what} to begin the whole text, got {:?} where the whole has {:?}",
         message + 1,
-        if names.is_empty() { "the tokenizer's end tokens (it names none)".to_owned() } else { names.join(", ") },
+        excerpt(got),
+        excerpt(whole),
     ))
-    .hint("a model trained on this would never stop; use a template that writes the end-of-sequence token after the assistant's text")
+}
+
+impl Turn {
+    /// Why there is no end of generation in it.
+    fn unproven(&self, tokenizer: &Tokenizer, whole: &str) -> Error {
+        if !self.differs.is_empty() {
+            return cannot_prove(self.message, "up to it", &self.differs, &whole[self.end..]).hint(
+                "the template rewrites earlier turns; train on the last turn (`last`) or on every token (`all`)",
+            );
+        }
+        let names: Vec<String> = tokenizer.end_ids().iter().filter_map(|&id| tokenizer.token_of(id)).collect();
+        let names =
+            if names.is_empty() { "the tokenizer's end tokens (it names none)".to_owned() } else { names.join(", ") };
+        let turn = &whole[self.start..self.end];
+        let tail = turn.char_indices().rev().nth(EXCERPT - 1).map_or(turn, |(at, _)| &turn[at..]);
+        Error::input(format!(
+            "message {}: the chat template writes no token that ends the turn: expected one of {names}, got {tail:?} at its end",
+            self.message + 1,
+        ))
+        .hint("a model trained on this would never stop; use a template that writes the end-of-sequence token after the assistant's text")
+    }
 }
 
 /// A text's tokens, with the places of special tokens and boundaries.
@@ -195,10 +230,10 @@ impl Stream {
         Ok(())
     }
 
-    /// The index of the last token within `turn` at which generation would stop.
-    fn end_of_turn(&self, tokenizer: &Tokenizer, turn: &Range<usize>) -> Option<usize> {
+    /// The index of the first token within `turn` at which generation stops.
+    fn end_of_turn(&self, tokenizer: &Tokenizer, turn: &Turn) -> Option<usize> {
         let within = |found: &Found| found.core.start >= turn.start && found.core.end <= turn.end;
-        let mut ends = self.specials.iter().rev().filter(|(_, found)| within(found));
-        ends.find(|(_, found)| tokenizer.end_ids().contains(&found.id)).map(|&(index, _)| index)
+        let mut ends = self.specials.iter().filter(|(_, found)| within(found));
+        ends.find(|(_, found)| tokenizer.ends(found.id)).map(|&(index, _)| index)
     }
 }

@@ -197,6 +197,11 @@ impl Tokenizer {
         self.inner.end_ids.clone()
     }
 
+    /// Whether generation stops at `id`.
+    pub(super) fn ends(&self, id: u32) -> bool {
+        self.inner.end_ids.binary_search(&id).is_ok()
+    }
+
     /// The number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.parsing.get_vocab_size(true)
