@@ -76,15 +76,10 @@ def detach(model: Decoder, adapter_id: int) -> None:
 def trainable(model: Decoder, adapter_id: int = 0) -> dict[str, nn.Parameter]:
     """Name → parameter of an adapter, such as `model.layers.0.mlp.up_proj.lora_A`; shared parameters once."""
     _known(model, adapter_id)
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, layer in model.layers_by_name().items():
-        if str(adapter_id) in layer.adapters:
-            for inner, parameter in layer.adapters[str(adapter_id)].named_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found[f"{name}.{inner}"] = parameter
-    return found
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in _all_parameters(model, adapter_id).items():
+        found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
 
 
 def merged(model: Decoder, adapter_id: int = 0) -> dict[str, Tensor]:
@@ -123,8 +118,10 @@ def save(
     """
     attached = _known(model, adapter_id)
     module = plugins.load("adapters", attached.method)
+    # peft expects a tied head's weight beside the embedding's
+    parameters = _all_parameters(model, adapter_id) if module.PEFT_TYPE else trainable(model, adapter_id)
     tensors = {}
-    for name, parameter in _parameters(model, adapter_id).items():
+    for name, parameter in parameters.items():
         layer, _, inner = name.rpartition(".")
         tensors[f"{_files.PREFIX}{layer}.{module.PEFT_KEYS.get(inner, inner)}"] = parameter
     record = {
@@ -153,15 +150,18 @@ def load(model: Decoder, folder: Path, adapter_id: int = 0, *, trainable: bool =
     module = plugins.load("adapters", method)
     if module.PEFT_TYPE is not None and files.config.get("peft_type") != module.PEFT_TYPE:
         raise InputError(f"{folder}: expected peft_type {module.PEFT_TYPE!r}, got {files.config.get('peft_type')!r}")
-    options = dict(files.record.get("config") or {}) | module.of_peft(files.config)
+    options = dict(files.record.get("config") or {}) | module.of_peft(files.config, list(files.tensors))
     attach(model, method, options, 0, adapter_id)
     try:
-        _fill(folder, files.tensors, _parameters(model, adapter_id), module.PEFT_KEYS)
+        _fill(folder, files.tensors, _trainable(model, adapter_id), module.PEFT_KEYS)
     except InputError:
         detach(model, adapter_id)
         raise
-    for parameter in _parameters(model, adapter_id).values():
+    for parameter in _trainable(model, adapter_id).values():
         parameter.requires_grad_(trainable)
+
+
+_trainable = trainable  # which `load` has an argument of the same name for
 
 
 def _fill(
@@ -216,8 +216,14 @@ def _method(folder: Path, files: _files.Files) -> str:
     return kinds[kind]
 
 
-def _parameters(model: Decoder, adapter_id: int) -> dict[str, nn.Parameter]:
-    return trainable(model, adapter_id)
+def _all_parameters(model: Decoder, adapter_id: int) -> dict[str, nn.Parameter]:
+    """Name → parameter, shared ones under each of their names."""
+    return {
+        f"{name}.{inner}": parameter
+        for name, layer in model.layers_by_name().items()
+        if str(adapter_id) in layer.adapters
+        for inner, parameter in layer.adapters[str(adapter_id)].named_parameters()
+    }
 
 
 def _known(model: Decoder, adapter_id: int) -> Attached:

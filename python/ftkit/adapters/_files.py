@@ -33,7 +33,12 @@ def write(
 ) -> None:
     """Writes a new directory."""
     folder.mkdir(parents=True)
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    stored: dict[str, Tensor] = {}
+    homes: set[int] = set()
+    for key, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        stored[key] = values.clone() if values.data_ptr() in homes else values  # the format has no shared tensors
+        homes.add(values.data_ptr())
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
     if peft_type is not None:
         config = {

@@ -9,7 +9,7 @@ compare with it, and costs its size once more.
 Trainable parameters: the model's, tied ones once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,6 @@ def to_peft(model: Decoder, config: Config) -> dict[str, Any]:  # noqa: ARG001
     return {}
 
 
-def of_peft(table: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+def of_peft(table: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:  # noqa: ARG001
     """A loaded adapter does not overwrite the base model."""
     return {"keep_base": True}

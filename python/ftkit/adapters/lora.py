@@ -16,7 +16,7 @@ Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, arXiv 2312.03732.
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftkit.adapters._files import PREFIX
 from ftkit.adapters._replacement import replace
-from ftkit.adapters._targets import select
+from ftkit.adapters._targets import ALL_LINEAR, select
 from ftkit.config import option
 from ftkit.errors import InputError
 from ftkit.nn.decoder import Decoder
@@ -115,14 +116,20 @@ def attach(model: Decoder, config: Config, seed: int, adapter_id: int) -> None:
 
 def to_peft(model: Decoder, config: Config) -> dict[str, Any]:
     """The method's part of adapter_config.json."""
-    targets: str | list[str] = config.target_modules if isinstance(config.target_modules, str) else []
+    layers = list(model.layers_by_name())
+    targets: str | list[str] = ALL_LINEAR
+    if config.target_modules != ALL_LINEAR:
+        # written as names: peft would try an expression on modules that have no weights, too
+        pattern = isinstance(config.target_modules, str)
+        targets = select(model.linears(), config.target_modules) if pattern else list(config.target_modules)
+    saved = select(layers, config.modules_to_save, "modules_to_save") if config.modules_to_save else None
     return {
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
         "lora_dropout": config.dropout,
-        "target_modules": targets or list(config.target_modules),
-        "modules_to_save": list(config.modules_to_save) or None,
+        "target_modules": targets,
+        "modules_to_save": saved,  # in full: peft takes every module whose name ends so, `norm` for all norms
         "ensure_weight_tying": config.ensure_weight_tying and bool(config.modules_to_save) and _tied(model),
         "exclude_modules": list(config.exclude_modules) or None,
         "rank_pattern": dict(config.rank_pattern),
@@ -133,8 +140,11 @@ def to_peft(model: Decoder, config: Config) -> dict[str, Any]:
     }
 
 
-def of_peft(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a LoRA from PEFT. Raises InputError for what would be computed differently here."""
+def of_peft(table: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The options of a LoRA from PEFT; `keys` are those of its tensors.
+
+    Raises InputError for what would be computed differently here.
+    """
     plain = {"bias": ("none", None), "layers_pattern": (None,), "layers_to_transform": (None,)}
     differing = [
         *("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "layer_replication"),
@@ -155,13 +165,15 @@ def of_peft(table: Mapping[str, Any]) -> dict[str, Any]:
     excluded = table.get("exclude_modules") or ()
     if isinstance(excluded, str):
         raise InputError(f"exclude_modules: expected a list, got the pattern {excluded!r}")
+    saved = tuple(table.get("modules_to_save") or ())
+    names = [key.removeprefix(PREFIX).removesuffix(".weight") for key in keys if key.endswith(".weight")]
     return {
         "rank": table.get("r", 8),
         "alpha": table.get("lora_alpha", 8),
         "rslora": table.get("use_rslora", False),
         "dropout": table.get("lora_dropout", 0.0),
         "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
-        "modules_to_save": tuple(table.get("modules_to_save") or ()),
+        "modules_to_save": tuple(name for name in names if name.endswith(saved)) if saved else (),
         "ensure_weight_tying": table.get("ensure_weight_tying", False),
         "exclude_modules": tuple(excluded),
         "rank_pattern": dict(table.get("rank_pattern") or {}),
