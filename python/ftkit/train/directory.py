@@ -6,6 +6,7 @@ checkpoints/step-000100/                                 adapter/       the resu
 result.json     what `train` returned, once it is done
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -112,6 +113,26 @@ def fresh_name(config: RunConfig) -> str:
     name = f"{slug or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     taken = {path.name for path in Path(config.output.runs_dir).glob(f"{name}*")}
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with the paths of model and data written out, so that it holds from everywhere."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if path != "-" and os.path.exists(path) else path
+
+    def each(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return absolute(paths) if isinstance(paths, str) else tuple(map(absolute, paths))
+
+    held_out = config.evaluation
+    if held_out.path is not None:
+        held_out = dataclasses.replace(held_out, path=each(held_out.path))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, source=absolute(config.model.source)),
+        data=dataclasses.replace(config.data, path=each(config.data.path)),
+        evaluation=held_out,
+    )
 
 
 def expected(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:

@@ -18,7 +18,7 @@ class ProgressLine:
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._steps = 0
-        self._shown = 0.0
+        self._shown = time.monotonic()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows an event."""
@@ -26,6 +26,8 @@ class ProgressLine:
             case "started" | "resumed":
                 self._steps = event["steps"]
                 self._say(f"{event['run']}: {event['event']}, {event['summary']}")
+            case "reading":
+                self._reading(event["rows"])
             case "step":
                 self._step(event)
             case "evaluation":
@@ -56,6 +58,11 @@ class ProgressLine:
         elif event["step"] in (1, self._steps) or time.monotonic() - self._shown >= _PLAIN_SECONDS:
             self._shown = time.monotonic()
             self._say(line)
+
+    def _reading(self, rows: int) -> None:
+        if time.monotonic() - self._shown >= _PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            self._say(f"reading data: {rows:,} rows so far")
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style))

@@ -33,7 +33,9 @@ def resumed_config(path: str | Path | None, overrides: Mapping[str, Any]) -> Run
     name = given.get("output.name") or _newest_unfinished(runs_dir)
     run = directory.existing(runs_dir, name)
     stored = RunConfig.from_toml(run.config)
-    config = RunConfig.from_toml(run.config, given | {"output.name": name, "output.runs_dir": str(runs_dir)})
+    config = directory.with_absolute_paths(
+        RunConfig.from_toml(run.config, given | {"output.name": name, "output.runs_dir": str(runs_dir)})
+    )
     was, wanted = flat(stored.table()), flat(config.table())
     changed = [
         f"{key}: was {was.get(key)!r}, is {wanted.get(key)!r}"

@@ -19,9 +19,10 @@ body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 74rem; backgroun
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.01em; } h2 { margin: 2.5rem 0 .8rem; font-size: 1.15rem; }
 .under { margin: .2rem 0 1.6rem; color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .8rem; }
 .tile, figure, .sample, pre, .warnings { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }
-.tile { padding: .75rem 1rem; } .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
+.tile { padding: .75rem 1rem; }
+.tile b { display: block; font-size: 1.15rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span, figcaption, .sample h4, .legend { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .8rem; }
 figure { margin: 0; padding: .8rem 1rem; } .legend { color: var(--second); margin-left: .6em; }

@@ -1,0 +1,183 @@
+"""The loop: steps, evaluations, checkpoints, until the steps are done or someone or something stops it.
+
+What decides a step's bits is the weights, the batches and the seed; not the clock, nor how often it was evaluated,
+checkpointed or resumed.
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+
+import torch
+
+from ftkit.errors import Interrupted
+from ftkit.optim import schedules
+from ftkit.train import checkpoint, checkpoints, memory, watchdog
+from ftkit.train.directory import RunDirectory
+from ftkit.train.events import Events
+from ftkit.train.session import Session
+from ftkit.train.signals import Interruption
+from ftkit.train.step import StepOutcome, clear, gradients, mean_loss
+
+
+class Loop:
+    """A run in motion. `progress` is where it is; everything else stands still."""
+
+    def __init__(
+        self,
+        session: Session,
+        run: RunDirectory,
+        progress: checkpoint.Progress,
+        events: Events,
+        losses: list[float],
+        stop: Interruption,
+    ) -> None:
+        self.session = session
+        self.run = run
+        self.progress = progress
+        self._events = events
+        self._stop = stop
+        self._losses = losses
+        self._watchdog = watchdog.Watchdog(session.config.training.stop_after_bad_steps)
+        self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
+        self._measured_tokens = 0
+        self._measured = 0
+        self._started = (progress.step, progress.seconds)
+        self._feed = session.feed(progress.batches)
+
+    def train(self) -> None:
+        """Runs to the end. Raises Interrupted after a checkpoint, FtkitError when the watchdog gives up."""
+        session, progress = self.session, self.progress
+        every = session.config.output.checkpoint_every_steps
+        evaluate_every = session.config.evaluation.every_steps if session.evaluation is not None else 0
+        if progress.step == 0 and evaluate_every:
+            self._events.emit("evaluation", 0, loss=self._evaluate(), best=False)
+        while progress.step < session.steps:
+            if self._stop.requested:
+                self._interrupt()
+            self._step()
+            done = progress.step == session.steps
+            improved = False
+            if evaluate_every and (done or progress.step % evaluate_every == 0):
+                improved = self._judge_evaluation()
+            enough = self._patience_is_over()
+            if done or enough or improved or progress.step % every == 0:
+                self.save()
+            if enough:
+                break
+        warning = watchdog.never_moved(self._losses)
+        if warning is not None:
+            self._warn(warning)
+
+    def save(self) -> None:
+        """Writes a checkpoint and removes those that are no longer wanted."""
+        session, progress = self.session, self.progress
+        path = checkpoint.save(
+            self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
+        )
+        checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
+        self._events.emit("checkpoint", progress.step, path=str(path))
+
+    def _step(self) -> None:
+        session, progress, training = self.session, self.progress, self.session.config.training
+        torch.manual_seed(_step_seed(training.seed, progress.step))
+        batches = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
+        start = time.perf_counter()
+        clear(session.parameters)
+        factor = schedules.factor(session.config.schedule, progress.step, session.steps)
+        tokens = sum(batch.tokens.numel() for batch in batches)
+
+        def work() -> tuple[StepOutcome, watchdog.Warning | None]:
+            outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm)
+            warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
+            if warning is None:
+                session.optimizer.step(factor)
+            return outcome, warning
+
+        try:
+            if self._measured < 2 or tokens > self._measured_tokens:
+                # The first step has no optimizer state yet; a longer one may need more than those before.
+                (outcome, warning), peak = memory.peak_bytes_of(work, session.tensors(), session.device)
+                progress.peak_bytes = max(progress.peak_bytes, peak)
+                self._measured_tokens = max(self._measured_tokens, tokens)
+                self._measured += 1
+            else:
+                outcome, warning = work()
+        finally:
+            clear(session.parameters)
+        seconds = time.perf_counter() - start
+        progress.step += 1
+        progress.batches += len(batches)
+        progress.tokens += outcome.tokens
+        progress.trained_tokens += round(outcome.trained)
+        progress.seconds += seconds
+        progress.bad_steps, progress.bad_in_a_row = self._watchdog.bad_steps, self._watchdog.bad_in_a_row
+        if warning is None:
+            progress.loss = outcome.loss
+            self._losses.append(outcome.loss)
+        else:
+            self._warn(warning)
+        steps, before = self._started
+        pace = (progress.seconds - before) / (progress.step - steps)
+        self._events.emit(
+            "step",
+            progress.step,
+            loss=outcome.loss,
+            learning_rate=session.optimizer.learning_rate * factor,
+            gradient_norm=outcome.gradient_norm,
+            tokens=outcome.tokens,
+            trained_tokens=round(outcome.trained),
+            seconds=round(seconds, 4),
+            tokens_per_second=round(outcome.tokens / seconds, 1),
+            seconds_left=round(pace * (session.steps - progress.step), 1),
+            rss_bytes=memory.rss_bytes(),
+        )
+
+    def _evaluate(self) -> float:
+        session = self.session
+        assert session.evaluation is not None
+        session.loaded.model.eval()
+        try:
+            return mean_loss(session.loss, session.evaluation)
+        finally:
+            session.loaded.model.train()
+
+    def _judge_evaluation(self) -> bool:
+        """Evaluates, and whether it was the best so far."""
+        progress, loss = self.progress, self._evaluate()
+        better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+        if better:
+            progress.best_loss, progress.best_step, progress.evaluations_without_better = loss, progress.step, 0
+        else:
+            progress.evaluations_without_better += 1
+        self._events.emit("evaluation", progress.step, loss=loss, best=better)
+        return better
+
+    def _patience_is_over(self) -> bool:
+        patience = self.session.config.evaluation.patience
+        over = 0 < patience <= self.progress.evaluations_without_better
+        if over:
+            self._events.emit(
+                "notice",
+                self.progress.step,
+                message=f"stopped early: {patience} evaluations in a row were not better than "
+                f"{self.progress.best_loss:.4f} at step {self.progress.best_step}",
+            )
+        return over
+
+    def _interrupt(self) -> None:
+        self.save()
+        self._events.emit("interrupted", self.progress.step)
+        raise Interrupted(
+            f"interrupted after step {self.progress.step} of {self.session.steps}; its checkpoint is written",
+            f"continue with: ftkit train --resume --name {self.run.name}",
+        )
+
+    def _warn(self, warning: watchdog.Warning) -> None:
+        self._events.emit("warning", self.progress.step, **dataclasses.asdict(warning))
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed for the randomness of one step, such as dropout."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1

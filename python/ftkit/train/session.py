@@ -1,0 +1,177 @@
+"""What a run is made of: model, adapter, data, loss and optimizer, put together from a configuration."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ftkit import _core, adapters, data, models, optim, plugins
+from ftkit.config import RunConfig
+from ftkit.errors import InputError
+from ftkit.nn.batch import RaggedBatch
+from ftkit.train import lock
+from ftkit.train.step import Loss
+
+ADAPTER = 0  # the id under which the trained adapter hangs in the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that stands still while a run moves."""
+
+    config: RunConfig
+    loaded: models.LoadedModel
+    device: torch.device
+    parameters: Mapping[str, torch.nn.Parameter]
+    loss: Loss
+    optimizer: optim.Optimizer
+    dataset: data.Dataset
+    evaluation: Sequence[RaggedBatch] | None
+    steps: int
+    lock: lock.Lock
+    notices: Sequence[str]
+    planned_peak_bytes: int | None
+    planned_peak_rss_bytes: int | None
+
+    def feed(self, start: int) -> Iterator[RaggedBatch]:
+        """The training batches, pass after pass, from the `start`-th on."""
+        batches = self.dataset.batches(self.config.training.batch_rows, start=start)
+        return (batch.to(self.device) for batch in batches)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the trained weights in the format that chat, serve and merge take."""
+        adapters.save(self.loaded.model, ADAPTER, folder, self.loaded.fingerprint, self.config.model.source)
+
+    def tensors(self) -> dict[str, Iterable[torch.Tensor]]:
+        """What lives as long as the session, by the planner's categories."""
+        trained = list(self.parameters.values())
+        mine = {id(parameter) for parameter in trained}
+        held = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
+        return {
+            "base weights": [tensor for tensor in held if id(tensor) not in mine],
+            "adapter": trained,
+            "optimizer": self.optimizer.state().values(),
+        }
+
+    def summary(self) -> str:
+        """One line for people."""
+        trained = sum(parameter.numel() for parameter in self.parameters.values())
+        return (
+            f"{self.loaded.name}, {self.config.method.name}, {trained:,} trained parameters, "
+            f"{self.steps:,} steps, {self.dataset.statistics['trained_tokens']:,} trained tokens in the data"
+        )
+
+
+def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
+    """Loads the model, prepares the data, attaches the adapter. Writes nothing but the data's cache.
+
+    `while_reading` is called with the number of rows read so far, and may raise.
+    """
+    training, held_out = config.training, config.evaluation
+    torch.set_num_threads(training.threads or _threads())
+    device = _device(config.model.device)
+    loaded = _base(config, device)
+    read = functools.partial(
+        data.prepare,
+        tokenizer=loaded.tokenizer,
+        template=_template(loaded),
+        seed=training.seed,
+        progress=while_reading,
+    )
+    dataset, evaluation = read(config.data, split=held_out.split)
+    if held_out.path is not None:
+        evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
+    adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
+    loaded.model.activation_checkpointing = training.activation_checkpointing
+    loaded.model.train()
+    parameters = adapters.trainable(loaded.model, ADAPTER)
+    objective = plugins.load("objectives", config.objective.name)
+    options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
+    rows_a_step = training.batch_rows * training.gradient_accumulation_steps
+    steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))
+    batches = None
+    if evaluation is not None:
+        batches = [batch.to(device) for batch in evaluation.batches(training.batch_rows, passes=1)]
+    made_of = {
+        "base": loaded.fingerprint,
+        "data": dataset.fingerprint,
+        "evaluation": None if evaluation is None else evaluation.fingerprint,
+    }
+    return Session(
+        config=config,
+        loaded=loaded,
+        device=device,
+        parameters=parameters,
+        loss=functools.partial(objective.loss, loaded.model, **options),
+        optimizer=optim.build(config.optimizer, parameters),
+        dataset=dataset,
+        evaluation=batches,
+        steps=steps,
+        lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
+        notices=[*_notices(dataset, "data"), *(_notices(evaluation, "evaluation") if held_out.path else [])],
+        planned_peak_bytes=None,
+        planned_peak_rss_bytes=None,
+    )
+
+
+def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:
+    """The base model. Raises InputError for a run, whose adapter would silently be left out."""
+    source = models.resolve(config.model.source, config.output.runs_dir)
+    if source.adapter is not None:
+        raise InputError(
+            f"model.source: expected a base model to train, got the run {config.model.source!r} with its adapter",
+            f"merge it first: ftkit merge {config.model.source} --out DIR",
+        )
+    return models.load(source, dtype=getattr(torch, config.model.dtype), device=device)
+
+
+def _template(loaded: models.LoadedModel) -> "_core.ChatTemplate | None":
+    """The chat template; None for a model without one, which can be trained on plain text."""
+    try:
+        return loaded.template
+    except InputError:
+        return None
+
+
+_COUNTS = {
+    "bad_rows": "rows could not be read and were skipped",
+    "truncated_rows": "rows were longer than data.max_tokens and lost their last turns",
+    "split_rows": "rows were longer than data.max_tokens and were split",
+    "masked_rows": "rows have nothing to train on",
+    "duplicate_rows": "rows are there more than once",
+}
+
+
+def _notices(dataset: data.Dataset, what: str) -> list[str]:
+    """What people should know of the data."""
+    counts = dataset.statistics
+    found = [
+        f"{what}: {counts[name]:,} of {counts['rows']:,} {text}" for name, text in _COUNTS.items() if counts.get(name)
+    ]
+    return [*found, *dataset.problems]
+
+
+def _threads() -> int:
+    """The threads that the environment asks for, or else the processors that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(name: str) -> torch.device:
+    """The device that the configuration names. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"model.device: expected auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"model.device: expected a device that this machine has, got {name!r}", "auto finds one")
+    return device

@@ -1,0 +1,136 @@
+"""From a configuration to a result: puts a run together, anew or from its last checkpoint, runs it, and closes it."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from ftkit.config import RunConfig
+from ftkit.errors import FtkitError, InputError, Interrupted
+from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, report, session
+from ftkit.train import lock as locks
+from ftkit.train.directory import RunDirectory
+from ftkit.train.events import Events, rewind
+from ftkit.train.loop import Loop
+from ftkit.train.result import TrainResult, sha256_of
+from ftkit.train.session import Session
+from ftkit.train.signals import Interruption
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def start(config: RunConfig, listener: Listener | None, *, resume: bool, overwrite: bool) -> TrainResult:
+    """See `ftkit.train.run`."""
+    with Interruption() as stop:
+        try:
+            return _start(config, listener, stop, resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped at once; the last checkpoint is whole", "continue with ftkit train --resume"
+            ) from None
+
+
+def _start(
+    config: RunConfig, listener: Listener | None, stop: Interruption, *, resume: bool, overwrite: bool
+) -> TrainResult:
+    if config.output.name is None:
+        name = directory.fresh_name(config)
+        config = dataclasses.replace(config, output=dataclasses.replace(config.output, name=name))
+    config = directory.with_absolute_paths(config).resolved()
+    run = directory.expected(config, resume=resume, overwrite=overwrite)
+    loggers.check(config.output.loggers)
+
+    def while_reading(rows: int) -> None:
+        if stop.requested:
+            raise Interrupted("interrupted while the data was read; nothing was written")
+        if listener is not None:
+            listener({"event": "reading", "step": 0, "rows": rows})
+
+    made = session.build(config, while_reading)
+    if stop.requested:
+        raise Interrupted("interrupted before the first step; nothing was written")
+    if not resume:
+        directory.create(run, config)
+    with directory.claim(run):
+        progress, losses, notices = _resume(run, made) if resume else (checkpoint.Progress(), [], [])
+        files.write_text(run.config, config.to_toml())
+        locks.write(run.lock, made.lock)
+        others = loggers.open_all(config.output.loggers, run.name, run.path, config.table())
+        events = Events(run.events, [*([listener] if listener else []), *others])
+        kind = "resumed" if progress.step else "started"
+        try:
+            events.emit(kind, progress.step, run=run.name, steps=made.steps, summary=made.summary())
+            for notice in [*notices, *made.notices]:
+                events.emit("notice", progress.step, message=notice)
+            loop = Loop(made, run, progress, events, losses, stop)
+            loop.train()
+            result = _finish(loop, run)
+            events.emit("finished", progress.step, **result.table())
+        except BaseException as error:
+            with contextlib.suppress(FtkitError):  # what is already going wrong is what people should read
+                if not isinstance(error, Interrupted):
+                    events.emit("failed", progress.step, message=str(error) or type(error).__name__)
+                report.write(run)
+            raise
+        finally:
+            with contextlib.suppress(FtkitError):
+                events.close()
+        report.write(run)
+    return result
+
+
+def _resume(run: RunDirectory, made: Session) -> tuple[checkpoint.Progress, list[float], list[str]]:
+    """Fills the session from the last checkpoint; (progress, losses before it, what people should know)."""
+    inputs, surroundings = locks.differences(locks.read(run.lock), made.lock)
+    if inputs:
+        raise InputError(
+            f"{run.path}: expected what the run began with, got something else: {'; '.join(inputs)}",
+            "start a new run with another --name, or give back what it began with",
+        )
+    notices = [
+        f"resumed with another {difference}; bits may differ from those of a run that was never interrupted"
+        for difference in surroundings
+    ]
+    files.sweep(run.path)
+    found = checkpoints.every(run.checkpoints)
+    progress = checkpoint.load(found[-1], made.parameters, made.optimizer) if found else checkpoint.Progress()
+    if progress.step >= made.steps:
+        raise InputError(
+            f"{run.path}: expected a run with steps left, got one that has done {progress.step} of {made.steps}",
+            "--max-steps with a higher number continues it",
+        )
+    run.result.unlink(missing_ok=True)
+    kept = rewind(run.events, progress.step)
+    losses = [event["loss"] for event in kept if event["event"] == "step" and event.get("loss") is not None]
+    return progress, losses, notices
+
+
+def _finish(loop: Loop, run: RunDirectory) -> TrainResult:
+    """Puts the result in place: the best checkpoint's adapter, or the last when nothing was held out."""
+    made, progress = loop.session, loop.progress
+    best = progress.best_step if progress.best_step is not None else progress.step
+    source = run.checkpoints / f"step-{best:06d}" / "adapter"
+    with files.new_directory(run.adapter) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+    result = TrainResult(
+        run=run.name,
+        adapter=str(run.adapter),
+        adapter_sha256=sha256_of(run.adapter),
+        steps=progress.step,
+        final_loss=progress.loss,
+        eval_loss=progress.best_loss,
+        real_tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        peak_bytes=progress.peak_bytes,
+        planned_peak_bytes=made.planned_peak_bytes,
+        peak_rss_bytes=memory.peak_rss_bytes(),
+        planned_peak_rss_bytes=made.planned_peak_rss_bytes,
+        seconds=progress.seconds,
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        bad_steps=progress.bad_steps,
+        report=str(run.report),
+    )
+    files.write_text(run.result, json.dumps(result.table(), indent=2) + "\n")
+    return result
