@@ -62,7 +62,7 @@ class Session:
         """One line for people."""
         trained = sum(parameter.numel() for parameter in self.parameters.values())
         return (
-            f"{self.loaded.name}, {self.config.method.name}, {trained:,} trained parameters, "
+            f"{Path(self.loaded.name).name}, {self.config.method.name}, {trained:,} trained parameters, "
             f"{self.steps:,} steps, {self.dataset.statistics['trained_tokens']:,} trained tokens in the data"
         )
 
@@ -84,8 +84,10 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)
+    notices = _notices(dataset, "data")
     if held_out.path is not None:
         evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
+        notices += _notices(evaluation, "evaluation")
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     loaded.model.activation_checkpointing = training.activation_checkpointing
     loaded.model.train()
@@ -113,7 +115,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         evaluation=batches,
         steps=steps,
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
-        notices=[*_notices(dataset, "data"), *(_notices(evaluation, "evaluation") if held_out.path else [])],
+        notices=notices,
         planned_peak_bytes=None,
         planned_peak_rss_bytes=None,
     )

@@ -39,7 +39,7 @@ def gradients(loss: Loss, parameters: Parameters, batches: Sequence[RaggedBatch]
         trained = float(parts.count.sum())
         if trained == 0:
             continue
-        parts.sum.sum().backward()  # type: ignore[no-untyped-call]
+        parts.sum.sum().backward()
         total += float(parts.sum.detach().double().sum())
         count += trained
     existing = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
