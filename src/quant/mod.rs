@@ -111,3 +111,74 @@ fn check_lengths(kind: Kind, bytes: usize, values: usize) -> Result<()> {
         kind.block_bytes()
     )))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn kinds() -> impl Strategy<Value = Kind> {
+        prop::sample::select(Kind::ALL)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_bytes_are_blocks(kind in kinds(), bytes in prop::collection::vec(any::<u8>(), 420..421)) {
+            let count = bytes.len() / kind.block_bytes();
+            let mut out = vec![0.0; count * kind.block_size()];
+            dequantize(kind, &bytes[..count * kind.block_bytes()], &mut out).unwrap();
+        }
+
+        #[test]
+        fn any_finite_values_come_back_finite_and_near(
+            kind in kinds(),
+            values in prop::collection::vec(prop_oneof![-1.0f32..1.0, -65504.0f32..65504.0, Just(0.0), -1e-38f32..1e-38], 512..513),
+        ) {
+            let mut blocks = vec![0; 512 / kind.block_size() * kind.block_bytes()];
+            quantize(kind, &values, &mut blocks).unwrap();
+            let mut restored = vec![f32::NAN; 512];
+            dequantize(kind, &blocks, &mut restored).unwrap();
+            for (values, restored) in values.chunks(kind.block_size()).zip(restored.chunks(kind.block_size())) {
+                let size = values.iter().map(|value| value.abs()).fold(0.0, f32::max);
+                for (value, restored) in values.iter().zip(restored) {
+                    prop_assert!((value - restored).abs() <= size * 0.5 + 1e-6, "{value} came back as {restored}");
+                }
+            }
+        }
+
+        #[test]
+        fn lengths_that_do_not_fit_are_errors(kind in kinds(), bytes in 0usize..600, values in 0usize..600) {
+            let fits = bytes % kind.block_bytes() == 0
+                && values % kind.block_size() == 0
+                && bytes / kind.block_bytes() == values / kind.block_size();
+            prop_assert_eq!(dequantize(kind, &vec![0; bytes], &mut vec![0.0; values]).is_ok(), fits);
+            prop_assert_eq!(quantize(kind, &vec![0.0; values], &mut vec![0; bytes]).is_ok(), fits);
+        }
+    }
+
+    #[test]
+    fn the_result_does_not_depend_on_the_threads() {
+        let values: Vec<f32> = (0..40_960).map(|i| ((i * 37 % 1009) as f32 - 504.0) / 97.0).collect();
+        for &kind in Kind::ALL {
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut blocks = vec![0; values.len() / kind.block_size() * kind.block_bytes()];
+                pool.install(|| quantize(kind, &values, &mut blocks)).unwrap();
+                blocks
+            };
+            assert_eq!(run(1), run(3), "{}", kind.name());
+        }
+    }
+
+    #[test]
+    fn names_and_numbers_are_each_ones_own() {
+        for &kind in Kind::ALL {
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+            assert_eq!(Kind::from_id(kind.id()), Some(kind));
+            assert_eq!(Kind::unread_name(kind.id()), None);
+        }
+    }
+}

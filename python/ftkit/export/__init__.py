@@ -26,3 +26,5 @@ class Material:
     """Names of the weights that differ from those at `path`."""
     template: str | None = None
     """The chat template."""
+    tokenizer: Any = None
+    """The tokenizer, for a target that writes one anew."""
