@@ -1,0 +1,292 @@
+//! The engine: one thread that owns the scheduler and calls the model's step, and a handle to it that can be shared.
+//!
+//! Requests come in through a channel and answers go out through each request's sink, so no caller waits for a lock that
+//! a step holds. A step that fails, fails its batch; the thread lives until it is told to stop.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::metrics::Metrics;
+use super::request::Request;
+use super::scheduler::{Limits, Scheduler};
+use super::step::Step;
+use crate::{Error, Result};
+
+enum Command {
+    Add(Request),
+    /// Answers whether somebody still uses the adapter.
+    Uses(i32, Sender<bool>),
+    Stop,
+}
+
+struct Shared {
+    limits: Limits,
+    metrics: Arc<Metrics>,
+    /// Requests handed over and not admitted yet.
+    queued: AtomicUsize,
+    stopped: AtomicBool,
+    commands: Mutex<Sender<Command>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A handle to a running engine; clones are handles to the same.
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
+
+/// Why a request was not taken.
+#[derive(Clone, Debug)]
+pub enum Refused {
+    /// The queue is full: this many wait.
+    Full(usize),
+    /// The engine has been stopped.
+    Stopped,
+    /// It cannot be answered.
+    Invalid(Error),
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Full(waiting) => {
+                Self::failure(format!("the queue is full: {waiting} requests are waiting")).hint("try again later")
+            }
+            Refused::Stopped => Self::failure("the engine is closed"),
+            Refused::Invalid(error) => error,
+        }
+    }
+}
+
+impl Engine {
+    /// Starts the engine's thread.
+    pub fn start(limits: Limits, step: impl Step + 'static) -> Result<Self> {
+        if limits.sequences == 0 || limits.batch_tokens < limits.sequences || limits.vocabulary == 0 {
+            let (tokens, sequences) = (limits.batch_tokens, limits.sequences);
+            let message = format!("batch_tokens: expected at least sequences ({sequences}) and 1, got {tokens}");
+            return Err(Error::input(message));
+        }
+        if limits.longest() < 2 {
+            return Err(Error::input(format!("pool: expected room for at least 2 tokens, got {}", limits.longest())));
+        }
+        let (commands, inbox) = channel();
+        let metrics = Arc::new(Metrics::default());
+        metrics.blocks_total.set(limits.pages as u64);
+        let shared = Arc::new(Shared {
+            limits,
+            metrics,
+            queued: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+            commands: Mutex::new(commands),
+            thread: Mutex::new(None),
+        });
+        let worker = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("ftkit-engine".into())
+            .spawn(move || work(&worker, &inbox, step))
+            .map_err(|error| Error::failure(format!("the engine's thread: {error}")))?;
+        *shared.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(Self(shared))
+    }
+
+    /// The engine's bounds.
+    pub fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// What the engine counts and times.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// Hands requests over: all of them, or none.
+    pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
+        for request in &requests {
+            self.0.limits.check(&request.prompt, &request.sampling).map_err(Refused::Invalid)?;
+        }
+        let count = requests.len();
+        let most = if requests.iter().all(|request| request.urgent) { usize::MAX } else { self.0.limits.waiting };
+        let take = |queued: usize| queued.checked_add(count).filter(|&sum| sum <= most);
+        if let Err(queued) = self.0.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) {
+            self.0.metrics.refused.add(1);
+            return Err(Refused::Full(queued));
+        }
+        for request in requests {
+            self.send(Command::Add(request)).map_err(|()| Refused::Stopped)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a waiting or running request uses the adapter.
+    pub fn uses(&self, adapter: i32) -> bool {
+        let (answer, inbox) = channel();
+        self.send(Command::Uses(adapter, answer)).is_ok() && inbox.recv().unwrap_or(false)
+    }
+
+    /// Whether the engine takes requests.
+    pub fn running(&self) -> bool {
+        !self.0.stopped.load(Ordering::Acquire)
+    }
+
+    /// Fails what is under way, ends the thread and waits for it. Does nothing the second time.
+    pub fn stop(&self) {
+        let _ = self.send(Command::Stop);
+        let thread = self.0.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<(), ()> {
+        if self.0.stopped.load(Ordering::Acquire) {
+            return Err(());
+        }
+        self.0.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command).map_err(|_| ())
+    }
+}
+
+fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
+    let mut scheduler = Scheduler::new(shared.limits.clone());
+    let mut logits = Vec::new();
+    let mut taken = 0usize;
+    'life: loop {
+        let mut next = if scheduler.idle() {
+            match inbox.recv() {
+                Ok(command) => Some(command),
+                Err(_) => break 'life,
+            }
+        } else {
+            inbox.try_recv().ok()
+        };
+        while let Some(command) = next {
+            match command {
+                Command::Add(request) => {
+                    taken += 1;
+                    scheduler.add(request);
+                }
+                Command::Uses(adapter, answer) => {
+                    scheduler.drop_cancelled();
+                    let _ = answer.send(scheduler.uses(adapter));
+                }
+                Command::Stop => break 'life,
+            }
+            next = inbox.try_recv().ok();
+        }
+        scheduler.drop_cancelled();
+        if let Some(batch) = scheduler.plan() {
+            // Before the step: who waits now waits for it.
+            publish(shared, &scheduler, &mut taken);
+            logits.clear();
+            let start = Instant::now();
+            match step.run(&batch, &mut logits) {
+                Ok(()) => scheduler.apply(&logits),
+                Err(error) => scheduler.fail(&error),
+            }
+            shared.metrics.step_seconds.record(start.elapsed());
+            shared.metrics.batch_tokens.add(batch.tokens.len() as u64);
+        }
+        publish(shared, &scheduler, &mut taken);
+    }
+    shared.stopped.store(true, Ordering::Release);
+    scheduler.fail_all(&Error::failure("the engine is shutting down"));
+    for command in inbox.try_iter() {
+        if let Command::Add(mut request) = command {
+            request.sink.send(super::Event::Failed(Error::failure("the engine is shutting down")));
+        }
+    }
+    publish(shared, &scheduler, &mut taken);
+}
+
+/// Shows the scheduler's state to the other threads.
+fn publish(shared: &Shared, scheduler: &Scheduler, taken: &mut usize) {
+    // `queued` counts what was handed over; what is no longer waiting leaves it.
+    let left = taken.saturating_sub(scheduler.waiting());
+    shared.queued.fetch_sub(left, Ordering::AcqRel);
+    *taken -= left;
+    let metrics = &shared.metrics;
+    metrics.waiting.set(scheduler.waiting() as u64);
+    metrics.running.set(scheduler.running() as u64);
+    metrics.blocks_used.set(scheduler.pool().used() as u64);
+    metrics.scheduled(scheduler.counters());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Sampling;
+    use super::super::fake::{FakeStep, Listener, VOCABULARY, request};
+    use super::*;
+
+    fn engine(waiting: usize, pause: u64) -> Engine {
+        let limits = Limits {
+            batch_tokens: 8,
+            sequences: 2,
+            waiting,
+            block_tokens: 3,
+            pages: 40,
+            context_tokens: 60,
+            vocabulary: VOCABULARY,
+            end_ids: vec![0],
+        };
+        let mut step = FakeStep::new(40, 3);
+        step.pause = Duration::from_millis(pause);
+        Engine::start(limits, step).unwrap()
+    }
+
+    fn sampling(max_tokens: usize) -> Sampling {
+        Sampling { seed: Some(1), max_tokens: Some(max_tokens), ignore_end: true, ..Sampling::default() }
+    }
+
+    fn until(mut condition: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < Duration::from_secs(10), "waited in vain");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn answers_come_and_the_thread_ends() {
+        let engine = engine(10, 0);
+        let listener = Listener::default();
+        engine.submit(vec![request(&[1, 2], sampling(5), -1, &listener)]).unwrap();
+        until(|| listener.ending().starts_with("length"));
+        engine.stop();
+        engine.stop();
+        assert!(!engine.running());
+        assert!(matches!(engine.submit(vec![request(&[1], sampling(5), -1, &listener)]), Err(Refused::Stopped)));
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_an_urgent_request_passes() {
+        let engine = engine(2, 5);
+        let listeners: Vec<Listener> = (0..4).map(|_| Listener::default()).collect();
+        for listener in &listeners[..2] {
+            engine.submit(vec![request(&[1, 2], sampling(50), -1, listener)]).unwrap();
+        }
+        until(|| engine.metrics().running.get() == 2);
+        for listener in &listeners[2..] {
+            engine.submit(vec![request(&[1, 2], sampling(2), -1, listener)]).unwrap();
+        }
+        let refused = engine.submit(vec![request(&[1, 2], sampling(2), -1, &Listener::default())]);
+        assert!(matches!(refused, Err(Refused::Full(2))), "{refused:?}");
+        let urgent = Listener::default();
+        engine.submit(vec![Request { urgent: true, ..request(&[1, 2], sampling(2), -1, &urgent) }]).unwrap();
+        until(|| listeners.iter().chain([&urgent]).all(|listener| listener.ending().starts_with("length")));
+        until(|| engine.metrics().blocks_used.get() == 0);
+        engine.submit(vec![request(&[1, 2], sampling(2), -1, &Listener::default())]).unwrap();
+        engine.stop();
+    }
+
+    #[test]
+    fn stopping_fails_what_is_under_way() {
+        let engine = engine(10, 5);
+        let listener = Listener::default();
+        engine.submit(vec![request(&[1, 2], sampling(50), 4, &listener)]).unwrap();
+        until(|| engine.uses(4));
+        engine.stop();
+        assert_eq!(listener.ending(), "failed: the engine is shutting down");
+    }
+}

@@ -1,0 +1,135 @@
+//! For tests: a tiny deterministic model that really keeps its memory in pages, and a caller that remembers.
+//!
+//! Its logits are a hash of every token that the page table leads to, and of the adapter. So a wrong page, a page written
+//! by another sequence, a token missing or computed twice gives another answer.
+
+use std::sync::{Arc, Mutex};
+
+use super::request::{Decoder, Event, Request, Sink};
+use super::sampling::Sampling;
+use super::step::{Batch, Step};
+use crate::{Error, Result};
+
+/// Number of tokens; 0 ends an answer.
+pub(crate) const VOCABULARY: usize = 31;
+
+/// The model.
+pub(crate) struct FakeStep {
+    memory: Vec<i32>,
+    block_tokens: usize,
+    fail: bool,
+    /// Sleeps in each step, so that tests can watch a request under way.
+    pub pause: std::time::Duration,
+}
+
+impl FakeStep {
+    pub fn new(pages: usize, block_tokens: usize) -> Self {
+        Self { memory: vec![-1; pages * block_tokens], block_tokens, fail: false, pause: std::time::Duration::ZERO }
+    }
+
+    pub fn fail_next(&mut self) {
+        self.fail = true;
+    }
+}
+
+impl Step for FakeStep {
+    fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        std::thread::sleep(self.pause);
+        if std::mem::take(&mut self.fail) {
+            return Err(Error::failure("told to"));
+        }
+        let mut rows = batch.rows.iter().peekable();
+        for sequence in 0..batch.sequences() {
+            let table = &batch.block_table[sequence * batch.blocks..(sequence + 1) * batch.blocks];
+            let slot = |position: usize| {
+                table[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens
+            };
+            let tokens = batch.cu_seqlens[sequence] as usize..batch.cu_seqlens[sequence + 1] as usize;
+            for index in tokens {
+                let position = batch.positions[index] as usize;
+                self.memory[slot(position)] = batch.tokens[index];
+                if rows.next_if(|&&row| row as usize == index).is_some() {
+                    let mut hash = 0xcbf2_9ce4_8422_2325u64 ^ batch.adapter[sequence] as u64;
+                    for before in 0..=position {
+                        hash = (hash ^ self.memory[slot(before)] as u64).wrapping_mul(0x0100_0000_01b3);
+                    }
+                    for _ in 0..VOCABULARY {
+                        hash = hash.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        logits.push((hash >> 40) as f32 / (1u64 << 24) as f32 * 4.0);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Token n is the n-th letter from `A` on.
+pub(crate) struct Letters;
+
+impl Decoder for Letters {
+    fn push(&mut self, id: u32) -> String {
+        char::from_u32('A' as u32 + id).map_or_else(String::new, String::from)
+    }
+    fn finish(&mut self) -> String {
+        String::new()
+    }
+}
+
+/// Remembers its events.
+#[derive(Clone, Default)]
+pub(crate) struct Listener(Arc<Mutex<(Vec<Event>, bool)>>);
+
+impl Listener {
+    pub fn close(&self) {
+        self.0.lock().unwrap().1 = true;
+    }
+
+    pub fn text(&self) -> String {
+        self.each(|delta| delta.text.clone()).concat()
+    }
+
+    pub fn tokens(&self) -> Vec<u32> {
+        self.each(|delta| delta.tokens.iter().map(|token| token.id).collect::<Vec<_>>()).concat()
+    }
+
+    /// How it ended.
+    pub fn ending(&self) -> String {
+        match self.0.lock().unwrap().0.last() {
+            Some(Event::Finished { reason, usage, .. }) => format!("{} {usage:?}", reason.as_str()),
+            Some(Event::Failed(error)) => format!("failed: {error}"),
+            _ => "not".to_owned(),
+        }
+    }
+
+    fn each<T>(&self, part: impl Fn(&super::request::Delta) -> T) -> Vec<T> {
+        let events = &self.0.lock().unwrap().0;
+        let deltas = events.iter().filter_map(|event| match event {
+            Event::Delta(delta) | Event::Finished { delta, .. } => Some(part(delta)),
+            Event::Failed(_) => None,
+        });
+        deltas.collect()
+    }
+}
+
+impl Sink for Listener {
+    fn send(&mut self, event: Event) -> bool {
+        let mut state = self.0.lock().unwrap();
+        state.0.push(event);
+        !state.1
+    }
+    fn closed(&self) -> bool {
+        self.0.lock().unwrap().1
+    }
+}
+
+pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener: &Listener) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        sampling,
+        adapter,
+        decoder: Box::new(Letters),
+        sink: Box::new(listener.clone()),
+        urgent: false,
+    }
+}

@@ -1,0 +1,102 @@
+//! What the engine is asked, and what it answers.
+
+use super::sampling::Sampling;
+use crate::Error;
+
+/// Turns token ids into text, piece by piece; never gives out part of a character.
+pub trait Decoder: Send {
+    /// The text that this token completes, often its own.
+    fn push(&mut self, id: u32) -> String;
+    /// What is left when no token follows.
+    fn finish(&mut self) -> String;
+}
+
+/// Where a request's events go. A closed sink cancels its request.
+pub trait Sink: Send {
+    /// Hands over an event; `false` when nobody listens any more.
+    fn send(&mut self, event: Event) -> bool;
+    /// Whether nobody listens any more.
+    fn closed(&self) -> bool;
+}
+
+/// One answer to generate.
+pub struct Request {
+    /// The prompt's tokens; not empty.
+    pub prompt: Vec<u32>,
+    /// How to choose tokens, and when to stop.
+    pub sampling: Sampling,
+    /// The adapter's id, -1 for none.
+    pub adapter: i32,
+    /// Turns the answer's tokens into text.
+    pub decoder: Box<dyn Decoder>,
+    /// Where the answer goes.
+    pub sink: Box<dyn Sink>,
+    /// Served before the queue, and never refused: for health checks.
+    pub urgent: bool,
+}
+
+/// One token of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Its log-probability under the model, if asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens here and their log-probabilities, if asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What became visible of an answer: text, and the tokens that end in it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Delta {
+    /// More text.
+    pub text: String,
+    /// Tokens whose text is now all visible.
+    pub tokens: Vec<Token>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended it, or a stop string.
+    Stop,
+    /// It has as many tokens as were allowed, or as the context or the pool hold.
+    Length,
+}
+
+impl FinishReason {
+    /// The API's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What a request consumed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, the end token included.
+    pub completion_tokens: usize,
+}
+
+/// What happens to a request; `Finished` and `Failed` are the last.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// More of the answer.
+    Delta(Delta),
+    /// The rest of the answer, and why it ended.
+    Finished {
+        /// What was held back until now.
+        delta: Delta,
+        /// Why the answer ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// No answer, or no more of it.
+    Failed(Error),
+}
