@@ -6,19 +6,24 @@
 //! Nothing here knows what a step does; the model is behind [`Step`], and callers are behind [`Sink`].
 
 mod answer;
+pub mod attention;
 mod engine;
 #[cfg(test)]
 mod fake;
+pub mod http;
+mod language;
 mod metrics;
+pub mod models;
 mod pool;
 mod request;
 mod sampler;
-mod sampling;
+pub mod sampling;
 mod scheduler;
 mod step;
 mod stop;
 
 pub use engine::{Engine, Refused};
+pub use language::{Language, Text};
 pub use metrics::Metrics;
 pub use pool::{BlockPool, BlockTable};
 pub use request::{Decoder, Delta, Event, FinishReason, Request, Sink, Token, Usage};

@@ -1,0 +1,152 @@
+//! Errors in the shape that OpenAI's clients read.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::serve::Refused;
+use crate::{Error, ErrorKind};
+
+/// An answer that is an error.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<String>,
+    message: String,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
+        Self { status, kind, code, param: None, message: message.into() }
+    }
+
+    /// 400: the request as a whole.
+    pub fn request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message)
+    }
+
+    /// 400: one field, with what it must be and what it is.
+    pub fn field(name: &str, expected: &str, got: &str) -> Self {
+        let error = Self::request(format!("{name}: expected {expected}, got {got}"));
+        Self { param: Some(name.to_owned()), code: Some("invalid_value"), ..error }
+    }
+
+    /// 400: a field of the API that this server does not have.
+    pub fn unsupported(name: &str, message: impl Into<String>) -> Self {
+        let error = Self::request(message);
+        Self { param: Some(name.to_owned()), code: Some("unsupported_value"), ..error }
+    }
+
+    /// 400: a field that the API does not have.
+    pub fn unknown(name: &str) -> Self {
+        let error = Self::request(format!("expected fields of the API, got {:?}", shortened(name)));
+        Self { param: Some(shortened(name)), code: Some("unknown_parameter"), ..error }
+    }
+
+    /// 401.
+    pub fn unauthorized() -> Self {
+        let message = "expected this server's api key in the header `Authorization: Bearer …`, got none or another";
+        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message)
+    }
+
+    /// 403: a request that a page of another site made a browser send.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", None, message)
+    }
+
+    /// 404: no such route.
+    pub fn no_route(path: &str) -> Self {
+        let message = format!("expected a route of this server, got {}", shortened(path));
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("unknown_url"), message)
+    }
+
+    /// 404: no such model.
+    pub fn no_model(name: &str, known: &str) -> Self {
+        let message = format!("model: expected one of {known}, got {:?}", shortened(name));
+        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
+        Self { param: Some("model".to_owned()), ..error }
+    }
+
+    /// 405.
+    pub fn method() -> Self {
+        let message = "expected another method for this route";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_allowed"), message)
+    }
+
+    /// 408: the body did not come.
+    pub fn slow(seconds: u64) -> Self {
+        let message = format!("body: expected all of it within {seconds} seconds");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", None, message)
+    }
+
+    /// 413.
+    pub fn too_large(limit: usize) -> Self {
+        let message = format!("body: expected at most {limit} bytes, got more");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", None, message)
+    }
+
+    /// 500.
+    pub fn server(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// 503.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", None, message)
+    }
+
+    /// The body.
+    pub fn json(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+}
+
+/// Names that a client chose are cut in messages.
+fn shortened(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        if error.kind == ErrorKind::Failure {
+            return Self::server(error.message);
+        }
+        let mut api = Self::request(error.to_string().replace('\n', "; "));
+        // The core's messages begin with the field's name.
+        let name = error.message.split_once(':').map(|(name, _)| name);
+        api.param = name.filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c == '_')).map(str::to_owned);
+        if api.message.starts_with("prompt: expected fewer than") {
+            api.code = Some("context_length_exceeded");
+        }
+        api
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Full(_) => {
+                let message = Error::from(refused).message;
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), message)
+            }
+            Refused::Stopped => Self::unavailable("the server is shutting down"),
+            Refused::Invalid(error) => error.into(),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, axum::Json(self.json())).into_response();
+        let headers = response.headers_mut();
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,100 @@
+//! Who may ask: the checks before any route.
+//!
+//! A server on loopback is reachable by every page in the user's browser: by a form that posts to it, or by a name that
+//! is made to resolve to 127.0.0.1. So on loopback the `Host` must be a loopback name, and a request that says which page
+//! it comes from (`Origin`) must come from this server's own. No header ever allows another site (no CORS).
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header, uri::Authority};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::App;
+use super::errors::ApiError;
+
+/// Routes that need no key: the page itself, which then asks for it, and the health check.
+const OPEN: [&str; 4] = ["/", "/chat.js", "/chat.css", "/health"];
+
+/// Checks a request, passes it on, counts the answer.
+pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let checked = check(&app, &request);
+    let mut response = match checked {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
+    let nosniff = HeaderValue::from_static("nosniff");
+    response.headers_mut().insert(HeaderName::from_static("x-content-type-options"), nosniff);
+    app.engine.metrics().answered(response.status().as_u16());
+    response
+}
+
+fn check(app: &App, request: &Request) -> Result<(), ApiError> {
+    let headers = request.headers();
+    let host = host(request);
+    if app.settings.loopback {
+        let name = host.as_ref().map_or("", Authority::host);
+        if !is_loopback(name) && name != app.settings.host {
+            return Err(ApiError::forbidden(format!("host: expected a name of this machine, got {name:?}")));
+        }
+    }
+    if let Some(origin) = single(headers, &header::ORIGIN)? {
+        let own = host.as_ref().is_some_and(|host| {
+            let rest = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+            rest.is_some_and(|rest| rest.eq_ignore_ascii_case(host.as_str()))
+        });
+        if !own {
+            return Err(ApiError::forbidden("origin: expected this server's own page, got another"));
+        }
+    }
+    if let (Some(key), false) = (&app.key, OPEN.contains(&request.uri().path())) {
+        let given = single(headers, &header::AUTHORIZATION)?.unwrap_or_default();
+        let (scheme, token) = given.split_once(' ').unwrap_or_default();
+        // Hashes compare in constant time, and say nothing about the key's length.
+        let same = blake3::hash(token.trim().as_bytes()) == *key;
+        if !scheme.eq_ignore_ascii_case("bearer") || !same {
+            return Err(ApiError::unauthorized());
+        }
+    }
+    Ok(())
+}
+
+/// The server's name as the client calls it.
+fn host(request: &Request) -> Option<Authority> {
+    if let Some(authority) = request.uri().authority() {
+        return Some(authority.clone());
+    }
+    single(request.headers(), &header::HOST).ok().flatten()?.parse().ok()
+}
+
+/// A header that may come once only: two could be read differently by two readers.
+fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ApiError> {
+    let mut values = headers.get_all(name).iter();
+    let (first, second) = (values.next(), values.next());
+    match (first.map(HeaderValue::to_str), second) {
+        (None, _) => Ok(None),
+        (Some(Ok(value)), None) => Ok(Some(value)),
+        _ => Err(ApiError::request(format!("{name}: expected one value in ASCII"))),
+    }
+}
+
+fn is_loopback(name: &str) -> bool {
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || bare.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_this_machine() {
+        for name in ["localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "[::1]"] {
+            assert!(is_loopback(name), "{name}");
+        }
+        for name in ["", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "10.0.0.1", "evil.example"] {
+            assert!(!is_loopback(name), "{name}");
+        }
+    }
+}

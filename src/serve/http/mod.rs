@@ -1,0 +1,243 @@
+//! The HTTP side: OpenAI's completion routes, models, health, metrics, and a page to chat with.
+//!
+//! ```text
+//! connection (listen) → who may ask (guard) → route → body (here) → parse → engine → whole answer or stream
+//! ```
+
+mod answers;
+mod complete;
+mod errors;
+mod fields;
+mod guard;
+mod listen;
+mod page;
+mod parse;
+mod stream;
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio_stream::StreamExt;
+
+pub use self::listen::{bind, url};
+
+use self::answers::Route;
+use self::errors::ApiError;
+use super::models::{Model, Models};
+use super::{Engine, Event, Language, Sampling, Sink};
+use crate::{Error, Result};
+
+/// A request's body must come within this time.
+const BODY: Duration = Duration::from_secs(60);
+/// A health check's token must come within this time.
+const HEALTH: Duration = Duration::from_secs(30);
+/// A health check that is no older answers the next one too.
+const HEALTH_AGE: Duration = Duration::from_secs(1);
+
+/// How to serve.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The name that the server was told to bind to.
+    pub host: String,
+    /// Whether that is this machine only.
+    pub loopback: bool,
+    /// The key that requests must bring.
+    pub api_key: Option<String>,
+    /// Most bytes of a request's body.
+    pub body_bytes: usize,
+}
+
+/// What the routes share.
+struct App {
+    engine: Engine,
+    language: Arc<dyn Language>,
+    models: Arc<Models>,
+    settings: Settings,
+    /// The key's hash.
+    key: Option<blake3::Hash>,
+    health: tokio::sync::Mutex<Option<(Instant, bool)>>,
+}
+
+/// A server that has not started yet.
+pub struct Server {
+    listener: TcpListener,
+    app: Arc<App>,
+}
+
+impl Server {
+    /// A server on a listener of [`bind`].
+    pub fn new(
+        listener: TcpListener,
+        engine: Engine,
+        language: Arc<dyn Language>,
+        models: Arc<Models>,
+        settings: Settings,
+    ) -> Self {
+        let key = settings.api_key.as_ref().map(|key| blake3::hash(key.as_bytes()));
+        let app = App { engine, language, models, settings, key, health: tokio::sync::Mutex::new(None) };
+        Self { listener, app: Arc::new(app) }
+    }
+
+    /// Serves on threads of its own until SIGINT or SIGTERM, then until answers under way are done. `ready` is called
+    /// when requests are taken.
+    pub fn run(self, ready: impl FnOnce()) -> Result<()> {
+        let failed = |error: std::io::Error| Error::failure(format!("the server's threads: {error}"));
+        // Two threads: HTTP is never the work, and the model needs the cores.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(4)
+            .thread_name("ftkit-http")
+            .enable_all()
+            .build()
+            .map_err(failed)?;
+        let outcome = runtime.block_on(async {
+            let (stop, stopped) = watch::channel(0);
+            signals(stop).map_err(failed)?;
+            let serving = tokio::spawn(listen::serve(self.listener, router(self.app), stopped));
+            ready();
+            serving.await.map_err(|error| Error::failure(format!("the server: {error}")))?
+        });
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        outcome
+    }
+}
+
+/// Counts SIGINT and SIGTERM.
+fn signals(stop: watch::Sender<u32>) -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            stop.send_modify(|count| *count += 1);
+        }
+    });
+    Ok(())
+}
+
+fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completion))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/markdown", post(markdown))
+        .route("/", get(page::page))
+        .route("/chat.js", get(page::script))
+        .route("/chat.css", get(page::style))
+        .fallback(|request: Request| async move { ApiError::no_route(request.uri().path()) })
+        .method_not_allowed_fallback(|| async { ApiError::method() })
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&app), guard::guard))
+        .with_state(app)
+}
+
+async fn chat(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
+    let body = read(&app, body).await?;
+    complete::complete(app, Route::Chat, body).await
+}
+
+async fn completion(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
+    let body = read(&app, body).await?;
+    complete::complete(app, Route::Completion, body).await
+}
+
+/// A whole body, within the limits of size and time.
+async fn read(app: &App, body: Body) -> Result<Bytes, ApiError> {
+    let limit = app.settings.body_bytes;
+    let collect = async {
+        let mut all = Vec::new();
+        let mut frames = body.into_data_stream();
+        while let Some(frame) = frames.next().await {
+            let frame = frame.map_err(|error| ApiError::request(format!("body: expected all of it, got {error}")))?;
+            if all.len() + frame.len() > limit {
+                return Err(ApiError::too_large(limit));
+            }
+            all.extend_from_slice(&frame);
+        }
+        Ok(all.into())
+    };
+    tokio::time::timeout(BODY, collect).await.unwrap_or_else(|_| Err(ApiError::slow(BODY.as_secs())))
+}
+
+fn shown(model: &Model) -> Value {
+    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "ftkit"})
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({"object": "list", "data": app.models.list().iter().map(shown).collect::<Vec<_>>()}))
+}
+
+async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    match app.models.find(Some(&name)) {
+        Some(model) => Ok(Json(shown(&model))),
+        None => Err(ApiError::no_model(&name, "the names of /v1/models")),
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let mut response = app.engine.metrics().prometheus().into_response();
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+/// The page's markdown, rendered and cleaned.
+async fn markdown(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
+    let body = read(&app, body).await?;
+    let text = String::from_utf8(body.into()).map_err(|_| ApiError::request("body: expected UTF-8"))?;
+    let html = tokio::task::spawn_blocking(move || page::markdown(&text)).await;
+    let html = html.map_err(|_| ApiError::server("the markdown could not be rendered"))?;
+    Ok(axum::response::Html(html).into_response())
+}
+
+/// Decodes a token, past the queue. Checks that come together share one.
+async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+    let mut last = app.health.lock().await;
+    let healthy = match *last {
+        Some((at, healthy)) if at.elapsed() < HEALTH_AGE => healthy,
+        _ => {
+            let healthy = tokio::time::timeout(HEALTH, decodes(&app.engine, &app.language)).await.unwrap_or(false);
+            *last = Some((Instant::now(), healthy));
+            healthy
+        }
+    };
+    if healthy { Ok(Json(json!({"status": "ok"}))) } else { Err(ApiError::unavailable("the engine decodes no token")) }
+}
+
+async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
+    struct Probe(Option<tokio::sync::oneshot::Sender<bool>>);
+    impl Sink for Probe {
+        fn send(&mut self, event: Event) -> bool {
+            match event {
+                Event::Delta(_) => true,
+                Event::Finished { .. } => self.0.take().is_some_and(|sender| sender.send(true).is_ok()),
+                Event::Failed(_) => self.0.take().is_some_and(|sender| sender.send(false).is_ok()),
+            }
+        }
+        fn closed(&self) -> bool {
+            self.0.as_ref().is_none_or(tokio::sync::oneshot::Sender::is_closed)
+        }
+    }
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let sampling = Sampling { max_tokens: Some(1), temperature: 0.0, ignore_end: true, ..Sampling::default() };
+    let request = super::Request {
+        prompt: vec![0],
+        sampling,
+        adapter: super::models::NO_ADAPTER,
+        decoder: language.decoder(),
+        sink: Box::new(Probe(Some(sender))),
+        urgent: true,
+    };
+    engine.submit(vec![request]).is_ok() && receiver.await.unwrap_or(false)
+}

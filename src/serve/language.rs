@@ -1,0 +1,56 @@
+//! From conversations and text to tokens, and back.
+
+use super::request::Decoder;
+use crate::text::{Conversation, Specials, StreamDecoder, Template, Tokenizer, encode_prompt};
+use crate::{Error, Result};
+
+/// What serving needs to know of a model's language.
+pub trait Language: Send + Sync {
+    /// The tokens that ask for the assistant's next message.
+    fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>>;
+    /// The tokens of a raw prompt, special tokens included: its writer owns the whole prompt.
+    fn text(&self, text: &str) -> Result<Vec<u32>>;
+    /// A decoder for one answer.
+    fn decoder(&self) -> Box<dyn Decoder>;
+    /// One token as text, special tokens included.
+    fn piece(&self, id: u32) -> String;
+}
+
+/// A tokenizer and, for models that chat, a template.
+pub struct Text {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template, if the model has one.
+    pub template: Option<Template>,
+}
+
+impl Language for Text {
+    fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>> {
+        let Some(template) = &self.template else {
+            return Err(Error::input("messages: expected a model with a chat template, got one without").hint("use /v1/completions"));
+        };
+        encode_prompt(template, &self.tokenizer, conversation)
+    }
+
+    fn text(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, Specials::Parse)
+    }
+
+    fn decoder(&self) -> Box<dyn Decoder> {
+        Box::new(self.tokenizer.stream())
+    }
+
+    fn piece(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false)
+    }
+}
+
+impl Decoder for StreamDecoder {
+    fn push(&mut self, id: u32) -> String {
+        Self::push(self, id)
+    }
+
+    fn finish(&mut self) -> String {
+        Self::finish(self)
+    }
+}

@@ -1,0 +1,72 @@
+//! The names that a request may call a model by: the base, and the adapters on it.
+
+use std::sync::{PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::{Error, Result};
+
+/// The id of the base model, which has no adapter.
+pub const NO_ADAPTER: i32 = -1;
+
+/// One name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Model {
+    /// What requests call it.
+    pub name: String,
+    /// The adapter that answers, or [`NO_ADAPTER`].
+    pub adapter: i32,
+    /// When it was added, in seconds since 1970.
+    pub created: u64,
+}
+
+/// All names; the first is the one that answers when a request names none.
+#[derive(Debug)]
+pub struct Models(RwLock<Vec<Model>>);
+
+impl Models {
+    /// The base model's name alone.
+    pub fn new(base: &str) -> Self {
+        Self(RwLock::new(vec![Model { name: base.to_owned(), adapter: NO_ADAPTER, created: now() }]))
+    }
+
+    /// Adds an adapter's name.
+    pub fn add(&self, name: &str, adapter: i32) -> Result<()> {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if name.is_empty() || name.len() > 256 || name.chars().any(char::is_control) {
+            return Err(Error::input(format!("adapter name: expected 1 to 256 printable bytes, got {name:?}")));
+        }
+        if models.iter().any(|model| model.name == name) {
+            return Err(Error::input(format!("adapter name: expected one not in use, got {name:?}")));
+        }
+        models.push(Model { name: name.to_owned(), adapter, created: now() });
+        Ok(())
+    }
+
+    /// Removes an adapter's name and returns its id. New requests no longer find it.
+    pub fn remove(&self, name: &str) -> Result<i32> {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match models.iter().position(|model| model.name == name && model.adapter != NO_ADAPTER) {
+            Some(index) => Ok(models.remove(index).adapter),
+            None => Err(Error::input(format!("adapter: expected the name of one, got {name:?}"))),
+        }
+    }
+
+    /// The adapter id of a name; the base's for none.
+    pub fn find(&self, name: Option<&str>) -> Option<Model> {
+        let models = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match name {
+            Some(name) => models.iter().find(|model| model.name == name).cloned(),
+            None => models.first().cloned(),
+        }
+    }
+
+    /// All of them.
+    pub fn list(&self) -> Vec<Model> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
