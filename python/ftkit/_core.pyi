@@ -238,3 +238,99 @@ def prepare_data(
 
     Raises InputError for sources that cannot be read, more bad rows than allowed, or nothing left to train on.
     """
+
+# serve
+def paged_attention(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None = None,
+) -> None:
+    """Writes attention of q [T, heads, head_dim] over pages to `out`; see `ftkit.kernels.paged_attention`."""
+
+def sampling_probabilities(
+    logits: Sequence[float], sampling: str, prompt: Sequence[int] = ..., generated: Sequence[int] = ...
+) -> list[tuple[int, float]]:
+    """(token, probability) of the tokens that may be drawn after `generated`, by id. `sampling` is JSON."""
+
+@final
+class Listener:
+    """A port of this machine, taken for a server that starts later. Raises InputError when it is in use."""
+
+    def __new__(cls, host: str, port: int) -> Listener: ...
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it, such as `http://127.0.0.1:8000`."""
+    @property
+    def loopback(self) -> bool:
+        """Whether other machines can't reach it."""
+
+@final
+class Stream:
+    """One answer while it grows; dropping it cancels the request."""
+
+    def __iter__(self) -> Stream: ...
+    def __next__(
+        self,
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
+        """(text, tokens as (id, log-probability, likeliest), finish reason, (prompt tokens, generated tokens)).
+
+        The last two come with the last item. Waits; Ctrl-C interrupts. Raises FtkitError when the request failed.
+        """
+    def cancel(self) -> None:
+        """Ends the request; its pages are free before the next step."""
+
+@final
+class Engine:
+    """A scheduler on a thread of its own, which calls `step` for each batch."""
+
+    def __new__(
+        cls,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        step: Callable[[int, int, int, tuple[int, ...], tuple[int, ...]], Tensor],
+        workspace: Sequence[Tensor],
+        *,
+        name: str,
+        batch_tokens: int,
+        sequences: int,
+        waiting: int,
+        block_tokens: int,
+        pages: int,
+        context_tokens: int,
+        vocabulary: int,
+    ) -> Engine:
+        """`step(tokens, blocks, rows, lengths, adapters)` returns float32 logits [rows, vocabulary] on the CPU.
+
+        Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
+        adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted).
+        """
+    @property
+    def models(self) -> list[str]:
+        """The names that a request may ask for, the base model's first."""
+    def add_adapter(self, name: str, adapter: int) -> None:
+        """Lets requests ask for an adapter by name. Raises InputError when the name is in use."""
+    def remove_adapter(self, name: str) -> int:
+        """Takes the name away and returns the adapter's id; requests under way still use it."""
+    def uses(self, adapter: int) -> bool:
+        """Whether a request under way uses the adapter."""
+    def submit(self, prompt: Sequence[int], sampling: str, model: str | None = None) -> Stream:
+        """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full."""
+    def metrics(self) -> dict[str, int]:
+        """What the engine has counted, by name."""
+    def serve(
+        self,
+        listener: Listener,
+        ready: Callable[[], object],
+        *,
+        api_key: str | None = None,
+        body_bytes: int = ...,
+    ) -> None:
+        """Serves over HTTP until SIGINT or SIGTERM and until answers under way are done."""
+    def close(self) -> None:
+        """Fails what is under way and ends the thread."""

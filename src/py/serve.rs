@@ -1,7 +1,364 @@
-//! Bindings of the `serve` room.
+//! Bindings of the `serve` room: the engine whose step is a Python function, the server, and CPU attention over pages.
 
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use half::bf16;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
-pub(super) fn register(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+use super::tensor::{Element, Memory};
+use super::text::{ChatTemplate, Tokenizer};
+use crate::error::{Error, Result};
+use crate::serve::attention::{self, Layout, Rows, Value};
+use crate::serve::models::Models;
+use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Engine>()?;
+    module.add_class::<Stream>()?;
+    module.add_class::<Listener>()?;
+    module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(sampling_probabilities, module)?)?;
     Ok(())
+}
+
+/// Makes prompts into answers on a thread of its own; the model is a Python function.
+#[pyclass(module = "ftkit._core", frozen)]
+struct Engine {
+    engine: crate::serve::Engine,
+    language: Arc<dyn Language>,
+    models: Arc<Models>,
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (tokenizer, template, step, workspace, *, name, batch_tokens, sequences, waiting, block_tokens,
+        pages, context_tokens, vocabulary))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        tokenizer: &Tokenizer,
+        template: Option<&ChatTemplate>,
+        step: Py<PyAny>,
+        workspace: Vec<Py<PyAny>>,
+        name: &str,
+        batch_tokens: usize,
+        sequences: usize,
+        waiting: usize,
+        block_tokens: usize,
+        pages: usize,
+        context_tokens: usize,
+        vocabulary: usize,
+    ) -> PyResult<Self> {
+        let (tokenizer, template) = (tokenizer.0.clone(), template.map(|template| template.0.clone()));
+        let end_ids = tokenizer.end_ids();
+        let limits =
+            Limits { batch_tokens, sequences, waiting, block_tokens, pages, context_tokens, vocabulary, end_ids };
+        let workspace = workspace
+            .try_into()
+            .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
+        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
+        Ok(Self { engine, language: Arc::new(Text { tokenizer, template }), models: Arc::new(Models::new(name)) })
+    }
+
+    /// The names that requests may ask for.
+    #[getter]
+    fn models(&self) -> Vec<String> {
+        self.models.list().into_iter().map(|model| model.name).collect()
+    }
+
+    fn add_adapter(&self, name: &str, adapter: i32) -> PyResult<()> {
+        Ok(self.models.add(name, adapter)?)
+    }
+
+    fn remove_adapter(&self, name: &str) -> PyResult<i32> {
+        Ok(self.models.remove(name)?)
+    }
+
+    fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
+        py.detach(|| self.engine.uses(adapter))
+    }
+
+    #[pyo3(signature = (prompt, sampling, model = None))]
+    fn submit(&self, prompt: Vec<u32>, sampling: &str, model: Option<&str>) -> PyResult<Stream> {
+        let sampling = Sampling::from_json(sampling)?;
+        let Some(model) = self.models.find(model) else {
+            let message =
+                format!("model: expected one of {}, got {:?}", self.models().join(", "), model.unwrap_or_default());
+            return Err(Error::input(message).into());
+        };
+        let (sender, receiver) = channel();
+        let closed = Arc::new(AtomicBool::new(false));
+        let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
+        let decoder = self.language.decoder();
+        let request = Request { prompt, sampling, adapter: model.adapter, decoder, sink, urgent: false };
+        self.engine.submit(vec![request]).map_err(Error::from)?;
+        Ok(Stream { receiver: Mutex::new(receiver), closed })
+    }
+
+    fn metrics(&self) -> std::collections::HashMap<&'static str, u64> {
+        self.engine.metrics().snapshot().into_iter().collect()
+    }
+
+    #[pyo3(signature = (listener, ready, *, api_key = None, body_bytes = 4 << 20))]
+    fn serve(
+        &self,
+        py: Python<'_>,
+        listener: &Listener,
+        ready: Py<PyAny>,
+        api_key: Option<String>,
+        body_bytes: usize,
+    ) -> PyResult<()> {
+        let Some(socket) = listener.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Err(Error::failure("listener: expected one that is not in use").into());
+        };
+        let (engine, language, models) = (self.engine.clone(), Arc::clone(&self.language), Arc::clone(&self.models));
+        let settings = http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes };
+        py.detach(|| {
+            let mut called = Ok(());
+            http::Server::new(socket, engine, language, models, settings).run(|| {
+                called = Python::attach(|py| ready.call0(py).map(drop));
+            })?;
+            called
+        })
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.engine.stop());
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // The thread may be waiting for the lock that this one holds.
+        Python::attach(|py| py.detach(|| self.engine.stop()));
+    }
+}
+
+/// A port that is taken already, for a server that starts later.
+#[pyclass(module = "ftkit._core", frozen)]
+struct Listener {
+    socket: Mutex<Option<TcpListener>>,
+    #[pyo3(get)]
+    url: String,
+    host: String,
+    #[pyo3(get)]
+    loopback: bool,
+}
+
+#[pymethods]
+impl Listener {
+    #[new]
+    fn new(py: Python<'_>, host: &str, port: u16) -> PyResult<Self> {
+        let socket = py.detach(|| http::bind(host, port))?;
+        let loopback = socket.local_addr().is_ok_and(|address| address.ip().is_loopback());
+        let url = http::url(&socket)?;
+        Ok(Self { socket: Mutex::new(Some(socket)), url, host: host.to_owned(), loopback })
+    }
+}
+
+/// Hands events to the thread that reads a [`Stream`].
+struct Queue {
+    sender: Sender<Event>,
+    closed: Arc<AtomicBool>,
+}
+
+impl Sink for Queue {
+    fn send(&mut self, event: Event) -> bool {
+        !self.closed() && self.sender.send(event).is_ok()
+    }
+
+    fn closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+}
+
+type ShownToken = (u32, Option<f32>, Vec<(u32, f32)>);
+type Shown = (String, Vec<ShownToken>, Option<&'static str>, Option<(usize, usize)>);
+
+/// One answer while it grows.
+#[pyclass(module = "ftkit._core", frozen)]
+struct Stream {
+    receiver: Mutex<Receiver<Event>>,
+    closed: Arc<AtomicBool>,
+}
+
+#[pymethods]
+impl Stream {
+    fn __iter__(this: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        this
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Shown>> {
+        loop {
+            let event = py.detach(|| {
+                let receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
+                receiver.recv_timeout(Duration::from_millis(100))
+            });
+            match event {
+                Ok(Event::Delta(delta)) => return Ok(Some(shown(delta, None, None))),
+                Ok(Event::Finished { delta, reason, usage }) => {
+                    self.cancel();
+                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    return Ok(Some(shown(delta, Some(reason.as_str()), Some(usage))));
+                }
+                Ok(Event::Failed(error)) => {
+                    self.cancel();
+                    return Err(error.into());
+                }
+                // Ctrl-C while the engine works.
+                Err(RecvTimeoutError::Timeout) => py.check_signals().inspect_err(|_| self.cancel())?,
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            }
+            if self.closed.load(Ordering::Acquire) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn cancel(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize)>) -> Shown {
+    let tokens = delta.tokens.into_iter().map(|token| (token.id, token.logprob, token.top)).collect();
+    (delta.text, tokens, reason, usage)
+}
+
+/// The model's step as a Python function over tensors that Python made.
+struct PythonStep {
+    step: Py<PyAny>,
+    /// i32 tensors: tokens, positions, cu_seqlens, adapter, block table, rows.
+    workspace: [Py<PyAny>; 6],
+}
+
+impl Step for PythonStep {
+    fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        Python::attach(|py| self.call(py, batch, logits)).map_err(|error| {
+            Python::attach(|py| match error.value(py).str() {
+                Ok(text) => {
+                    let kind = error.get_type(py).name().map_or_else(|_| String::new(), |name| name.to_string());
+                    Error::failure(format!("the model's step failed: {kind}: {text}"))
+                }
+                Err(_) => Error::failure("the model's step failed"),
+            })
+        })
+    }
+}
+
+impl PythonStep {
+    fn call(&self, py: Python<'_>, batch: &Batch, logits: &mut Vec<f32>) -> PyResult<()> {
+        let parts = [
+            ("tokens", &batch.tokens),
+            ("positions", &batch.positions),
+            ("cu_seqlens", &batch.cu_seqlens),
+            ("adapter", &batch.adapter),
+            ("block_table", &batch.block_table),
+            ("rows", &batch.rows),
+        ];
+        for ((name, values), tensor) in parts.into_iter().zip(&self.workspace) {
+            let memory = Memory::<i32>::of(name, tensor.bind(py))?;
+            if values.len() > memory.len {
+                let message = format!("{name}: expected room for {} numbers, got {}", values.len(), memory.len);
+                return Err(Error::failure(message).into());
+            }
+            // SAFETY: this object keeps the tensor alive, and the step that reads it has not been called yet.
+            unsafe { memory.slice_mut()[..values.len()].copy_from_slice(values) };
+        }
+        let lengths = PyTuple::new(py, batch.cu_seqlens.windows(2).map(|ends| ends[1] - ends[0]))?;
+        let adapters = PyTuple::new(py, &batch.adapter)?;
+        let sizes = (batch.tokens.len(), batch.blocks, batch.rows.len(), lengths, adapters);
+        let result = self.step.call1(py, sizes)?;
+        let memory = Memory::<f32>::of("logits", result.bind(py))?;
+        // SAFETY: `result` keeps the tensor alive, and nobody else has it.
+        let values = unsafe { memory.slice() };
+        py.detach(|| logits.extend_from_slice(values));
+        Ok(())
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (logits, sampling, prompt = Vec::new(), generated = Vec::new()))]
+fn sampling_probabilities(
+    logits: Vec<f32>,
+    sampling: &str,
+    prompt: Vec<u32>,
+    generated: Vec<u32>,
+) -> PyResult<Vec<(u32, f64)>> {
+    let sampling = Sampling::from_json(sampling)?;
+    sampling.check(logits.len())?;
+    let mut sampler = Sampler::new(sampling, &prompt);
+    for token in generated {
+        sampler.accept(token);
+    }
+    Ok(sampler.probabilities(&logits)?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (q, pages, block_table, cu_seqlens, positions, out, layer, scale, window = None))]
+#[allow(clippy::too_many_arguments)]
+fn paged_attention(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    pages: &Bound<'_, PyAny>,
+    block_table: &Bound<'_, PyAny>,
+    cu_seqlens: &Bound<'_, PyAny>,
+    positions: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    layer: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> PyResult<()> {
+    let rows = [
+        Memory::<i32>::of("block_table", block_table)?,
+        Memory::<i32>::of("cu_seqlens", cu_seqlens)?,
+        Memory::<i32>::of("positions", positions)?,
+    ];
+    if pages.getattr("dtype")?.str()?.to_string() == bf16::NAME {
+        typed::<bf16>(py, q, pages, &rows, out, layer, scale, window)
+    } else {
+        typed::<f32>(py, q, pages, &rows, out, layer, scale, window)
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn typed<T: Element + Value>(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    pages: &Bound<'_, PyAny>,
+    rows: &[Memory<i32>; 3],
+    out: &Bound<'_, PyAny>,
+    layer: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> PyResult<()> {
+    let (q, pages, out) = (Memory::<T>::of("q", q)?, Memory::<T>::of("pages", pages)?, Memory::<T>::of("out", out)?);
+    let (&[_, heads, width], &[_, layers, 2, block_tokens, key_value_heads, head_dim]) =
+        (q.shape.as_slice(), pages.shape.as_slice())
+    else {
+        let message =
+            format!("expected q [T, H, D] and pages [P, L, 2, B, K, D], got {:?} and {:?}", q.shape, pages.shape);
+        return Err(Error::failure(message).into());
+    };
+    if width != head_dim {
+        return Err(Error::failure(format!("q: expected heads of {head_dim} numbers, got {width}")).into());
+    }
+    let layout = Layout { layer, layers, block_tokens, heads, key_value_heads, head_dim };
+    // SAFETY: the caller's tensors live during the call; `out` is given to be written and is new, the rest to be read.
+    let (rows, q, pages, out) = unsafe {
+        let rows = Rows { block_table: rows[0].slice(), cu_seqlens: rows[1].slice(), positions: rows[2].slice() };
+        (rows, q.slice(), pages.slice(), out.slice_mut())
+    };
+    Ok(py.detach(|| attention::paged_attention(q, pages, rows, layout, scale, window, out))?)
 }

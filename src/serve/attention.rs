@@ -116,7 +116,9 @@ pub fn paged_attention<T: Value>(
         let mut scores = Vec::new();
         out.chunks_exact_mut(chunk).enumerate().for_each(|(index, out)| task(index, out, &mut scores));
     } else {
-        out.par_chunks_exact_mut(chunk).enumerate().for_each_init(Vec::new, |scores, (index, out)| task(index, out, scores));
+        out.par_chunks_exact_mut(chunk)
+            .enumerate()
+            .for_each_init(Vec::new, |scores, (index, out)| task(index, out, scores));
     }
     Ok(())
 }
@@ -183,8 +185,15 @@ fn attend<T: Value>(
         #[target_feature(enable = "avx2,fma")]
         #[allow(clippy::too_many_arguments)]
         fn wide<T: Value>(
-            q: &[T], pool: &[T], table: &[i32], layout: Layout, head: usize, span: (usize, usize), scale: f32,
-            out: &mut [T], scores: &mut Vec<f32>,
+            q: &[T],
+            pool: &[T],
+            table: &[i32],
+            layout: Layout,
+            head: usize,
+            span: (usize, usize),
+            scale: f32,
+            out: &mut [T],
+            scores: &mut Vec<f32>,
         ) {
             body(q, pool, table, layout, head, span, scale, out, scores);
         }
@@ -316,7 +325,8 @@ mod tests {
         let (q, mut out) = (vec![1.0f32; 20], vec![0.0f32; 20]);
         let rows = Rows { positions: &[5], cu_seqlens: &[0, 1], block_table: &[0, 1] };
         paged_attention(&q, &pool, rows, LAYOUT, 1.0, Some(1), &mut out).unwrap();
-        let expected: Vec<f32> = [0, 0, 5, 5].iter().flat_map(|&from| (from..from + 5).map(|value| value as f32)).collect();
+        let expected: Vec<f32> =
+            [0, 0, 5, 5].iter().flat_map(|&from| (from..from + 5).map(|value| value as f32)).collect();
         assert_eq!(out, expected);
     }
 }

@@ -27,7 +27,8 @@ pub struct Text {
 impl Language for Text {
     fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
-            return Err(Error::input("messages: expected a model with a chat template, got one without").hint("use /v1/completions"));
+            return Err(Error::input("messages: expected a model with a chat template, got one without")
+                .hint("use /v1/completions"));
         };
         encode_prompt(template, &self.tokenizer, conversation)
     }

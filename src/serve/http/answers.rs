@@ -69,11 +69,23 @@ impl Envelope {
     }
 
     /// One choice of a chunk; `offset`: the characters of this choice before it.
-    pub fn part(&self, index: usize, delta: &Delta, offset: usize, reason: Option<&str>, language: &dyn Language) -> Value {
-        let logprobs = if delta.tokens.is_empty() { Value::Null } else { self.logprobs(&delta.tokens, offset, language) };
+    pub fn part(
+        &self,
+        index: usize,
+        delta: &Delta,
+        offset: usize,
+        reason: Option<&str>,
+        language: &dyn Language,
+    ) -> Value {
+        let logprobs =
+            if delta.tokens.is_empty() { Value::Null } else { self.logprobs(&delta.tokens, offset, language) };
         match self.route {
             Route::Chat => {
-                let delta = if delta.text.is_empty() && delta.tokens.is_empty() { json!({}) } else { json!({"content": delta.text}) };
+                let delta = if delta.text.is_empty() && delta.tokens.is_empty() {
+                    json!({})
+                } else {
+                    json!({"content": delta.text})
+                };
                 json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
             }
             Route::Completion => {
@@ -119,7 +131,8 @@ impl Envelope {
                     at += piece.chars().count();
                     texts.push(piece);
                     values.push(token.logprob.unwrap_or(LEAST).max(LEAST));
-                    let top = token.top.iter().map(|&(id, logprob)| (language.piece(id), Value::from(logprob.max(LEAST))));
+                    let top =
+                        token.top.iter().map(|&(id, logprob)| (language.piece(id), Value::from(logprob.max(LEAST))));
                     tops.push(Value::Object(top.collect()));
                 }
                 json!({"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets})

@@ -44,7 +44,8 @@ pub(super) async fn complete(app: Arc<App>, route: Route, body: Bytes) -> Result
     }
     let (answers, usage) = collect(receiver, count, asked.choices).await?;
     let choices = answers.iter().enumerate();
-    let choices = choices.map(|(index, (answer, reason))| envelope.choice(index, answer, reason, &*app.language)).collect();
+    let choices =
+        choices.map(|(index, (answer, reason))| envelope.choice(index, answer, reason, &*app.language)).collect();
     Ok(axum::Json(envelope.whole(choices, usage)).into_response())
 }
 

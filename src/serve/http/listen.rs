@@ -26,9 +26,12 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
         let message = format!("{host}:{port}: {error}");
         match error.kind() {
             std::io::ErrorKind::AddrInUse => {
-                Error::input(format!("{host}:{port}: expected a free port, got one in use")).hint("choose another with --port, or 0 for any free one")
+                Error::input(format!("{host}:{port}: expected a free port, got one in use"))
+                    .hint("choose another with --port, or 0 for any free one")
             }
-            std::io::ErrorKind::PermissionDenied => Error::input(message).hint("ports below 1024 need rights; try --port 8000"),
+            std::io::ErrorKind::PermissionDenied => {
+                Error::input(message).hint("ports below 1024 need rights; try --port 8000")
+            }
             _ => Error::input(message).hint("expected an address of this machine, such as 127.0.0.1 or 0.0.0.0"),
         }
     };
@@ -51,7 +54,8 @@ pub fn url(listener: &TcpListener) -> Result<String> {
 
 /// Serves until `stop` says so, then lets answers under way finish; when `stop` says so again, drops them.
 pub(super) async fn serve(listener: TcpListener, router: axum::Router, mut stop: watch::Receiver<u32>) -> Result<()> {
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| Error::failure(format!("the listener: {error}")))?;
+    let listener = tokio::net::TcpListener::from_std(listener)
+        .map_err(|error| Error::failure(format!("the listener: {error}")))?;
     let room = Arc::new(Semaphore::new(CONNECTIONS as usize));
     let mut tasks = tokio::task::JoinSet::new();
     while *stop.borrow_and_update() == 0 {

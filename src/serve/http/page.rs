@@ -78,7 +78,9 @@ mod tests {
             "<iframe src=//evil.example></iframe>",
         ] {
             let html = markdown(text);
-            for bad in ["<script", "onerror", "<img", "javascript:", "data:", "onclick", "<svg", "<style", "<form", "<iframe"] {
+            for bad in
+                ["<script", "onerror", "<img", "javascript:", "data:", "onclick", "<svg", "<style", "<form", "<iframe"]
+            {
                 assert!(!html.contains(bad), "{text} became {html}");
             }
         }

@@ -19,8 +19,18 @@ const MAX_TOOLS: usize = 256;
 
 /// What OpenAI's clients send besides, and what changes nothing in the answer of a local model.
 const IGNORED: [&str; 12] = [
-    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "reasoning_effort", "verbosity", "prediction", "modalities",
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "verbosity",
+    "prediction",
+    "modalities",
 ];
 
 /// What is to be completed.
@@ -63,7 +73,8 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
         Some(other) => return Err(ApiError::field("messages", "an array", kind(&other))),
         None => return Err(ApiError::field("messages", "an array", "nothing")),
     };
-    let messages = messages.into_iter().enumerate().map(|(index, value)| message(index, value)).collect::<Result<_, _>>()?;
+    let messages =
+        messages.into_iter().enumerate().map(|(index, value)| message(index, value)).collect::<Result<_, _>>()?;
     let tools = tools(&mut fields)?;
     let extra = match fields.take("chat_template_kwargs") {
         None => Map::new(),
@@ -72,7 +83,10 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
     };
     if let Some(format) = fields.take("response_format") {
         if format.get("type").and_then(Value::as_str) != Some("text") {
-            return Err(ApiError::unsupported("response_format", "response_format: expected type \"text\", got another"));
+            return Err(ApiError::unsupported(
+                "response_format",
+                "response_format: expected type \"text\", got another",
+            ));
         }
     }
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
@@ -211,7 +225,11 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
             (!tools.is_empty()).then_some(Value::Array(tools))
         }
         Some(_) => {
-            return Err(ApiError::field("tools", &format!("an array of at most {MAX_TOOLS} objects"), "something else"));
+            return Err(ApiError::field(
+                "tools",
+                &format!("an array of at most {MAX_TOOLS} objects"),
+                "something else",
+            ));
         }
     };
     match fields.take("tool_choice") {
@@ -300,7 +318,8 @@ mod tests {
             any::<i64>().prop_map(Value::from),
             any::<f64>().prop_map(Value::from),
             "\\PC{0,12}".prop_map(Value::from),
-            prop_oneof![Just("user"), Just("assistant"), Just("text"), Just("auto"), Just("none")].prop_map(Value::from),
+            prop_oneof![Just("user"), Just("assistant"), Just("text"), Just("auto"), Just("none")]
+                .prop_map(Value::from),
         ];
         leaf.prop_recursive(4, 24, 5, |inner| {
             let key = prop_oneof![
@@ -317,9 +336,32 @@ mod tests {
 
     fn any_body() -> impl Strategy<Value = Value> {
         let names = vec![
-            "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
-            "n", "stop", "seed", "stream", "stream_options", "logprobs", "top_logprobs", "logit_bias", "tools",
-            "tool_choice", "response_format", "presence_penalty", "frequency_penalty", "best_of", "echo", "suffix", "user",
+            "model",
+            "messages",
+            "prompt",
+            "max_tokens",
+            "max_completion_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "n",
+            "stop",
+            "seed",
+            "stream",
+            "stream_options",
+            "logprobs",
+            "top_logprobs",
+            "logit_bias",
+            "tools",
+            "tool_choice",
+            "response_format",
+            "presence_penalty",
+            "frequency_penalty",
+            "best_of",
+            "echo",
+            "suffix",
+            "user",
         ];
         let valid = json!([{"role": "user", "content": "hi"}]);
         prop::collection::vec((prop::sample::select(names), any_json()), 0..6).prop_map(move |pairs| {
