@@ -312,7 +312,7 @@ class Engine:
         """
     @property
     def models(self) -> list[str]:
-        """The names that a request may ask for, the base model's first."""
+        """The names that requests may ask for, the base model's first."""
     def add_adapter(self, name: str, adapter: int) -> None:
         """Lets requests ask for an adapter by name. Raises InputError when the name is in use."""
     def remove_adapter(self, name: str) -> int:
@@ -327,10 +327,14 @@ class Engine:
         self,
         listener: Listener,
         ready: Callable[[], object],
+        model: str,
         *,
         api_key: str | None = None,
         body_bytes: int = ...,
     ) -> None:
-        """Serves over HTTP until SIGINT or SIGTERM and until answers under way are done."""
+        """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
+
+        `model`: the name that answers requests which give none.
+        """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

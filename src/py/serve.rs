@@ -104,12 +104,13 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, *, api_key = None, body_bytes = 4 << 20))]
+    #[pyo3(signature = (listener, ready, model, *, api_key = None, body_bytes = 4 << 20))]
     fn serve(
         &self,
         py: Python<'_>,
         listener: &Listener,
         ready: Py<PyAny>,
+        model: String,
         api_key: Option<String>,
         body_bytes: usize,
     ) -> PyResult<()> {
@@ -117,7 +118,8 @@ impl Engine {
             return Err(Error::failure("listener: expected one that is not in use").into());
         };
         let (engine, language, models) = (self.engine.clone(), Arc::clone(&self.language), Arc::clone(&self.models));
-        let settings = http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes };
+        let settings =
+            http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes, model };
         py.detach(|| {
             let mut called = Ok(());
             http::Server::new(socket, engine, language, models, settings).run(|| {

@@ -133,7 +133,8 @@ impl Engine {
     pub fn stop(&self) {
         let _ = self.send(Command::Stop);
         let thread = self.0.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
+        // A garbage collector may run this on the thread itself, which then ends after its step.
+        if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
     }

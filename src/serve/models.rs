@@ -19,7 +19,7 @@ pub struct Model {
     pub created: u64,
 }
 
-/// All names; the first is the one that answers when a request names none.
+/// All names.
 #[derive(Debug)]
 pub struct Models(RwLock<Vec<Model>>);
 
@@ -51,13 +51,11 @@ impl Models {
         }
     }
 
-    /// The adapter id of a name; the base's for none.
+    /// The model of a name; the base for none.
     pub fn find(&self, name: Option<&str>) -> Option<Model> {
         let models = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        match name {
-            Some(name) => models.iter().find(|model| model.name == name).cloned(),
-            None => models.first().cloned(),
-        }
+        let wanted = |model: &&Model| name.map_or(model.adapter == NO_ADAPTER, |name| model.name == name);
+        models.iter().find(wanted).cloned()
     }
 
     /// All of them.

@@ -42,6 +42,7 @@ def paged_attention(
     block_table i32 [N, blocks], cu_seqlens i32 [N + 1], positions i32 [T]; on the host: `lengths`, the new tokens of
     each sequence, and `totals`, its tokens with these. A window counts the token itself.
     """
+    del cu_seqlens  # the lengths say the same
     block_tokens = pages.shape[3]
     keys, values = pages[:, layer, 0], pages[:, layer, 1]
     outputs, end = [], 0

@@ -56,9 +56,10 @@ fn prepare(app: &App, route: Route, body: &[u8]) -> Result<Prepared, ApiError> {
         Route::Chat => parse::chat(body)?,
         Route::Completion => parse::completion(body)?,
     };
-    let Some(model) = app.models.find(asked.model.as_deref()) else {
+    let name = asked.model.as_deref().unwrap_or(&app.settings.model);
+    let Some(model) = app.models.find(Some(name)) else {
         let known: Vec<String> = app.models.list().into_iter().map(|model| model.name).collect();
-        return Err(ApiError::no_model(asked.model.as_deref().unwrap_or_default(), &known.join(", ")));
+        return Err(ApiError::no_model(name, &known.join(", ")));
     };
     let limits = app.engine.limits();
     let mut prompts = Vec::with_capacity(asked.prompts.len());

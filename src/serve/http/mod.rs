@@ -54,6 +54,8 @@ pub struct Settings {
     pub api_key: Option<String>,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
+    /// The model that answers requests which name none, and that is listed first.
+    pub model: String,
 }
 
 /// What the routes share.
@@ -175,7 +177,9 @@ fn shown(model: &Model) -> Value {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"object": "list", "data": app.models.list().iter().map(shown).collect::<Vec<_>>()}))
+    let mut models = app.models.list();
+    models.sort_by_key(|model| model.name != app.settings.model);
+    Json(json!({"object": "list", "data": models.iter().map(shown).collect::<Vec<_>>()}))
 }
 
 async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {

@@ -1,0 +1,96 @@
+"""Serve a model over OpenAI's API, with a web chat."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ftkit.cli import print_json
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory of safetensors, .gguf file, hub name, or a run's name.")
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests may ask for by name; repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="FTKIT_API_KEY", help="Key that requests must bring.", show_envvar=True),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="Most tokens of a prompt and its answer.", show_default=False)
+    ] = None,
+    pool_mib: Annotated[
+        int | None,
+        typer.Option("--pool-mib", min=1, help="Memory for keys and values, in MiB.", show_default=False),
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Processor threads.", show_default=False)
+    ] = None,
+    runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
+) -> None:
+    """Serve a model over OpenAI's API, with a web chat at /.
+
+    The address is the first line on standard error, when requests are taken. Ctrl-C lets answers under way finish;
+    a second one drops them.
+
+    Examples:
+
+      ftkit serve SmolLM2.gguf
+
+      ftkit serve my-run --port 9000
+
+      ftkit serve SmolLM2.gguf --adapter pirate=runs/pirate/adapter --adapter chef=runs/chef/adapter
+
+      curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    from ftkit import _core
+    from ftkit.errors import InputError
+
+    named: dict[str, str] = {}
+    for pair in adapter or []:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder) or name in named:
+            raise InputError(f"--adapter: expected NAME=DIR with names of their own, got {pair!r}")
+        named[name] = folder
+    if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
+        raise InputError("--api-key: expected printable ASCII without spaces around it, got another or an empty one")
+    # The port first: it fails at once, a model loads for a while.
+    listener = _core.Listener(host, port)
+
+    import torch
+
+    from ftkit import engine
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    launched = engine.launch(
+        model,
+        named,
+        runs_dir=runs_dir,
+        context_tokens=context,
+        pool_bytes=None if pool_mib is None else pool_mib << 20,
+        max_sequences=max_sequences,
+        max_batch_tokens=max(512, max_sequences),
+        max_waiting=max_waiting,
+    )
+
+    def ready() -> None:
+        print(listener.url, file=sys.stderr, flush=True)
+        print(f"models: {', '.join(launched.models)}; chat in the browser at {listener.url}/", file=sys.stderr)
+        if not listener.loopback and api_key is None:
+            print("warning: other machines can reach this server, and it has no --api-key", file=sys.stderr)
+        if json:
+            print_json({"url": listener.url, "models": launched.models})
+            sys.stdout.flush()
+
+    with launched:
+        launched.serve(listener, ready, api_key=api_key)

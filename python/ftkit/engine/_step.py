@@ -1,0 +1,47 @@
+"""The engine's step: one forward pass over a ragged batch, for whichever requests the scheduler put in it."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.decoder import Decoder
+from ftkit.nn.paged_cache import PagedCache
+
+
+class ModelStep:
+    """Called by the core's thread with the sizes of a batch that it has written to `workspace`."""
+
+    def __init__(self, model: Decoder, cache: PagedCache, *, tokens: int, sequences: int, blocks: int) -> None:
+        """Room for `tokens` tokens in `sequences` sequences of up to `blocks` pages."""
+        self.model, self.cache = model, cache
+        self.lock = threading.Lock()
+        """Held during a step; whoever changes the model's adapters holds it too."""
+        sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, sequences)
+        self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
+
+    def __call__(
+        self, tokens: int, blocks: int, rows: int, lengths: tuple[int, ...], adapters: tuple[int, ...]
+    ) -> Tensor:
+        """Float32 logits [rows, vocabulary], on the CPU."""
+        device = self.model.device
+        count = len(lengths)
+        stream, positions, ends, adapter, table, wanted = self.workspace
+        with self.lock, torch.inference_mode():
+            batch = RaggedBatch(
+                tokens=stream[:tokens].to(device),
+                positions=positions[:tokens].to(device),
+                cu_seqlens=ends[: count + 1].to(device),
+                adapter=adapter[:count].to(device),
+                block_table=table[: count * blocks].view(count, blocks).to(device),
+                host_lengths=lengths,
+                host_adapter=adapters,
+            )
+            hidden = self.model(batch, self.cache)  # [tokens, d]
+            chosen = wanted[:rows]
+            if rows != tokens:
+                hidden = hidden[chosen.long().to(device)]  # [rows, d]
+            routes = batch.routes if rows == tokens else batch.routes.take(chosen.tolist())
+            logits: Tensor = self.model.head(hidden, routes)
+            return logits.float().cpu().contiguous()

@@ -1,0 +1,333 @@
+"""The engine, as Python sees it: prompts in, answers out; the scheduling is the core's."""
+
+import os
+import signal
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import torch
+
+from ftkit import _core, adapters, models
+from ftkit.engine._step import ModelStep
+from ftkit.engine.sampling import Sampling
+from ftkit.errors import InputError
+from ftkit.models import LoadedModel
+from ftkit.nn.paged_cache import PagedCache
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A raw text (special tokens are parsed), token ids, or the messages of a conversation."""
+
+DEFAULT = Sampling()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer."""
+
+    id: int
+    logprob: float | None
+    """Under the model, before any sampling; when asked for."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their log-probabilities; when asked for."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What became visible of an answer. The last one has a finish reason."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None = None
+    """`stop` (an end token or a stop string) or `length`."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Generated, the end token included; both are in the last delta only."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    tokens: list[int] = field(repr=False)
+    """The ids that make the text: without an end token, and without tokens that a stop string took away."""
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[Token] | None = field(default=None, repr=False)
+
+
+class Engine:
+    """Generates text with a model, for many callers at once."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        pool_bytes: int | None = None,
+        block_tokens: int = 16,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 32,
+        max_waiting: int = 256,
+        context_tokens: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        """An engine for `loaded`, known to requests as `name` (its file's name when not given).
+
+        `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
+        quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
+        bound a step, `max_waiting` the queue. Raises InputError when the pool is too small for anything.
+        """
+        model, config = loaded.model, loaded.config
+        context = min(context_tokens or config.context_length, config.context_length)
+        sizes: dict[str, Any] = {
+            "layers": config.layers,
+            "key_value_heads": config.key_value_heads,
+            "head_dim": config.head_dim,
+            "block_tokens": block_tokens,
+            "dtype": model.dtype,
+        }
+        page_bytes = PagedCache.page_bytes(**sizes)
+        context_pages = -(-context // block_tokens)
+        if pool_bytes is None:
+            pool_bytes = min(4 * context_pages * page_bytes, _memory(model.device) // 4)
+        pages = min(pool_bytes // page_bytes, max_sequences * context_pages)
+        if pages < 1:
+            raise InputError(f"pool: expected at least {page_bytes} bytes, one page, got {pool_bytes}")
+        self.loaded = loaded
+        self.name = name or _short(loaded)
+        self.default = self.name
+        """The name that is meant where a user gives none: a run's, if this engine was launched with one."""
+        self.max_waiting = max_waiting
+        cache = PagedCache(page_count=pages, device=model.device, **sizes)
+        blocks = min(context_pages, pages)
+        self._step = ModelStep(model, cache, tokens=max_batch_tokens, sequences=max_sequences, blocks=blocks)
+        self._core = _core.Engine(
+            loaded.tokenizer,
+            loaded.template,
+            self._step,
+            self._step.workspace,
+            name=self.name,
+            batch_tokens=max_batch_tokens,
+            sequences=max_sequences,
+            waiting=max_waiting,
+            block_tokens=block_tokens,
+            pages=pages,
+            context_tokens=context,
+            vocabulary=config.vocab_size,
+        )
+        # Also at the end of the program: the thread must be gone before the interpreter is.
+        self._end = weakref.finalize(self, self._core.close)
+        self._own: set[int] = set()
+
+    @property
+    def models(self) -> list[str]:
+        """The names that requests may ask for, the base model's first."""
+        return self._core.models
+
+    @property
+    def metrics(self) -> dict[str, int]:
+        """What the engine has counted: `requests_running`, `blocks_used`, `generated_tokens_total` and so on."""
+        return self._core.metrics()
+
+    def encode(self, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """The prompt's tokens; a conversation's end with what asks for the assistant's next message."""
+        if isinstance(prompt, str):
+            return self.loaded.tokenizer.encode(prompt)
+        first = next(iter(prompt), None)
+        if first is None or isinstance(first, int):
+            return list(prompt)  # type: ignore[arg-type]
+        template = self.loaded.template
+        if template is None:
+            raise InputError("messages: expected a model with a chat template, got one without", "give it plain text")
+        messages: Any = list(prompt)
+        return _core.encode_prompt(template, self.loaded.tokenizer, messages, tools)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = DEFAULT,
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[Delta]:
+        """An answer as it grows. Asked for at once; closing the iterator cancels it.
+
+        `model`: the name of an adapter; the base model answers when not given. Raises InputError for a prompt or
+        parameters that can't be answered, FtkitError when the queue is full or the step fails.
+        """
+        return _deltas(self._submit(prompt, sampling, model, tools))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = DEFAULT,
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """A whole answer; arguments and errors as for `stream`."""
+        return _whole(self._submit(prompt, sampling, model, tools), sampling)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] = DEFAULT,
+        *,
+        model: str | Sequence[str | None] | None = None,
+    ) -> list[Completion]:
+        """Answers to many prompts, in order, computed together. `sampling` and `model`: one for all, or one each."""
+        asked = list(prompts)
+        samplings = [sampling] * len(asked) if isinstance(sampling, Sampling) else list(sampling)
+        names = [model] * len(asked) if model is None or isinstance(model, str) else list(model)
+        window: deque[tuple[_core.Stream, Sampling]] = deque()
+        answers: list[Completion] = []
+        for prompt, how, name in zip(asked, samplings, names, strict=True):
+            # Half of the queue stays free for other callers.
+            if len(window) >= max(1, self.max_waiting // 2):
+                answers.append(_whole(*window.popleft()))
+            window.append((self._submit(prompt, how, name, None), how))
+        answers.extend(_whole(*pair) for pair in window)
+        return answers
+
+    def add_adapter(self, name: str, adapter: str | Path | int) -> None:
+        """Lets requests ask for an adapter by `name`: a directory to load, or the id of one that is on the model.
+
+        Raises InputError when the name is in use, or the adapter is not for this model.
+        """
+        if isinstance(adapter, int):
+            self._core.add_adapter(name, adapter)
+            return
+        if name in self.models:
+            raise InputError(f"adapter name: expected one not in use, got {name!r}")
+        model = self.loaded.model
+        with self._step.lock:
+            free = max(model.attached, default=-1) + 1
+            adapters.load(model, Path(adapter), free)
+        try:
+            self._core.add_adapter(name, free)
+        except InputError:
+            with self._step.lock:
+                adapters.detach(model, free)
+            raise
+        self._own.add(free)
+
+    def remove_adapter(self, name: str) -> None:
+        """Takes a name away, waits for its requests to end, and takes the adapter off the model if it came by name."""
+        adapter = self._core.remove_adapter(name)
+        if adapter in self._own:
+            while self._core.uses(adapter):
+                time.sleep(0.01)
+            with self._step.lock:
+                adapters.detach(self.loaded.model, adapter)
+            self._own.remove(adapter)
+
+    def serve(
+        self,
+        listener: _core.Listener,
+        ready: Callable[[], object],
+        *,
+        api_key: str | None = None,
+        body_bytes: int = 4 << 20,
+    ) -> None:
+        """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
+
+        `ready` is called when requests are taken. For the main thread.
+        """
+        # The core notes the signals; Python's own handler must not interrupt the answers under way.
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, lambda *_: None) for number in signals}
+        try:
+            self._core.serve(listener, ready, self.default, api_key=api_key, body_bytes=body_bytes)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Fails what is under way and ends the thread. Does nothing the second time."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        model: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> _core.Stream:
+        return self._core.submit(self.encode(prompt, tools=tools), sampling.to_json(), model)
+
+
+def launch(
+    model: str | Path,
+    with_adapters: Mapping[str, str | Path] | None = None,
+    *,
+    runs_dir: str | Path = "runs",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Engine:
+    """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
+    default; the base model keeps its own name. `options` are the engine's."""
+    source = models.resolve(model, runs_dir)
+    engine = Engine(models.load(source, dtype=dtype, device=device), name=source.path.stem, **options)
+    try:
+        if source.adapter is not None:
+            engine.add_adapter(source.name, source.adapter)
+            engine.default = source.name
+        for name, folder in (with_adapters or {}).items():
+            engine.add_adapter(name, folder)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _deltas(stream: _core.Stream) -> Iterator[Delta]:
+    try:
+        for text, tokens, reason, usage in stream:
+            made = tuple(Token(id, logprob, tuple(top)) for id, logprob, top in tokens)
+            yield Delta(text, made, reason, *(usage or (0, 0)))
+            if reason is not None:
+                return
+    finally:
+        stream.cancel()
+
+
+def _whole(stream: _core.Stream, sampling: Sampling) -> Completion:
+    texts: list[str] = []
+    tokens: list[Token] = []
+    last = Delta("", (), "stop")
+    for last in _deltas(stream):
+        texts.append(last.text)
+        tokens.extend(last.tokens)
+    return Completion(
+        text="".join(texts),
+        tokens=[token.id for token in tokens],
+        finish_reason=last.finish_reason or "stop",
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=last.completion_tokens,
+        logprobs=None if sampling.logprobs is None else tokens,
+    )
+
+
+def _short(loaded: LoadedModel) -> str:
+    """A model's name without its directories."""
+    return loaded.path.stem if loaded.path.suffix == ".gguf" else loaded.path.name
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of the device: all of a machine's, what is free of a GPU's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
