@@ -178,18 +178,18 @@ fn sentencepiece(metadata: &gguf::Metadata, vocabulary: &Vocabulary<'_>) -> Resu
     let scores = scores(metadata, vocabulary)?;
     let ids = vocabulary.ids();
     let id = |token: &str| ids.get(token).and_then(Value::as_u64);
-    let mut merges: Vec<(f32, usize, u64, u64, &str, &str)> = Vec::new();
+    let mut merges: Vec<(f32, [u64; 2], [&str; 2])> = Vec::new();
     for (token, &score) in vocabulary.tokens.iter().zip(scores) {
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             if let (Some(left_id), Some(right_id)) = (id(left), id(right)) {
-                merges.push((score, left.chars().count(), left_id, right_id, left, right));
+                merges.push((score, [left_id, right_id], [left, right]));
             }
         }
     }
     // highest score first; of the ways to make one token, the order of the ids decides
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.2.cmp(&b.2)).then(a.3.cmp(&b.3)));
-    let merges: Vec<Value> = merges.iter().map(|merge| json!([merge.4, merge.5])).collect();
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let merges: Vec<Value> = merges.iter().map(|(_, _, pair)| json!(pair)).collect();
     let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
     let mut decoders = vec![
         json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
