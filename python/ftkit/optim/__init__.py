@@ -41,11 +41,12 @@ def build(choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter]) -
 
 
 def clip(parameters: Mapping[str, torch.nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients down to a common norm of `max_norm` (0: leaves them); the norm before, in float32."""
+    """Scales all gradients down to a common norm of `max_norm` (0: leaves them); the norm before."""
     gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     if not gradients:
         return 0.0
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients])
     norm = float(torch.linalg.vector_norm(norms))
     if 0 < max_norm < norm < float("inf"):
         torch._foreach_mul_(gradients, max_norm / norm)
