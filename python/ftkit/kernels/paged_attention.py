@@ -118,8 +118,15 @@ def _cpu(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-@torch.library.custom_op("ftkit::paged_attention", mutates_args=(), device_types="cpu")
-def _op(
+# What `torch.library.custom_op` does, in parts: the decorator's first call imports the compiler, which takes seconds.
+_library = torch.library.Library("ftkit", "FRAGMENT")
+_library.define(
+    "paged_attention(Tensor q, Tensor pages, Tensor block_table, Tensor cu_seqlens, Tensor positions, int layer, "
+    "float scale, int? window) -> Tensor"
+)
+
+
+def _compute(
     q: Tensor,
     pages: Tensor,
     block_table: Tensor,
@@ -135,16 +142,18 @@ def _op(
     return out
 
 
-@_op.register_fake
-def _fake(
+def _shape_of(
     q: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    positions: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
+    _pages: Tensor,
+    _block_table: Tensor,
+    _cu_seqlens: Tensor,
+    _positions: Tensor,
+    _layer: int,
+    _scale: float,
+    _window: int | None,
 ) -> Tensor:
-    del pages, block_table, cu_seqlens, positions, layer, scale, window
-    return torch.empty_like(q)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+_library.impl("paged_attention", _compute, "CPU")
+torch.library.register_fake("ftkit::paged_attention", _shape_of, lib=_library)
