@@ -99,7 +99,7 @@ pub(super) fn codes<C: Codes, const N: usize>(values: &[f32; N], d: f32) -> [i8;
 /// The best scale d and offset m for w ≈ d q + m, q in `0..=highest`, as `store` keeps both.
 ///
 /// The first starting point spans from the least to the greatest value; the others leave out a share of the span at both
-/// ends, or only at one. With `below_zero`, m is zero or less.
+/// ends, or only at one, or leave out the last code. With `below_zero`, m is zero or less.
 pub(super) fn affine<const N: usize>(
     values: &[f32; N],
     highest: f32,
@@ -110,7 +110,10 @@ pub(super) fn affine<const N: usize>(
     let least = if below_zero { least.min(0.0) } else { least };
     let span = values.iter().copied().fold(f32::NEG_INFINITY, f32::max).max(least) - least;
     let mut best = (f32::INFINITY, 0.0, store(least));
-    for (below, above) in [(0.0, 0.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)] {
+    let step = 1.0 / (highest - 1.0); // the share of the span that one code less makes of a step
+    for (below, above) in
+        [(0.0, 0.0), (0.0, -step), (0.0, -step / 2.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)]
+    {
         let mut candidate = (span * (1.0 - below - above) / highest, least + span * below);
         for _ in 0..3 {
             let (d, m) = (store(candidate.0), store(candidate.1));
