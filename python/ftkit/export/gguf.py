@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftkit import models
 from ftkit._core import GgufFile, GgufWriter, quant_formats
 from ftkit.errors import InputError
-from ftkit.export import Material, _gguf_architecture, _gguf_tokenizer, _gguf_types
-from ftkit.export._gguf_names import gguf_layout, gguf_name
+from ftkit.export import _gguf_architecture, _gguf_tokenizer, _gguf_types
+from ftkit.export._material import Material
+from ftkit.models import LoadedModel
 
 TYPES = ("source", *_gguf_types.TYPES)
 DEFAULT_TYPE = "f16"
+SUFFIX = ".gguf"
 
 Entry = tuple[str, str, Any]
 # llama.cpp's version of its block formats
@@ -43,7 +46,8 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
 
     Raises InputError for a family, tokenizer or weight that GGUF cannot hold.
     """
-    source = GgufFile(material.path) if material.path.suffix == ".gguf" else None
+    path = material.loaded.path
+    source = GgufFile(path) if path.is_file() else None
     if kind == "source" and source is None:
         raise InputError("--type source: expected a model from a GGUF file, got one from safetensors", "name a type")
     plan = list(_plan(material, source, kind))
@@ -61,13 +65,16 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     return _remarks(plan, kind)
 
 
+def read_back(material: Material, out: Path) -> LoadedModel:
+    """The model that the file holds."""
+    return models.load(out, dtype=material.loaded.model.dtype, device=material.loaded.model.device)
+
+
 def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_Planned]:
     """The tensors of the file, in the order of its data: embeddings, layers, output."""
-    config = material.config
-    architecture = _gguf_architecture.architecture(config)
-    heads = config["num_attention_heads"]
-    key_value_heads = config.get("num_key_value_heads") or heads
-    old = {name: (shape, form) for name, shape, form in source.tensors} if source else {}
+    config = material.loaded.config
+    family = models.family(config.family)
+    old = {name: (tuple(shape), form) for name, shape, form in source.tensors} if source else {}
     mixture = None if kind == "source" else _gguf_types.mixture(kind)
 
     def planned(name: str, tensor: Tensor, changed: bool) -> _Planned:
@@ -75,42 +82,32 @@ def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_P
         if mixture is None:
             form = old[name][1] if name in old else "f32" if tensor.dim() < 2 else "f16"
         else:
-            form = _gguf_types.block_format(name, shape, config["num_hidden_layers"], mixture)
+            form = _gguf_types.block_format(name, shape, config.layers, mixture)
         return _Planned(name=name, form=form, tensor=tensor, unchanged=not changed and old.get(name) == (shape, form))
 
-    embeddings = material.tensors["model.embed_tokens.weight"]
     for name, tensor in material.tensors.items():
-        tied = name == "lm_head.weight" and tensor.data_ptr() == embeddings.data_ptr()
-        if not tied:  # GGUF takes the embeddings where there is no output matrix
-            laid_out = gguf_layout(name, tensor, architecture, heads, key_value_heads)
-            yield planned(gguf_name(name), laid_out, name in material.changed)
-    factors = _gguf_architecture.rope_factors(config)
-    if source is not None and "rope_freqs.weight" in old:
-        factors = torch.empty(old["rope_freqs.weight"][0])
-        source.read("rope_freqs.weight", factors)
-    if factors is not None:
+        yield planned(family.gguf_name(name), family.to_gguf(config, name, tensor), name in material.changed)
+    if (factors := _gguf_architecture.rope_factors(config)) is not None:
         yield planned("rope_freqs.weight", factors, False)
 
 
 def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[Entry]:
-    """The file's metadata: the source's own, or made from `config.json` and the tokenizer's files."""
-    file_type: list[Entry] = []
+    """The file's metadata: the source's own, or made from the configuration and the tokenizer's files."""
+    own: list[Entry] = [("general.quantization_version", "u32", _QUANTIZATION_VERSION)]
     if kind != "source":
-        file_type = [("general.file_type", "u32", _gguf_types.mixture(kind).file_type)]
-    own = [*file_type, ("general.quantization_version", "u32", _QUANTIZATION_VERSION)]
+        own.append(("general.file_type", "u32", _gguf_types.mixture(kind).file_type))
     if source is not None:
         types = source.metadata_types
         replaced = {"general.alignment", *(key for key, _, _ in own)}
         return [(key, types[key], value) for key, value in source.metadata.items() if key not in replaced] + own
+    loaded = material.loaded
     return [
-        ("general.architecture", "string", _gguf_architecture.architecture(material.config)),
+        ("general.architecture", "string", _gguf_architecture.architecture(loaded.config)),
         ("general.type", "string", "model"),
-        ("general.name", "string", material.path.resolve().name),
+        ("general.name", "string", loaded.path.resolve().name),
         *own,
-        *_gguf_architecture.entries(material.config),
-        *_gguf_tokenizer.entries(
-            material.path, material.tensors["model.embed_tokens.weight"].shape[0], material.template
-        ),
+        *_gguf_architecture.entries(loaded.config),
+        *_gguf_tokenizer.entries(loaded.path, loaded.config.vocab_size, material.template),
     ]
 
 
@@ -123,5 +120,5 @@ def _remarks(plan: list[_Planned], kind: str) -> list[str]:
     odd = [planned for planned in plan if planned.tensor.dim() > 1 and planned.tensor.shape[-1] % size != 0]
     if not odd:
         return []
-    forms = sorted({planned.form for planned in odd})
-    return [f"{len(odd)} of {len(plan)} weights have rows that don't divide by {size}: {', '.join(forms)} for {base}"]
+    forms = ", ".join(sorted({planned.form for planned in odd}))
+    return [f"{len(odd)} of {len(plan)} weights have rows that don't divide by {size}: {forms} for {base}"]
