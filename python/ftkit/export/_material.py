@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ftkit import adapters
-from ftkit.errors import InputError
 from ftkit.models import LoadedModel
 
 
@@ -35,10 +34,8 @@ class Material:
     @property
     def template(self) -> str | None:
         """The source of the chat template, None for a model without one."""
-        try:
-            return self.loaded.template.source
-        except InputError:
-            return None
+        template = self.loaded.template
+        return None if template is None else template.source
 
 
 def _differs(tensor: Tensor, base: Tensor | None) -> bool:

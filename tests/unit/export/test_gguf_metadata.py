@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftkit.errors import InputError
 from ftkit.export import _gguf_architecture, _gguf_tokenizer
+from ftkit.models import family_of_hf
+from ftkit.nn.decoder import DecoderConfig
 
 pytestmark = pytest.mark.unit
 
@@ -23,12 +25,17 @@ def as_dict(entries: list[tuple[str, str, Any]]) -> dict[str, Any]:
     return {key: value for key, _, value in entries}
 
 
+def of(config: PretrainedConfig) -> DecoderConfig:
+    table = json.loads(config.to_json_string(use_diff=False))
+    return family_of_hf(table).from_hf(table)
+
+
 def test_hyperparameters_of_a_family() -> None:
     config = Qwen3Config(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=5e5,
     )  # fmt: skip
-    assert as_dict(_gguf_architecture.entries(json.loads(config.to_json_string(use_diff=False)))) == {
+    assert as_dict(_gguf_architecture.entries(of(config))) == {
         "qwen3.block_count": 3,
         "qwen3.context_length": 512,
         "qwen3.embedding_length": 48,
@@ -52,19 +59,25 @@ def test_llama_3s_rope_factors_are_transformers() -> None:
     config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=4096, rope_parameters=rope)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    factors = _gguf_architecture.rope_factors(json.loads(config.to_json_string(use_diff=False)))
+    factors = _gguf_architecture.rope_factors(of(config))
     assert factors is not None
     torch.testing.assert_close((plain / factors).float(), theirs, rtol=1e-5, atol=0)
     assert factors.min() == 1
     assert factors.max() == 8
 
 
-def test_a_family_or_scaling_without_a_name_is_refused() -> None:
-    with pytest.raises(InputError, match="got 'mamba'"):
-        _gguf_architecture.entries({"model_type": "mamba"})
-    config = json.loads(LlamaConfig().to_json_string(use_diff=False))
-    with pytest.raises(InputError, match="got 'spiral'"):
-        _gguf_architecture.entries(config | {"rope_parameters": {"rope_theta": 1.0, "rope_type": "spiral"}})
+def test_windows_and_scalings() -> None:
+    mistral = as_dict(_gguf_architecture.entries(of(MistralConfig(sliding_window=77))))
+    assert mistral["llama.attention.sliding_window"] == 77
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
+    yarn = as_dict(_gguf_architecture.entries(of(Qwen2Config(rope_parameters=rope))))
+    assert {key: yarn[f"qwen2.rope.scaling.{key}"] for key in ("type", "factor", "original_context_length")} == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 1024,
+    }
+    with pytest.raises(InputError, match="expected attention without a window for GGUF's qwen2"):
+        _gguf_architecture.entries(of(Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=4)))
 
 
 def save(folder: Path, tokenizer: Tokenizer, **configuration: Any) -> Path:

@@ -1,0 +1,110 @@
+"""Whether an exported model answers as the live one: figures over fixed texts, and the bounds of each type.
+
+    KL(live ‖ exported) at every position, top-1 agreement, and greedy continuations that are the same token for token
+
+A type that keeps the weights must keep the answers; one with few bits may move them as far as its rounding does, which
+was measured on small models (large ones move less): the bounds are there to catch what is wrong, not what is coarse.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftkit.models import LoadedModel
+from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
+
+TEXTS = (
+    "The river rises in the mountains, crosses three valleys, and reaches the sea after nine hundred kilometres.",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('no values')\n"
+    "    return sum(values) / len(values)\n",
+    "Question: what is the capital of France, and which river runs through it?\nAnswer: The capital is Paris, and",
+    "Die Bibliothek öffnet um neun Uhr; wer früher kommt, wartet im Hof. 图书馆九点开门。 "
+    "La bibliothèque ouvre à neuf heures.",
+    "1. Preheat the oven to 180 °C.\n2. Mix 250 g of flour with 3 eggs.\n3. Bake for 40 minutes.\n",
+    "She asked him why he had come back, and for a long time he said nothing at all.",
+)
+PROMPTS = ("The capital of France is", "Water boils at", "def fibonacci(n):", "Once upon a time, there was")
+_GREEDY_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How near two models are."""
+
+    kl_mean: float
+    kl_max: float
+    top1: float
+    """Share of positions where both find the same token likeliest."""
+    greedy_match: float
+    """Share of prompts whose greedy continuations are the same."""
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How far an export may be from the live model."""
+
+    kl_mean: float
+    top1: float
+
+
+_BOUNDS = {
+    "f32": Bounds(kl_mean=1e-6, top1=0.99),
+    "f16": Bounds(kl_mean=1e-4, top1=0.98),
+    "bf16": Bounds(kl_mean=2e-3, top1=0.95),
+    "q8_0": Bounds(kl_mean=5e-3, top1=0.93),
+    "q6_k": Bounds(kl_mean=2e-2, top1=0.9),
+    "q5": Bounds(kl_mean=0.1, top1=0.8),
+    "q4": Bounds(kl_mean=0.4, top1=0.7),
+    "iq4": Bounds(kl_mean=0.4, top1=0.7),
+    "q3": Bounds(kl_mean=1.5, top1=0.4),
+    "q2": Bounds(kl_mean=4.0, top1=0.2),
+}
+
+
+def bounds(kind: str) -> Bounds:
+    """The bounds of a type, by its name or the beginning of it."""
+    return next(bound for name, bound in _BOUNDS.items() if kind.startswith(name))
+
+
+def compare(live: LoadedModel, exported: LoadedModel, allowed: Bounds) -> Parity:
+    """The figures, over `TEXTS` and `PROMPTS`; each model under its adapter 0 where it has one."""
+    texts = [live.tokenizer.encode(text) for text in TEXTS]
+    expected, got = (_log_probabilities(loaded, texts) for loaded in (live, exported))
+    divergence = (expected.exp() * (expected - got)).sum(-1).clamp(min=0)
+    top1 = float((expected.argmax(-1) == got.argmax(-1)).double().mean())
+    prompts = [live.tokenizer.encode(prompt) for prompt in PROMPTS]
+    same = [a == b for a, b in zip(_greedy(live, prompts), _greedy(exported, prompts), strict=True)]
+    mean = float(divergence.mean())
+    return Parity(
+        kl_mean=mean,
+        kl_max=float(divergence.max()),
+        top1=top1,
+        greedy_match=sum(same) / len(same),
+        passed=mean <= allowed.kl_mean and top1 >= allowed.top1,
+    )
+
+
+def _log_probabilities(loaded: LoadedModel, texts: list[list[int]]) -> Tensor:
+    """[T, vocabulary], float64, with the texts side by side in one batch."""
+    return _logits(loaded, texts)[0].double().log_softmax(-1)
+
+
+def _logits(loaded: LoadedModel, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Logits [T, vocabulary], and the row of each text's last token."""
+    adapter = 0 if 0 in loaded.model.attached else NO_ADAPTER
+    batch = RaggedBatch.pack(texts, adapter=adapter, device=loaded.model.device)
+    with torch.inference_mode():
+        logits = loaded.model.head(loaded.model(batch), batch.routes)
+    return logits, batch.cu_seqlens[1:].long() - 1
+
+
+def _greedy(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Each prompt with the likeliest tokens after it."""
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(_GREEDY_TOKENS):
+        logits, last = _logits(loaded, rows)
+        for row, token in zip(rows, logits[last].argmax(-1).tolist(), strict=True):
+            row.append(token)
+    return rows

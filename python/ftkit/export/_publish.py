@@ -1,0 +1,106 @@
+"""Exporting: write beside the target, read back, compare with the live model, and only then take the name."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit import adapters, models, plugins
+from ftkit.errors import GateError, InputError, did_you_mean
+from ftkit.export._material import Material
+from ftkit.export._parity import Parity, bounds, compare
+from ftkit.train import files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export made."""
+
+    out: Path
+    bytes: int
+    parity: Parity
+    remarks: tuple[str, ...]
+
+    def table(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {"out": str(self.out), "bytes": self.bytes, "parity": asdict(self.parity), "remarks": list(self.remarks)}
+
+
+def export(
+    source: str,
+    out: Path,
+    *,
+    to: str,
+    kind: str | None = None,
+    adapter: Path | None = None,
+    runs_dir: Path | str = "runs",
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
+) -> Exported:
+    """Exports a model, with an adapter or the one that a run brings, to the target `to` as the type `kind`.
+
+    Raises InputError for what cannot be exported, and GateError, leaving nothing, when what was written and read back
+    does not answer as the live model does.
+    """
+    target = plugins.load("export", to)
+    kind = kind or target.DEFAULT_TYPE
+    if kind not in target.TYPES:
+        known = ", ".join(target.TYPES)
+        raise InputError(f"--type: expected one of {known} for {to}, got {kind!r}", did_you_mean(kind, target.TYPES))
+    if target.SUFFIX and out.suffix != target.SUFFIX:
+        raise InputError(f"--out: expected a file that ends with {target.SUFFIX}, got {out}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
+    if out.exists() and out.is_dir() == bool(target.SUFFIX):
+        raise InputError(f"{out}: expected a {'file' if target.SUFFIX else 'directory'} to replace, got another thing")
+    place = models.resolve(source, runs_dir)
+    report(f"loading {place.path}")
+    loaded = models.load(place)
+    folder = adapter or place.adapter
+    if folder is not None:
+        adapters.load(loaded.model, folder, 0)
+    material = Material.of(loaded, None if folder is None else 0)
+    with _staged(out) as staged:
+        report(f"writing {to} {kind}")
+        remarks = target.write(material, staged, kind)
+        report("comparing with the live model")
+        # `source` keeps the format of what the adapter did not touch, so its bound is that of the coarsest formats
+        allowed = bounds("q2_k" if kind == "source" and material.changed else "f32" if kind == "source" else kind)
+        parity = compare(loaded, target.read_back(material, staged), allowed)
+        if not parity.passed:
+            raise GateError(
+                f"{to} {kind}: expected what was written to answer as the model does, "
+                f"got KL {parity.kl_mean:.3g} (mean) {parity.kl_max:.3g} (max), top-1 {parity.top1:.3f}",
+                "a type with more bits is nearer",
+            )
+        size = sum(path.stat().st_size for path in [staged, *staged.rglob("*")] if path.is_file())
+    return Exported(out=out, bytes=size, parity=parity, remarks=tuple(remarks))
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A path beside `out` that takes its name, and its place, when all went well; else nothing remains."""
+    with files.disk_errors(out):
+        staged, old = (out.parent / f".tmp-{os.getpid()}-{part}{out.name}" for part in ("", "old-"))
+        _remove(staged)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield staged
+            if out.exists():
+                out.rename(old)
+            staged.rename(out)
+        finally:
+            _remove(staged)
+            if old.exists() and not out.exists():  # the last step failed
+                old.rename(out)
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
