@@ -2,8 +2,8 @@
 
 Every line has `event`, `time` (seconds since 1970) and `step` (optimizer steps done). Kinds: `started`, `resumed`,
 `step` (loss, learning_rate, gradient_norm, tokens, trained_tokens, seconds, tokens_per_second), `evaluation` (loss),
-`checkpoint`, `warning` (kind, message, hint), `notice`, `sample`, and at the end `finished` (the result), `interrupted`
-or `failed` (message).
+`checkpoint`, `warning` (kind, message, hint), `notice`, `sample` (an example's prompt, answer and moment: before or
+after), and at the end `finished` (the result), `interrupted` or `failed` (message).
 """
 
 import json

@@ -18,6 +18,7 @@ class ProgressLine:
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._steps = 0
+        self._before: str | None = None
         self._shown = time.monotonic()
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -36,6 +37,8 @@ class ProgressLine:
             case "warning" | "notice":
                 hint = f" ({event['hint']})" if event.get("hint") else ""
                 self._say(f"{event['event']}: {event['message']}{hint}", style="yellow")
+            case "sample":
+                self._sample(event)
             case "finished":
                 self._say(f"{event['run']}: done, {event['steps']} steps, adapter in {event['adapter']}")
                 self.close()
@@ -58,6 +61,14 @@ class ProgressLine:
         elif event["step"] in (1, self._steps) or time.monotonic() - self._shown >= _PLAIN_SECONDS:
             self._shown = time.monotonic()
             self._say(line)
+
+    def _sample(self, event: dict[str, Any]) -> None:
+        """The first example, at the end."""
+        if event["number"] == 0 and event["moment"] == "before":
+            self._before = event["answer"]
+        elif event["number"] == 0:
+            before = f"\n  before: {_line(self._before)}" if self._before is not None else ""
+            self._say(f"example: {_line(event['prompt'])}{before}\n  after:  {_line(event['answer'])}")
 
     def _reading(self, rows: int) -> None:
         if time.monotonic() - self._shown >= _PLAIN_SECONDS:
@@ -88,6 +99,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _line(text: str) -> str:
+    """Text on one line, cut where a terminal would wrap."""
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def _number(value: float | None, digits: int) -> str:

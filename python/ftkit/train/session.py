@@ -14,7 +14,7 @@ from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
-from ftkit.train import lock
+from ftkit.train import lock, samples
 from ftkit.train.step import Loss
 
 ADAPTER = 0  # the id under which the trained adapter hangs in the model
@@ -57,6 +57,12 @@ class Session:
             "adapter": trained,
             "optimizer": self.optimizer.state().values(),
         }
+
+    def examples(self) -> list[samples.Example]:
+        """Prompts for the report, held-out ones where there are any."""
+        count = self.config.output.samples
+        rows = (self.dataset.batch([row]) for row in range(len(self.dataset)))
+        return samples.examples(self.evaluation or rows, self.loaded.tokenizer, count) if count else []
 
     def summary(self) -> str:
         """One line for people."""

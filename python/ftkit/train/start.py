@@ -5,11 +5,12 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ftkit.config import RunConfig
 from ftkit.errors import FtkitError, InputError, Interrupted
-from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, report, session
+from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, report, samples, session
 from ftkit.train import lock as locks
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events, rewind
@@ -64,9 +65,13 @@ def _start(
             events.emit(kind, progress.step, run=run.name, steps=made.steps, summary=made.summary())
             for notice in [*notices, *made.notices]:
                 events.emit("notice", progress.step, message=notice)
+            asked = made.examples()
+            if progress.step == 0:
+                _sample(made, asked, events, 0, None)
             loop = Loop(made, run, progress, events, losses, stop)
             loop.train()
             result = _finish(loop, run)
+            _sample(made, asked, events, progress.step, run.adapter)
             events.emit("finished", progress.step, **result.table())
         except BaseException as error:
             with contextlib.suppress(FtkitError):  # what is already going wrong is what people should read
@@ -105,6 +110,17 @@ def _resume(run: RunDirectory, made: Session) -> tuple[checkpoint.Progress, list
     kept = rewind(run.events, progress.step)
     losses = [event["loss"] for event in kept if event["event"] == "step" and event.get("loss") is not None]
     return progress, losses, notices
+
+
+def _sample(made: Session, asked: list[samples.Example], events: Events, step: int, adapter: Path | None) -> None:
+    """Tells how the examples are answered, by the base model or under the adapter."""
+    if not asked:
+        return
+    for number, (example, text) in enumerate(zip(asked, samples.answers(made.loaded, asked, adapter), strict=True)):
+        moment = "before" if adapter is None else "after"
+        told = {"prompt": example.question, "expected": example.expected, "answer": text}
+        events.emit("sample", step, number=number, moment=moment, **told)
+    made.loaded.model.train()
 
 
 def _finish(loop: Loop, run: RunDirectory) -> TrainResult:

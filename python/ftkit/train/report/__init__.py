@@ -8,7 +8,11 @@ from ftkit.train.report.page import page
 def write(run: RunDirectory) -> None:
     """Writes report.html from what is in the run directory."""
     found = events.read(run.events)
-    samples = [event for event in found if event["event"] == "sample"]
+    samples: dict[int, dict[str, str]] = {}
+    for event in found:
+        if event["event"] == "sample":
+            told = samples.setdefault(event["number"], {"prompt": event["prompt"], "expected": event["expected"]})
+            told[event["moment"]] = event["answer"]
     config = run.config.read_text(encoding="utf-8")
     lock = run.lock.read_text(encoding="utf-8") if run.lock.is_file() else ""
-    files.write_text(run.report, page(run.name, found, config, lock, samples))
+    files.write_text(run.report, page(run.name, found, config, lock, list(samples.values())))
