@@ -170,7 +170,11 @@ def create(run: RunDirectory, config: RunConfig) -> None:
         if run.path.exists():
             shutil.rmtree(run.path)
         run.checkpoints.mkdir(parents=True)
-    files.write_text(run.config, config.to_toml())
+    try:
+        files.write_text(run.config, config.to_toml())
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 @contextmanager

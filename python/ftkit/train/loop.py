@@ -45,6 +45,7 @@ class Loop:
         self._measured = 0
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
+        self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
 
     def train(self) -> None:
         """Runs to the end. Raises Interrupted after a checkpoint, FtkitError when the watchdog gives up."""
@@ -73,10 +74,13 @@ class Loop:
     def save(self) -> None:
         """Writes a checkpoint and removes those that are no longer wanted."""
         session, progress = self.session, self.progress
+        if self._saved == progress.step > 0:
+            return  # writing the same again could only lose it
         path = checkpoint.save(
             self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
         )
         checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
+        self._saved = progress.step
         self._events.emit("checkpoint", progress.step, path=str(path))
 
     def _step(self) -> None:

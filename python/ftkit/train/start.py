@@ -88,7 +88,8 @@ def _start(
 
 def _resume(run: RunDirectory, made: Session) -> tuple[checkpoint.Progress, list[float], list[str]]:
     """Fills the session from the last checkpoint; (progress, losses before it, what people should know)."""
-    inputs, surroundings = locks.differences(locks.read(run.lock), made.lock)
+    before = locks.read(run.lock) if run.lock.exists() else made.lock  # killed before it was written: nothing was done
+    inputs, surroundings = locks.differences(before, made.lock)
     if inputs:
         raise InputError(
             f"{run.path}: expected what the run began with, got something else: {'; '.join(inputs)}",

@@ -1,6 +1,8 @@
 """A run from its configuration to its directory, on a tiny model: what it leaves, what it refuses, what stops it."""
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +168,19 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(settings: Settings) -
     ).read_bytes()
 
 
+def test_a_file_of_held_out_rows_is_evaluated_and_not_trained_on(settings: Settings, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    rows = Path(settings()["data.path"]).read_text().splitlines(keepends=True)
+    held_out.write_text("".join(rows[:8]))
+    told: list[dict[str, Any]] = []
+    chosen = settings(evaluation__path=str(held_out), evaluation__every_steps=6, output__name="file")
+    result = train.run(RunConfig.from_toml(None, chosen), told.append)
+    assert [event["step"] for event in told if event["event"] == "evaluation"] == [0, 6, 12]
+    assert result.adapter_sha256 == run(settings(output__name="none")).adapter_sha256
+    lock = json.loads((Path(result.adapter).parent / "lock.json").read_text())
+    assert lock["inputs"]["evaluation"] != lock["inputs"]["data"]
+
+
 def test_resuming_on_other_inputs_is_refused_and_on_other_surroundings_said(settings: Settings, tmp_path: Path) -> None:
     run(settings(training__max_steps=4))
     folder = Path(settings()["output.runs_dir"]) / "run"
@@ -180,6 +195,28 @@ def test_resuming_on_other_inputs_is_refused_and_on_other_surroundings_said(sett
     other.write_text(Path(settings()["data.path"]).read_text().replace("Yes!", "No!"))
     with pytest.raises(InputError, match="expected what the run began with, got something else: data: was "):
         run(settings(data__path=str(other)), resume=True)
+
+
+def test_a_run_that_was_killed_before_it_began_begins(settings: Settings) -> None:
+    expected = run(settings(output__name="other"))
+    run(settings())
+    folder = Path(settings()["output.runs_dir"]) / "run"
+    for path in folder.iterdir():
+        if path.name != "config.toml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(settings(), resume=True).adapter_sha256 == expected.adapter_sha256
+
+
+def test_a_place_that_fills_up_at_once_keeps_nothing(settings: Settings) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(settings(output__name="cached"))  # the data is prepared
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(InputError, match="expected room for this file"):
+            run(settings())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (Path(settings()["output.runs_dir"]) / "run").exists()
 
 
 def test_a_rate_that_makes_weights_infinite_is_said_skipped_and_ends_the_run(settings: Settings) -> None:
@@ -204,6 +241,15 @@ def test_an_adapter_that_cannot_learn_is_said(settings: Settings) -> None:
     with pytest.raises(FtkitError, match="step 2: expected a gradient, got zero in every trained parameter"):
         train.run(config, heard.append)
     assert [event["kind"] for event in heard if event["event"] == "warning"] == ["gradient_zero"]
+
+
+def test_a_gradient_that_overflows_is_said_though_the_loss_is_finite(settings: Settings) -> None:
+    """A new adapter adds nothing to the loss whatever its scale, but its gradient is multiplied by it."""
+    heard: list[dict[str, Any]] = []
+    config = RunConfig.from_toml(None, settings(method__alpha=1e38, training__stop_after_bad_steps=2))
+    with pytest.raises(FtkitError, match="step 2: expected a finite gradient, got a norm of inf"):
+        train.run(config, heard.append)
+    assert [event["kind"] for event in heard if event["event"] == "warning"] == ["gradient_not_finite"]
 
 
 def test_a_batch_with_nothing_to_train_on_is_said(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
