@@ -71,15 +71,6 @@ def test_the_cache_changes_no_token(loaded: LoadedModel, engine: Engine, alone: 
         assert answer.tokens == recomputed(loaded, engine.encode(chat(question)), 10)
 
 
-def test_greedy_tokens_are_those_of_transformers(smollm2: Path, engine: Engine, alone: list[Completion]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
-    prompt = engine.encode(chat(QUESTIONS[3]))
-    output = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0, len(prompt) :]
-    assert alone[3].tokens == [token for token in output.tolist() if token not in engine.loaded.tokenizer.end_ids]
-
-
 def test_a_crowd_gets_the_same_answers(engine: Engine, alone: list[Completion]) -> None:
     # 16 at once: more than run together, with prompts that are cut in chunks.
     together = engine.generate_many([chat(question) for question in QUESTIONS * 4], greedy(10))
@@ -89,11 +80,8 @@ def test_a_crowd_gets_the_same_answers(engine: Engine, alone: list[Completion]) 
 def test_a_seed_repeats_itself_in_a_crowd(engine: Engine) -> None:
     how = Sampling(seed=7, max_tokens=8)
     first = engine.generate(chat(QUESTIONS[1]), how)
-    many = engine.generate_many([chat(QUESTIONS[1])] * 4, [how, Sampling(seed=8, max_tokens=8), how, GREEDY_8])
+    many = engine.generate_many([chat(QUESTIONS[1])] * 4, [how, Sampling(seed=8, max_tokens=8), how, greedy(8)])
     assert first.tokens == many[0].tokens == many[2].tokens != many[1].tokens
-
-
-GREEDY_8 = greedy(8)
 
 
 def test_a_stream_is_the_answer_in_pieces(engine: Engine, alone: list[Completion]) -> None:

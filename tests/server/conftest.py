@@ -1,0 +1,36 @@
+"""One real server for all tests of this folder: a process of its own, with two adapters, a key and a small pool."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from serving import KEY, Server, start, stop
+
+from ftkit import adapters, models
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("adapters")
+    loaded = models.load(smollm2)
+    for number, name in enumerate(["one", "two"]):
+        adapters.attach(loaded.model, "lora", {"rank": 3}, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in adapters.trainable(loaded.model).values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        adapters.save(loaded.model, 0, folder / name)
+        adapters.detach(loaded.model, 0)
+    del loaded
+    named = [f"--adapter={name}={folder / name}" for name in ("one", "two")]
+    limits = ["--pool-mib=64", "--max-sequences=4", "--max-waiting=12", "--context=1024"]
+    server = start(str(smollm2), "--port=0", f"--api-key={KEY}", *named, *limits)
+    yield server
+    assert stop(server) == 0
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
