@@ -92,7 +92,8 @@ def load(
                 problems.append(error.message)
     if problems:
         raise InputError(f"{place.path}: expected the weights of its configuration, got\n  " + "\n  ".join(problems))
-    model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon)).to(device).eval()
+    model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon)).eval()
+    model.rotary.to(device)
     model.fingerprint = weights.fingerprint()
     return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
 
@@ -100,7 +101,9 @@ def load(
 def build(config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
     """A model of this configuration whose weights hold whatever memory held; no file is read."""
     make = Maker(lambda _, shape: torch.empty(shape, dtype=dtype, device=device), config.norm_epsilon)
-    return Decoder(config, make).to(device).eval()
+    model = Decoder(config, make).eval()
+    model.rotary.to(device)  # the rest is made where it belongs
+    return model
 
 
 def config_of(source: str | Path | Source) -> DecoderConfig:

@@ -1,0 +1,101 @@
+"""Every backend computes what its reference says, values and gradients, and can be pinned."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ftkit import kernels
+from ftkit.errors import InputError
+from ftkit.kernels.attention import attention
+from ftkit.kernels.cross_entropy import cross_entropy
+from ftkit.kernels.rms_norm import rms_norm
+from ftkit.kernels.swiglu import swiglu
+
+pytestmark = pytest.mark.unit
+
+lengths = st.lists(st.integers(0, 13), min_size=1, max_size=5).filter(any)
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(lengths, st.sampled_from([(6, 3), (5, 5), (7, 1)]), st.none() | st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_attention(counts: list[int], heads: tuple[int, int], window: int | None) -> None:
+    total, (queries, keys) = sum(counts), heads
+    inputs = [values(total, count, 11, seed=i).requires_grad_() for i, count in enumerate((queries, keys, keys))]
+    slope = values(total, queries, 11, seed=3)
+    found = []
+    for function in (attention, attention.reference):
+        output = function(*inputs, tuple(counts), scale=0.3, window=window)
+        found.append([output, *torch.autograd.grad(output, inputs, slope)])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-11)
+
+
+@given(lengths, st.none() | st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_attention_by_hand(counts: list[int], window: int | None) -> None:
+    """A token at a time, from the formula."""
+    total = sum(counts)
+    q, k, v = values(total, 4, 3), values(total, 2, 3, seed=1), values(total, 2, 3, seed=2)
+    found = attention(q, k, v, tuple(counts), scale=0.7, window=window)
+    begin = 0
+    for count in counts:
+        for t in range(count):
+            first = 0 if window is None else max(0, t - window + 1)
+            seen = slice(begin + first, begin + t + 1)
+            for head in range(4):
+                shares = torch.softmax(0.7 * (k[seen, head // 2] @ q[begin + t, head]), 0)
+                torch.testing.assert_close(found[begin + t, head], shares @ v[seen, head // 2])
+        begin += count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_rounds_as_published_weights_expect(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = values(7, 13).to(dtype), values(13, seed=1).to(dtype)
+    norm = LlamaRMSNorm(13, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        assert torch.equal(rms_norm(x, weight, 1e-5), norm(x))
+
+
+def test_elementwise_gradients() -> None:
+    x, weight = values(5, 3, 7).requires_grad_(), values(7, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-3), (x, weight))
+    frozen = weight.detach()
+    assert torch.autograd.gradcheck(lambda a: rms_norm(a, frozen, 1e-3), (x,))
+    gate, up = values(5, 7, seed=2).requires_grad_(), values(5, 7, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    for function, inputs in ((rms_norm, (x, weight, 1e-3)), (swiglu, (gate, up))):
+        torch.testing.assert_close(function(*inputs), function.reference(*inputs), rtol=1e-13, atol=1e-13)
+
+
+def test_cross_entropy_gradient() -> None:
+    logits, targets = values(5, 11).requires_grad_(), torch.tensor([0, 10, 3, 3, 7])
+    losses, _ = cross_entropy(logits, targets)
+    slope = torch.autograd.grad(losses.sum(), logits)[0]
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    again, direct = cross_entropy(logits.detach(), targets, gradient=True)
+    assert torch.equal(again, losses)
+    assert direct is not None
+    torch.testing.assert_close(direct, slope)
+
+
+def test_the_choice_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(kernels.backends()) >= {"attention", "cross_entropy", "rms_norm", "rope", "swiglu"}
+    assert all(names[-1] == "reference" for names in kernels.backends().values())
+    q, kv = values(3, 2, 4), values(3, 1, 4, seed=1)
+    fast = attention(q, kv, kv, (3,), scale=1.0)
+    monkeypatch.setenv(kernels.PIN, "reference")
+    assert torch.equal(attention(q, kv, kv, (3,), scale=1.0), attention.reference(q, kv, kv, (3,), scale=1.0))
+    monkeypatch.setenv(kernels.PIN, "sdpa")
+    assert torch.equal(attention(q, kv, kv, (3,), scale=1.0), fast)
+    monkeypatch.setenv(kernels.PIN, "refrence")
+    with pytest.raises(InputError, match="did you mean 'reference'"):
+        attention(q, kv, kv, (3,), scale=1.0)
