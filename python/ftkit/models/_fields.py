@@ -10,11 +10,13 @@ from ftkit.errors import InputError
 _MISSING = object()
 
 
-def integer(table: Mapping[str, Any], key: str, default: Any = _MISSING, at_least: int = 1) -> int:
+def integer(
+    table: Mapping[str, Any], key: str, default: Any = _MISSING, at_least: int = 1, at_most: int = 2**31 - 1
+) -> int:
     """A whole number under `key`. A missing or null key gives the default, or InputError without one."""
     value = _value(table, key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**31:
-        raise InputError(f"{key}: expected a whole number, at least {at_least} and below 2^31, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise InputError(f"{key}: expected a whole number, at least {at_least} and at most {at_most}, got {value!r}")
     return value
 
 

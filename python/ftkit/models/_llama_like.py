@@ -13,6 +13,9 @@ from ftkit.models._family import Read
 from ftkit.nn.decoder import DecoderConfig
 from ftkit.nn.rotary import Rope
 
+LAYERS = 10_000
+"""More layers than any model has: a number above is damage, and would take hours to find out by building them."""
+
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -45,7 +48,7 @@ def hf_sizes(table: Mapping[str, Any], head_dim: int | None = None) -> dict[str,
             "vocab_size": _fields.integer(table, "vocab_size"),
             "hidden_size": hidden,
             "intermediate_size": _fields.integer(table, "intermediate_size"),
-            "layers": _fields.integer(table, "num_hidden_layers"),
+            "layers": _fields.integer(table, "num_hidden_layers", at_most=LAYERS),
             "heads": heads,
             "key_value_heads": _fields.integer(table, "num_key_value_heads", heads),
             "head_dim": _fields.integer(table, "head_dim", head_dim or max(hidden // heads, 1)),
@@ -67,7 +70,7 @@ def gguf_sizes(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         "vocab_size": vocabulary or _fields.integer(table, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": _fields.integer(table, "feed_forward_length"),
-        "layers": _fields.integer(table, "block_count"),
+        "layers": _fields.integer(table, "block_count", at_most=LAYERS),
         "heads": heads,
         "key_value_heads": _fields.integer(table, "attention.head_count_kv", heads),
         "head_dim": head_dim,

@@ -14,7 +14,7 @@ Angles are float32 whatever the model computes in, as in transformers, so that t
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -49,41 +49,48 @@ class Rope:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], default_base: float = 10000.0) -> Self:
-        """From a config.json: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`."""
-        table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        base = float(table.get("rope_theta") or config.get("rope_theta") or default_base)
+        """From a config.json: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`.
+
+        Raises InputError for a kind that is not known, and for values that are no positive numbers.
+        """
+        table = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(table, Mapping):
+            raise InputError(f"rope_parameters: expected a table, got {table!r}")
+        base = _number(table, "rope_theta", _number(config, "rope_theta", default_base))
         kind = table.get("rope_type") or table.get("type") or "default"
         if kind not in _KINDS:
-            hint = did_you_mean(str(kind), _KINDS) if isinstance(kind, str) else None
+            hint = did_you_mean(str(kind), _KINDS)
             raise InputError(f"rope type: expected one of {', '.join(_KINDS)}, got {kind!r}", hint)
-        if float(table.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-            raise InputError(f"partial_rotary_factor: expected 1, got {table.get('partial_rotary_factor')}")
+        part = _number(table, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0))
+        if part != 1.0:
+            raise InputError(f"partial_rotary_factor: expected 1, got {part}")
         if kind == "default":
             return cls(base=base)
-        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
-        for key in needed:
-            if not isinstance(table.get(key), int | float):
-                raise InputError(f"rope type {kind!r}: expected a number for {key!r}, got {table.get(key)!r}")
-        context = int(config.get("max_position_embeddings") or 0)
-        original = int(
-            table.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
-        )
-        factor = float(table.get("factor") or (context / original if original else 1.0))
-        attention = table.get("attention_factor")
-        if attention is None and table.get("mscale") and table.get("mscale_all_dim"):
-            attention = _warmth(factor, table["mscale"]) / _warmth(factor, table["mscale_all_dim"])
-        return cls(
+        context = _number(config, "max_position_embeddings", 2048.0)
+        original = _number(config, "original_max_position_embeddings", context)
+        original = _number(table, "original_max_position_embeddings", original)
+        attention = None
+        if table.get("attention_factor") is not None:
+            attention = _number(table, "attention_factor")
+        rope = cls(
             base=base,
             kind=kind,
-            factor=factor,
-            original_context_length=original,
-            low_frequency_factor=float(table.get("low_freq_factor") or 1.0),
-            high_frequency_factor=float(table.get("high_freq_factor") or 4.0),
-            beta_fast=float(table.get("beta_fast") or 32.0),
-            beta_slow=float(table.get("beta_slow") or 1.0),
-            attention_factor=None if attention is None else float(attention),
+            factor=_number(table, "factor", context / original if kind == "yarn" else None),
+            original_context_length=0 if kind == "linear" else int(original),
+            low_frequency_factor=_number(table, "low_freq_factor", None if kind == "llama3" else 1.0),
+            high_frequency_factor=_number(table, "high_freq_factor", None if kind == "llama3" else 4.0),
+            beta_fast=_number(table, "beta_fast", 32.0),
+            beta_slow=_number(table, "beta_slow", 1.0),
+            attention_factor=attention,
             truncate=bool(table.get("truncate", True)),
         )
+        if rope.low_frequency_factor >= rope.high_frequency_factor:
+            low, high = rope.low_frequency_factor, rope.high_frequency_factor
+            raise InputError(f"expected low_freq_factor below high_freq_factor, got {low} and {high}")
+        if attention is None and table.get("mscale") and table.get("mscale_all_dim"):
+            scales = [_warmth(rope.factor, _number(table, key)) for key in ("mscale", "mscale_all_dim")]
+            return replace(rope, attention_factor=scales[0] / scales[1])
+        return rope
 
     def to_hf(self) -> dict[str, Any]:
         """The table `rope_parameters` of a config.json."""
@@ -159,3 +166,13 @@ class Rotary(nn.Module):
 
 def _warmth(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _number(table: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number under `key`; the default where there is none. Raises InputError for anything else."""
+    value = table.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{key}: expected a positive number, got {value!r}")
+    return float(value)
