@@ -61,7 +61,7 @@ def test_a_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows() -> None
     assert not re.search(r"https?://|url\(|@import|src=[\"']", html)
     assert "prefers-color-scheme: dark" in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
-    assert "3.000 → 1.000" in html
+    assert "<b>1.000</b><span>loss, from 3.000</span>" in html
     assert elements.seen.count("svg") == 4
 
 

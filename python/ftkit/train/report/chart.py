@@ -85,10 +85,4 @@ def _thin(points: Sequence[Point]) -> list[Point]:
 
 
 def _label(value: float) -> str:
-    return (
-        f"{value:.3g}"
-        if 1e-3 <= abs(value) < 1e4 or value == 0
-        else f"{value:.1e}"
-        if abs(value) < 1
-        else f"{value:,.0f}"
-    )
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3g}"

@@ -89,9 +89,9 @@ def _summary(events: Sequence[Event]) -> str:
 def _tiles(steps: Sequence[Event], evaluations: Sequence[Event], events: Sequence[Event]) -> list[tuple[str, str]]:
     tiles = []
     if steps:
-        tiles.append(("loss, first → last", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"))
+        tiles.append((f"loss, from {steps[0]['loss']:.3f}", f"{steps[-1]['loss']:.3f}"))
     if evaluations:
-        tiles.append(("held-out loss, best", f"{min(event['loss'] for event in evaluations):.3f}"))
+        tiles.append(("best held-out loss", f"{min(event['loss'] for event in evaluations):.3f}"))
     if steps:
         seconds = sum(event["seconds"] for event in steps)
         tiles.append(("optimizer steps", f"{steps[-1]['step']:,}"))
