@@ -29,6 +29,7 @@ from ftkit.adapters._replacement import replace
 from ftkit.adapters._targets import ALL_LINEAR, select
 from ftkit.config import option
 from ftkit.errors import InputError
+from ftkit.kernels.lora_linear import lora_linear
 from ftkit.nn.decoder import Decoder
 from ftkit.nn.linear import Weight
 
@@ -75,8 +76,10 @@ class Lora(nn.Module):
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         """x [rows, in] to [rows, out]."""
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        low = functional.linear(functional.dropout(x, self.dropout, self.training), a)  # [rows, rank]
-        return weight.matmul(x) + functional.linear(low * self.scale, b)
+        if self.training and self.dropout:
+            low = functional.linear(functional.dropout(x, self.dropout), a)  # [rows, rank]
+            return weight.matmul(x) + functional.linear(low * self.scale, b)
+        return lora_linear(x, weight, a, b, self.scale)
 
     def merged(self, weight: Weight) -> Tensor:
         """W + s B A, computed in float32 at least, in W's dtype."""

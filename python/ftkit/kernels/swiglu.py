@@ -5,7 +5,11 @@
 Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftkit.kernels import operation
@@ -15,3 +19,24 @@ from ftkit.kernels import operation
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [tokens, intermediate] to the same shape."""
     return functional.silu(gate) * up
+
+
+@swiglu.backend("fused", lambda gate, up: torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+def _fused(gate: Tensor, up: Tensor) -> Tensor:
+    """Keeps gate and up for the backward pass, and computes silu(gate) again: a third less memory."""
+    y: Tensor = _SwiGlu.apply(gate, up)
+    return y
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        return dgate, functional.silu(gate).mul_(dy)

@@ -35,7 +35,7 @@ def resolve(name: str | Path, runs_dir: str | Path = "runs") -> Source:
     path = Path(text).expanduser()
     if path.is_dir() and (path / "config.toml").is_file() and not (path / "config.json").exists():
         return _run(path, text)
-    if path.exists():
+    if text and path.exists():
         return Source(path=_model_path(path), name=text)
     if re.fullmatch(r"[^/\\]+", text) and (Path(runs_dir) / text).is_dir():
         return _run(Path(runs_dir) / text, text)

@@ -30,10 +30,10 @@ class Weight(Protocol):
         """What is stored, in bytes."""
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x [rows, in] to x Wᵀ [rows, out] in x's dtype; differentiable in x."""
+        """x [rows, in] to x Wᵀ [rows, out], a new tensor in x's dtype; differentiable in x."""
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
-        """dy [rows, out] to dy W [rows, in] in dy's dtype: the gradient of `matmul` in x."""
+        """dy [rows, out] to dy W [rows, in], a new tensor in dy's dtype: the gradient of `matmul` in x."""
 
     def dense(self) -> Tensor:
         """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""

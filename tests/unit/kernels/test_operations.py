@@ -1,5 +1,7 @@
 """Every backend computes what its reference says, values and gradients, and can be pinned."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,10 @@ from ftkit import kernels
 from ftkit.errors import InputError
 from ftkit.kernels.attention import attention
 from ftkit.kernels.cross_entropy import cross_entropy
+from ftkit.kernels.lora_linear import lora_linear
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.swiglu import swiglu
+from ftkit.nn.linear import DenseWeight
 
 pytestmark = pytest.mark.unit
 
@@ -72,8 +76,53 @@ def test_elementwise_gradients() -> None:
     assert torch.autograd.gradcheck(lambda a: rms_norm(a, frozen, 1e-3), (x,))
     gate, up = values(5, 7, seed=2).requires_grad_(), values(5, 7, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(swiglu, (gate, up))
-    for function, inputs in ((rms_norm, (x, weight, 1e-3)), (swiglu, (gate, up))):
-        torch.testing.assert_close(function(*inputs), function.reference(*inputs), rtol=1e-13, atol=1e-13)
+    slopes = values(5, 3, 7, seed=4), values(5, 7, seed=4)
+    for function, inputs, slope in ((rms_norm, (x, weight, 1e-3), slopes[0]), (swiglu, (gate, up), slopes[1])):
+        found = []
+        for compute in (function, function.reference):
+            output = compute(*inputs)
+            found.append([output, *torch.autograd.grad(output, inputs[:2], slope)])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, True, True), (False, True, True), (True, False, False), (False, False, True)]
+)
+def test_lora_linear(needed: tuple[bool, bool, bool]) -> None:
+    """With each choice of what needs a gradient; the frozen weight never does."""
+    weight = DenseWeight(values(11, 7))
+    x, a, b = values(13, 7, seed=1), values(3, 7, seed=2), values(11, 3, seed=3)
+    wanted = [t.requires_grad_() for t, need in zip((x, a, b), needed, strict=True) if need]
+    slope = values(13, 11, seed=4)
+    found = []
+    for compute in (lora_linear, lora_linear.reference):
+        output = compute(x, weight, a, b, 0.7)
+        found.append([output, *torch.autograd.grad(output, wanted, slope)])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert weight.tensor.grad is None
+
+
+def test_fused_backward_keeps_less() -> None:
+    """Bytes that autograd keeps between the passes, by operation: what the docstrings say."""
+
+    def kept(function: Any, *inputs: Any) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = function(*inputs)
+        del output
+        return sum(sizes.values())
+
+    x, weight = values(101, 53).requires_grad_(), values(53)
+    assert kept(rms_norm, x, weight, 1e-5) <= x.nbytes + weight.nbytes + 101 * 8
+    gate, up = values(101, 53).requires_grad_(), values(101, 53, seed=1).requires_grad_()
+    assert kept(swiglu, gate, up) == 2 * gate.nbytes
+    a, b = values(3, 53, seed=1).requires_grad_(), values(11, 3, seed=2).requires_grad_()
+    assert kept(lora_linear, x, DenseWeight(values(11, 53)), a, b, 1.0) == x.nbytes + a.nbytes + b.nbytes + 101 * 3 * 8
 
 
 def test_cross_entropy_gradient() -> None:

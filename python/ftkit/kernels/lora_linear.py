@@ -1,0 +1,60 @@
+"""A frozen linear layer with a low-rank matrix beside it.
+
+    y = x Wᵀ + s (x Aᵀ) Bᵀ
+
+    h = x Aᵀ        dh = s dy B        dA = dhᵀ x        dB = s dyᵀ h        dx = dy W + dh A
+
+The gradient of W is never formed, x is kept once, and of the low-rank path only h [tokens, rank].
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ftkit.kernels import operation
+
+
+class Frozen(Protocol):
+    """W, in whatever way it is stored."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ"""
+
+    def matmul_transposed(self, dy: Tensor) -> Tensor:
+        """dy W"""
+
+
+@operation
+def lora_linear(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x [tokens, in], W [out, in], A [rank, in] and B [out, rank], of one dtype, to [tokens, out]."""
+    return weight.matmul(x) + scale * functional.linear(functional.linear(x, a), b)
+
+
+@lora_linear.backend("fused", lambda x, *_: x.ndim == 2)
+def _fused(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The products added in place, forward and backward."""
+    y: Tensor = _LoraLinear.apply(x, weight, a, b, scale)
+    return y
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = functional.linear(x, a)  # [tokens, rank]
+        ctx.save_for_backward(x, a, b, low)
+        ctx.weight, ctx.scale = weight, scale
+        return weight.matmul(x).addmm_(low, b.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        dlow = (dy @ b).mul_(ctx.scale) if needs_x or needs_a else None  # [tokens, rank]
+        db = (dy.T @ low).mul_(ctx.scale) if needs_b else None
+        da = dlow.T @ x if needs_a and dlow is not None else None
+        dx = ctx.weight.matmul_transposed(dy).addmm_(dlow, a) if needs_x else None
+        return dx, None, da, db, None
