@@ -16,7 +16,7 @@ from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.train import checkpoints, directory, events
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 STEPS = 24
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftkit import train
+from ftkit import adapters, models, train
 from ftkit.config import RunConfig
-from ftkit.data import Dataset
+from ftkit.data import Dataset, prepare
 from ftkit.errors import FtkitError, InputError
 from ftkit.nn.batch import RaggedBatch
+from ftkit.objectives import sft
 from ftkit.train import checkpoints, directory, events
+from ftkit.train.step import mean_loss
 
 pytestmark = pytest.mark.unit
 
@@ -179,6 +181,29 @@ def test_a_file_of_held_out_rows_is_evaluated_and_not_trained_on(settings: Setti
     assert result.adapter_sha256 == run(settings(output__name="none")).adapter_sha256
     lock = json.loads((Path(result.adapter).parent / "lock.json").read_text())
     assert lock["inputs"]["evaluation"] != lock["inputs"]["data"]
+
+
+def test_the_evaluation_is_that_of_the_saved_adapter_without_dropout(settings: Settings) -> None:
+    chosen = settings(method__dropout=0.5, evaluation__split=0.25, optimizer__learning_rate=0.03)
+    result = run(chosen)
+    loaded = models.load(chosen["model.source"])
+    adapters.load(loaded.model, Path(result.adapter), 0)
+    config = RunConfig.from_toml(None, chosen).data
+    _, held_out = prepare(config, loaded.tokenizer, loaded.template, seed=0, split=0.25)
+    assert held_out is not None
+    loss = mean_loss(lambda batch: sft.loss(loaded.model, batch), list(held_out.batches(2, passes=1)))
+    assert result.eval_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_change_that_makes_another_run_is_refused_on_resuming(settings: Settings) -> None:
+    run(settings(training__max_steps=4))
+    with pytest.raises(InputError) as error:
+        train.resumed_config(None, settings(training__max_steps=6, optimizer__learning_rate=1.0, training__seed=9))
+    assert "optimizer.learning_rate: was 0.01, is 1.0; training.seed: was 0, is 9" in error.value.message
+    allowed = train.resumed_config(None, settings(training__max_steps=6, output__checkpoint_every_steps=1))
+    assert (allowed.training.max_steps, allowed.output.checkpoint_every_steps) == (6, 1)
+    with pytest.raises(InputError, match="expected an unfinished run to resume, got none"):
+        train.resumed_config(None, {"output.runs_dir": settings()["output.runs_dir"]})
 
 
 def test_resuming_on_other_inputs_is_refused_and_on_other_surroundings_said(settings: Settings, tmp_path: Path) -> None:
