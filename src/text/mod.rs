@@ -15,7 +15,10 @@ mod limits;
 mod pretokenizers;
 mod provenance;
 mod python;
+mod source;
 mod template;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 mod vocabulary;
 

@@ -37,36 +37,6 @@ pub(super) fn environment() -> Environment<'static> {
     environment
 }
 
-/// `{% generation %}` marks what Hugging Face's masks train on; it writes nothing, but opens a scope.
-pub(super) fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        out.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let inside = &tag[2..end];
-        let word = inside.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
-        match word {
-            "generation" | "endgeneration" => {
-                out.push_str("{%");
-                out.push_str(&inside.replace("endgeneration", "endwith").replace("generation", "with"));
-                out.push_str("%}");
-                rest = &tag[end + 2..];
-            }
-            _ => {
-                out.push_str("{%");
-                rest = &tag[2..];
-            }
-        }
-    }
-    out.push_str(rest);
-    out
-}
-
 /// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, by position or by name.
 fn tojson(value: &Value, positional: minijinja::value::Rest<Value>, options: Kwargs) -> Result<Value, Error> {
     const NAMES: [&str; 4] = ["ensure_ascii", "indent", "separators", "sort_keys"];

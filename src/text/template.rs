@@ -12,6 +12,7 @@ use minijinja::{Environment, Value};
 use time::OffsetDateTime;
 
 use super::conversation::Conversation;
+use super::source::prepare;
 use super::{clock, directory, limits, python};
 use crate::error::{Error, Result};
 use crate::gguf;
@@ -40,17 +41,11 @@ struct Compiled {
 
 impl Compiled {
     fn new(source: &str) -> Result<Self> {
-        if source.len() > limits::TEMPLATE_BYTES {
-            return Err(Error::input(format!(
-                "chat template: expected at most {} bytes, got {}",
-                limits::TEMPLATE_BYTES,
-                source.len()
-            )));
-        }
+        let prepared = prepare(source)?;
         let mut environment = python::environment();
-        environment
-            .add_template_owned(NAME, python::without_generation_tags(source))
-            .map_err(|error| describe(&error))?;
+        stacker::grow(limits::STACK_BYTES, || {
+            environment.add_template_owned(NAME, prepared).map_err(|error| describe(&error))
+        })?;
         Ok(Self { environment, source: source.to_owned() })
     }
 }
@@ -126,7 +121,9 @@ impl Template {
             .insert("strftime_now".to_owned(), Value::from_function(move |format: &str| clock::strftime(now, format)));
         let mut out = Limited(Vec::new());
         let template = compiled.environment.get_template(NAME).map_err(|error| describe(&error))?;
-        template.render_captured_to(Value::from(variables), &mut out).map_err(|error| describe(&error))?;
+        stacker::grow(limits::STACK_BYTES, || {
+            template.render_captured_to(Value::from(variables), &mut out).map(drop).map_err(|error| describe(&error))
+        })?;
         String::from_utf8(out.0).map_err(|_| Error::failure("chat template: expected UTF-8 from the renderer"))
     }
 
