@@ -1,7 +1,7 @@
 //! Jinja as Hugging Face sets it up in Python: the filters, tests and string methods that templates rely on.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
@@ -91,14 +91,13 @@ fn float_str(value: f64) -> String {
     }
 }
 
-/// In Python what has a length and items: strings and dicts too.
+/// In Python what has a length and items: strings and dicts too, and Jinja's undefined values.
 fn is_sequence(value: &Value) -> bool {
-    matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+    value.is_undefined() || matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
 }
 
 fn is_iterable(value: &Value) -> bool {
-    value.is_undefined()
-        || matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Iterable)
+    is_sequence(value) || value.kind() == ValueKind::Iterable
 }
 
 /// Python's methods: what `pycompat` lacks, then `pycompat`.
@@ -136,7 +135,7 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
                 None if name == "partition" => [text, "", ""],
                 None => ["", "", text],
             };
-            parts.into_iter().map(Value::from).collect()
+            Value::from(Tuple::from(parts.map(Value::from)))
         }
         "rsplit" => {
             let (separator, limit): (Option<&str>, Option<i64>) = from_args(args)?;

@@ -59,7 +59,9 @@ def byte_level_entries(tokenizer: TheirTokenizer, pre: str) -> dict[str, tuple[s
 
 
 @pytest.mark.parametrize(
-    ("pre", "pattern"), [("smollm", None), ("qwen2", QWEN2_WORDS), ("llama-bpe", LLAMA3_WORDS)], ids=lambda value: value
+    ("pre", "pattern"),
+    [("smollm", None), ("qwen2", QWEN2_WORDS), ("llama-bpe", LLAMA3_WORDS)],
+    ids=["smollm", "qwen2", "llama-bpe"],
 )
 def test_byte_level(tmp_path: Path, pre: str, pattern: str | None) -> None:
     theirs = byte_level(tmp_path, pattern=pattern).backend_tokenizer
