@@ -99,6 +99,7 @@ function number(id) {
 async function ask(question) {
   turn("user", question);
   history.push({ role: "user", content: question });
+  $("status").textContent = "";
   const element = turn("assistant waiting", "");
   const show = renderer(element);
   const system = $("system").value.trim();
