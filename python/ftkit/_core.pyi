@@ -329,8 +329,8 @@ class Engine:
         ready: Callable[[], object],
         model: str,
         *,
+        body_bytes: int,
         api_key: str | None = None,
-        body_bytes: int = ...,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 

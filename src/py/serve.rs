@@ -104,15 +104,15 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, model, *, api_key = None, body_bytes = 4 << 20))]
+    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None))]
     fn serve(
         &self,
         py: Python<'_>,
         listener: &Listener,
         ready: Py<PyAny>,
         model: String,
-        api_key: Option<String>,
         body_bytes: usize,
+        api_key: Option<String>,
     ) -> PyResult<()> {
         let Some(socket) = listener.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::failure("listener: expected one that is not in use").into());
@@ -327,7 +327,7 @@ fn paged_attention(
         Memory::<i32>::of("cu_seqlens", cu_seqlens)?,
         Memory::<i32>::of("positions", positions)?,
     ];
-    if pages.getattr("dtype")?.str()?.to_string() == bf16::NAME {
+    if pages.getattr("dtype")?.str()? == bf16::NAME {
         typed::<bf16>(py, q, pages, &rows, out, layer, scale, window)
     } else {
         typed::<f32>(py, q, pages, &rows, out, layer, scale, window)

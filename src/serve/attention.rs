@@ -131,7 +131,7 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     let wrong = |what: &str| Err(Error::failure(format!("paged attention: {what}")));
     let sizes = [layout.layers, layout.block_tokens, layout.heads, layout.key_value_heads, layout.head_dim];
     let page = sizes.iter().try_fold(2usize, |product, &size| product.checked_mul(size)).unwrap_or(0);
-    if page == 0 || layout.layer >= layout.layers || layout.heads % layout.key_value_heads != 0 {
+    if page == 0 || layout.layer >= layout.layers || !layout.heads.is_multiple_of(layout.key_value_heads) {
         return wrong(&format!("expected sizes that agree, got {layout:?}"));
     }
     let expected = rows.positions.len() * layout.heads * layout.head_dim;
@@ -140,7 +140,7 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     }
     let pages = pool / layout.page();
     let sequences = rows.cu_seqlens.len().saturating_sub(1);
-    if sequences == 0 && !rows.positions.is_empty() || rows.block_table.len() % sequences.max(1) != 0 {
+    if sequences == 0 && !rows.positions.is_empty() || !rows.block_table.len().is_multiple_of(sequences.max(1)) {
         return wrong(&format!("expected a page table row for each of {sequences} sequences"));
     }
     let blocks = rows.block_table.len() / sequences.max(1);

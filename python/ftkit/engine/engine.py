@@ -104,6 +104,8 @@ class Engine:
         self.default = self.name
         """The name that is meant where a user gives none: a run's, if this engine was launched with one."""
         self.max_waiting = max_waiting
+        self.context_tokens = context
+        """Most tokens of a prompt and its answer."""
         cache = PagedCache(page_count=pages, device=model.device, **sizes)
         blocks = min(context_pages, pages)
         self._step = ModelStep(model, cache, tokens=max_batch_tokens, sequences=max_sequences, blocks=blocks)
@@ -233,12 +235,16 @@ class Engine:
         ready: Callable[[], object],
         *,
         api_key: str | None = None,
-        body_bytes: int = 4 << 20,
+        body_bytes: int | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
-        `ready` is called when requests are taken. For the main thread.
+        `ready` is called when requests are taken. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
+        of the context when not given, since texts are encoded before they are known to be too long. For the main
+        thread.
         """
+        if body_bytes is None:
+            body_bytes = (256 << 10) + 32 * self.context_tokens
         # The core notes the signals; Python's own handler must not interrupt the answers under way.
         signals = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}

@@ -143,7 +143,7 @@ async fn collect(
             Event::Finished { delta, reason, usage } => {
                 answers[index].1 = reason.as_str();
                 total.completion_tokens += usage.completion_tokens;
-                if index % choices == 0 {
+                if index.is_multiple_of(choices) {
                     total.prompt_tokens += usage.prompt_tokens;
                 }
                 open -= 1;

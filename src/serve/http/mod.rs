@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -145,18 +146,17 @@ fn router(app: Arc<App>) -> Router {
 }
 
 async fn chat(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
-    let body = read(&app, body).await?;
+    let body = read(body, app.settings.body_bytes).await?;
     complete::complete(app, Route::Chat, body).await
 }
 
 async fn completion(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
-    let body = read(&app, body).await?;
+    let body = read(body, app.settings.body_bytes).await?;
     complete::complete(app, Route::Completion, body).await
 }
 
 /// A whole body, within the limits of size and time.
-async fn read(app: &App, body: Body) -> Result<Bytes, ApiError> {
-    let limit = app.settings.body_bytes;
+async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let collect = async {
         let mut all = Vec::new();
         let mut frames = body.into_data_stream();
@@ -182,7 +182,11 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": models.iter().map(shown).collect::<Vec<_>>()}))
 }
 
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+async fn model(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|_| ApiError::no_model("?", "the names of /v1/models"))?;
     match app.models.find(Some(&name)) {
         Some(model) => Ok(Json(shown(&model))),
         None => Err(ApiError::no_model(&name, "the names of /v1/models")),
@@ -197,8 +201,8 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 }
 
 /// The page's markdown, rendered and cleaned.
-async fn markdown(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
-    let body = read(&app, body).await?;
+async fn markdown(body: Body) -> Result<Response, ApiError> {
+    let body = read(body, page::MARKDOWN_BYTES).await?;
     let text = String::from_utf8(body.into()).map_err(|_| ApiError::request("body: expected UTF-8"))?;
     let html = tokio::task::spawn_blocking(move || page::markdown(&text)).await;
     let html = html.map_err(|_| ApiError::server("the markdown could not be rendered"))?;

@@ -81,13 +81,9 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
         Some(Value::Object(map)) => map,
         Some(other) => return Err(ApiError::field("chat_template_kwargs", "an object", kind(&other))),
     };
-    if let Some(format) = fields.take("response_format") {
-        if format.get("type").and_then(Value::as_str) != Some("text") {
-            return Err(ApiError::unsupported(
-                "response_format",
-                "response_format: expected type \"text\", got another",
-            ));
-        }
+    let format = fields.take("response_format");
+    if format.is_some_and(|format| format.get("type").and_then(Value::as_str) != Some("text")) {
+        return Err(ApiError::unsupported("response_format", "response_format: expected type \"text\", got another"));
     }
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS as i64)?;

@@ -87,7 +87,7 @@ impl Chunks {
                 }
                 self.part(index, &Delta::default(), Some(reason.as_str()));
                 self.usage.completion_tokens += usage.completion_tokens;
-                if index % self.choices == 0 {
+                if index.is_multiple_of(self.choices) {
                     self.usage.prompt_tokens += usage.prompt_tokens;
                 }
                 self.open -= 1;
