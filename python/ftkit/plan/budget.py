@@ -1,0 +1,45 @@
+"""How much memory a run may take: what the user says, or what is free now."""
+
+import re
+from pathlib import Path
+
+from ftkit.errors import InputError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MARGIN = 0.05
+"""Share of the free memory that is left to others."""
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `500 MB` or `1073741824` in bytes. Raises InputError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise InputError(f"budget: expected a size such as 8GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def available_bytes() -> int:
+    """Memory that a process may take now: what is free, within the control group's limit, less a margin."""
+    free = [_meminfo("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        free.append(max(limit - used, 0))
+    return int(min(free) * (1 - _MARGIN))
+
+
+def _meminfo(key: str) -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise InputError(f"budget: expected to read the free memory, got {error}", "give it as --budget 8GiB") from None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
