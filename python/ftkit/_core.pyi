@@ -207,6 +207,10 @@ class PackedRows:
         """The share of the rows' room that holds tokens."""
     def order(self, seed: int, number: int) -> list[int]:
         """The rows in the order of the `number`-th pass."""
+    def lengths(self, rows: list[int]) -> list[int]:
+        """The lengths of the sequences in these rows, in order."""
+    def trained(self, rows: list[int]) -> int:
+        """How many targets of these rows are trained on."""
     def sizes(self, rows: list[int]) -> tuple[int, int]:
         """Tokens and sequences of these rows together."""
     def write(

@@ -105,6 +105,27 @@ impl Part {
         order
     }
 
+    /// The lengths of the sequences in `rows`, in order.
+    pub fn lengths(&self, rows: &[usize]) -> Result<Vec<u32>> {
+        let mut lengths = Vec::new();
+        for &row in rows {
+            lengths.extend(self.row(row)?.iter().map(|&index| self.cache.sequences()[index as usize].length));
+        }
+        Ok(lengths)
+    }
+
+    /// How many targets of `rows` are trained on.
+    pub fn trained(&self, rows: &[usize]) -> Result<usize> {
+        let mut count = 0;
+        for &row in rows {
+            for &index in self.row(row)? {
+                let tokens = self.cache.tokens(&self.cache.sequences()[index as usize]);
+                count += tokens.skip(1).filter(|&(_, trained)| trained).count();
+            }
+        }
+        Ok(count)
+    }
+
     /// Tokens and sequences in `rows` together.
     pub fn sizes(&self, rows: &[usize]) -> Result<(usize, usize)> {
         let mut sizes = (0, 0);

@@ -99,6 +99,15 @@ impl PackedRows {
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
+    fn lengths(&self, rows: Vec<usize>) -> PyResult<Vec<u32>> {
+        Ok(self.part.lengths(&rows)?)
+    }
+
+    fn trained(&self, py: Python<'_>, rows: Vec<usize>) -> PyResult<usize> {
+        Ok(py.detach(|| self.part.trained(&rows))?)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
     fn sizes(&self, rows: Vec<usize>) -> PyResult<(usize, usize)> {
         Ok(self.part.sizes(&rows)?)
     }

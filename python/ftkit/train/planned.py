@@ -12,15 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftkit import adapters, models, optim, plugins
 from ftkit.config import RunConfig
-from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.batch import UNTRAINED, RaggedBatch
 from ftkit.nn.decoder import DecoderConfig
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import matmul_flops_per_second
 
-OTHER_RESIDENT_BYTES = 900 << 20
-"""Resident memory beside tensors: Python, torch's libraries and their scratch space, the allocator's retained pages.
+OTHER_RESIDENT_BYTES = 1 << 30
+"""Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
 
-Measured with torch 2.15 on x86-64: 500 to 800 MiB in runs of SmolLM2-135M; a bound, not an estimate."""
+RETAINED_SHARE = 0.25
+"""Freed tensor memory that the allocator keeps, as a share of the peak, from above.
+
+Measured with torch 2.15 on x86-64, runs of SmolLM2-135M: process and tensors differ by 0.75 to 1.35 GiB."""
 
 MATMUL_SHARE = 0.5
 """The share of the machine's matmul speed that a training step reaches; the rest is attention, losses, small things."""
@@ -49,7 +52,7 @@ class Plan:
     @property
     def peak_rss_bytes(self) -> int:
         """The process' resident memory, from above."""
-        return self.peak_bytes + self.mapped_bytes + OTHER_RESIDENT_BYTES
+        return int(self.peak_bytes * (1 + RETAINED_SHARE)) + self.mapped_bytes + OTHER_RESIDENT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class Shape:
 
     lengths: tuple[int, ...]
     """The sequences' lengths in the largest batch, in tokens."""
+    trained: int
+    """The most targets that are trained on in a batch."""
     accumulated: int = 1
     """Batches of an optimizer step."""
 
@@ -65,14 +70,8 @@ class Shape:
     def largest(cls, config: RunConfig) -> "Shape":
         """Full rows, each one sequence, all trained: nothing that the configuration allows needs more."""
         training = config.training
-        return cls(
-            lengths=(config.data.max_tokens,) * training.batch_rows, accumulated=training.gradient_accumulation_steps
-        )
-
-    @classmethod
-    def of(cls, batch: RaggedBatch, accumulated: int) -> "Shape":
-        """The shape of a batch."""
-        return cls(lengths=batch.lengths, accumulated=accumulated)
+        lengths = (config.data.max_tokens,) * training.batch_rows
+        return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
 
 def plan(config: RunConfig, architecture: DecoderConfig, shape: Shape, mapped_bytes: int = 0) -> Plan:
@@ -149,7 +148,7 @@ def _trace(config: RunConfig, architecture: DecoderConfig, shape: Shape) -> tupl
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
         recorder.adopt(parameters.values(), "adapter")
         recorder.adopt(optimizer.state().values(), "optimizer")
-        batches = [_batch(shape.lengths) for _ in range(min(shape.accumulated, 2))]
+        batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
         with recorder:
             for _ in range(2):
                 for batch in batches:
@@ -171,8 +170,9 @@ def _trace(config: RunConfig, architecture: DecoderConfig, shape: Shape) -> tupl
         return recorder.peak().by_category, flops
 
 
-def _batch(lengths: tuple[int, ...]) -> RaggedBatch:
-    """Sequences of these lengths, every token trained on but each sequence's last."""
-    sequences = [[0] * length for length in lengths]
-    targets = [[0] * (length - 1) + [-100] for length in lengths]
+def _batch(shape: Shape) -> RaggedBatch:
+    """A batch of this shape; which of its tokens are trained on changes nothing."""
+    flat = iter([0] * shape.trained + [UNTRAINED] * (sum(shape.lengths) - shape.trained))
+    sequences = [[0] * length for length in shape.lengths]
+    targets = [[next(flat) for _ in sequence] for sequence in sequences]
     return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER)

@@ -14,7 +14,7 @@ from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
-from ftkit.train import lock, samples
+from ftkit.train import lock, planned, samples
 from ftkit.train.step import Loss
 
 ADAPTER = 0  # the id under which the trained adapter hangs in the model
@@ -35,8 +35,7 @@ class Session:
     steps: int
     lock: lock.Lock
     notices: Sequence[str]
-    planned_peak_bytes: int | None
-    planned_peak_rss_bytes: int | None
+    plan: planned.Plan
 
     def feed(self, start: int) -> Iterator[RaggedBatch]:
         """The training batches, pass after pass, from the `start`-th on."""
@@ -122,9 +121,23 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         steps=steps,
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
         notices=notices,
-        planned_peak_bytes=None,
-        planned_peak_rss_bytes=None,
+        plan=planned.plan(config, loaded.config, _largest(config, dataset, steps), _mapped_bytes(loaded)),
     )
+
+
+def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> planned.Shape:
+    """The most of everything in the first pass' batches; a later pass may have a batch that is a little larger."""
+    size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
+    order = dataset.rows.order(config.training.seed, 0)
+    cuts = [order[start : start + size] for start in range(0, len(order), size)][: steps * accumulated]
+    lengths = max((dataset.rows.lengths(rows) for rows in cuts), key=sum)
+    trained = max(map(dataset.rows.trained, cuts))
+    return planned.Shape(lengths=tuple(lengths), trained=trained, accumulated=accumulated)
+
+
+def _mapped_bytes(loaded: models.LoadedModel) -> int:
+    """The model's file, which stays mapped where it is GGUF."""
+    return loaded.path.stat().st_size if loaded.path.is_file() else 0
 
 
 def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:

@@ -55,7 +55,7 @@ def test_a_run_leaves_all_that_is_promised_and_learns(settings: Settings) -> Non
         "ftkit.json",
     }
     assert not [path for path in folder.rglob(".tmp-*")]
-    assert heard.pop(0) | {"rows": 0} == {"event": "reading", "step": 0, "rows": 0}
+    heard = [event for event in heard if event["event"] != "reading"]  # none when the data was prepared before
     assert heard == events.read(folder / "events.jsonl")
     steps = [event for event in heard if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 31))

@@ -1,0 +1,33 @@
+"""The plan of a run is an upper bound of what the run counts, and close."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ftkit import train
+from ftkit.config import RunConfig
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__activation_checkpointing": True},
+        {"training__batch_rows": 2, "training__gradient_accumulation_steps": 2},
+        {"data__train_on": "all"},
+        {"method__name": "full", "method__options": {}},
+        {"model__dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_the_plan_bounds_the_run(settings: Callable[..., dict[str, Any]], changes: dict[str, Any]) -> None:
+    table = settings(**{key: value for key, value in changes.items() if key != "method__options"})
+    if changes.get("method__name") == "full":
+        table = {key: value for key, value in table.items() if not key.startswith("method.") or key == "method.name"}
+    result = train.run(RunConfig.from_toml(None, table | {"training.max_steps": 3}))
+    assert result.planned_peak_bytes is not None
+    assert result.peak_bytes <= result.planned_peak_bytes <= 1.35 * result.peak_bytes
+    assert result.peak_rss_bytes <= result.planned_peak_rss_bytes
