@@ -100,11 +100,9 @@ fn scan(text: &str) -> Tag<'_> {
             }
             other => other.len_utf8(),
         };
-        // white-space control isn't an operator
-        tokens += usize::from(!character.is_whitespace() && !(at == 0 && matches!(character, '-' | '+')));
+        let controls_space = matches!(character, '-' | '+') && (at == 0 || inside[at + length..].starts_with(close));
+        tokens += usize::from(!character.is_whitespace() && !controls_space);
         at += length;
-        let trims = matches!(character, '-' | '+') && inside[at..].starts_with(close);
-        tokens -= usize::from(trims && tokens > 0 && at > 1);
     }
     Tag { text, first, tokens }
 }
