@@ -54,10 +54,5 @@ def command(
     if json:
         print_json(result.table())
         return
-    parity = result.parity
-    print(
-        f"parity: KL {parity.kl_mean:.3g} (mean), {parity.kl_max:.3g} (max); top-1 {parity.top1:.3f}; "
-        f"greedy {parity.greedy_match:.2f}",
-        file=sys.stderr,
-    )
+    print(f"parity: {result.parity.sentence()}", file=sys.stderr)
     print(f"{result.out} ({result.bytes / 1e6:.1f} MB)")

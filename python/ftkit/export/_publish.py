@@ -10,8 +10,8 @@ from typing import Any
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import GateError, InputError, did_you_mean
+from ftkit.eval.parity import Parity, bounds, compare
 from ftkit.export._material import Material
-from ftkit.export._parity import Parity, bounds, compare
 from ftkit.train import files
 
 
@@ -45,17 +45,8 @@ def export(
     Raises InputError for what cannot be exported, and GateError, leaving nothing, when what was written and read back
     does not answer as the live model does.
     """
-    target = plugins.load("export", to)
-    kind = kind or target.DEFAULT_TYPE
-    if kind not in target.TYPES:
-        known = ", ".join(target.TYPES)
-        raise InputError(f"--type: expected one of {known} for {to}, got {kind!r}", did_you_mean(kind, target.TYPES))
-    if target.SUFFIX and out.suffix != target.SUFFIX:
-        raise InputError(f"--out: expected a file that ends with {target.SUFFIX}, got {out}")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
-    if out.exists() and out.is_dir() == bool(target.SUFFIX):
-        raise InputError(f"{out}: expected a {'file' if target.SUFFIX else 'directory'} to replace, got another thing")
+    target, kind = _target(to, kind)
+    _check(target, out, overwrite)
     place = models.resolve(source, runs_dir)
     report(f"loading {place.path}")
     loaded = models.load(place)
@@ -63,13 +54,31 @@ def export(
     if folder is not None:
         adapters.load(loaded.model, folder, 0)
     material = Material.of(loaded, None if folder is None else 0)
+    return publish(material, out, to=to, kind=kind, overwrite=overwrite, report=report)
+
+
+def publish(
+    material: Material,
+    out: Path,
+    *,
+    to: str,
+    kind: str | None = None,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
+) -> Exported:
+    """Writes what is exported to the target `to` as the type `kind`, if it reads back as a model that answers the same.
+
+    Raises as `export` does.
+    """
+    target, kind = _target(to, kind)
+    _check(target, out, overwrite)
     with _staged(out) as staged:
         report(f"writing {to} {kind}")
         remarks = target.write(material, staged, kind)
         report("comparing with the live model")
         # `source` keeps the format of what the adapter did not touch, so its bound is that of the coarsest formats
         allowed = bounds("q2_k" if kind == "source" and material.changed else "f32" if kind == "source" else kind)
-        parity = compare(loaded, target.read_back(material, staged), allowed)
+        parity = compare(material.loaded, target.read_back(material, staged), allowed)
         if not parity.passed:
             raise GateError(
                 f"{to} {kind}: expected what was written to answer as the model does, "
@@ -78,6 +87,26 @@ def export(
             )
         size = sum(path.stat().st_size for path in [staged, *staged.rglob("*")] if path.is_file())
     return Exported(out=out, bytes=size, parity=parity, remarks=tuple(remarks))
+
+
+def _target(to: str, kind: str | None) -> tuple[Any, str]:
+    """The target, and the type to write."""
+    target = plugins.load("export", to)
+    kind = kind or str(target.DEFAULT_TYPE)
+    if kind not in target.TYPES:
+        known = ", ".join(target.TYPES)
+        raise InputError(f"--type: expected one of {known} for {to}, got {kind!r}", did_you_mean(kind, target.TYPES))
+    return target, kind
+
+
+def _check(target: Any, out: Path, overwrite: bool) -> None:
+    """Raises InputError for a place that cannot be written, before anything is loaded."""
+    if target.SUFFIX and out.suffix != target.SUFFIX:
+        raise InputError(f"--out: expected a file that ends with {target.SUFFIX}, got {out}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
+    if out.exists() and out.is_dir() == bool(target.SUFFIX):
+        raise InputError(f"{out}: expected a {'file' if target.SUFFIX else 'directory'} to replace, got another thing")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether an exported model answers as the live one: figures over fixed texts, and the bounds of each type.
+"""Parity: whether a written model answers as the live one; figures over fixed texts, and the bounds of each type.
 
     KL(live ‖ exported) at every position, top-1 agreement, and greedy continuations that are the same token for token
 
@@ -39,6 +39,13 @@ class Parity:
     greedy_match: float
     """Share of prompts whose greedy continuations are the same."""
     passed: bool
+
+    def sentence(self) -> str:
+        """The figures for people."""
+        return (
+            f"KL {self.kl_mean:.3g} (mean), {self.kl_max:.3g} (max); top-1 {self.top1:.3f}; "
+            f"greedy {self.greedy_match:.2f}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
