@@ -232,12 +232,10 @@ fn csv_rows(path: &Arc<PathBuf>, file: File, separator: u8, sink: &mut Sink<'_>)
 
 /// A cell: text, or the list of messages that it holds as JSON.
 fn csv_value(cell: &str) -> Value {
-    if cell.trim_start().starts_with("[{") {
-        if let Ok(list @ Value::Array(_)) = serde_json::from_str(cell) {
-            return list;
-        }
+    match serde_json::from_str(cell) {
+        Ok(list @ Value::Array(_)) if cell.trim_start().starts_with("[{") => list,
+        _ => Value::String(cell.to_owned()),
     }
-    Value::String(cell.to_owned())
 }
 
 fn parquet_rows(path: &Arc<PathBuf>, file: File, sink: &mut Sink<'_>) -> Result<()> {

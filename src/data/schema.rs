@@ -193,10 +193,10 @@ fn conversation(turns: Vec<Value>, prompt: usize, tools: Option<Value>, columns:
 /// Puts the row's `system` column, where it has one, before the turns.
 fn with_system(mut turns: Vec<Value>, columns: &Columns) -> Result<Vec<Value>, String> {
     let system = optional_text(columns, "system")?.filter(|system| !system.trim().is_empty());
-    if let Some(system) = system {
-        if turns.first().is_none_or(|first| first["role"] != "system") {
-            turns.insert(0, message("system", &system));
-        }
+    if let Some(system) = system
+        && turns.first().is_none_or(|first| first["role"] != "system")
+    {
+        turns.insert(0, message("system", &system));
     }
     Ok(turns)
 }

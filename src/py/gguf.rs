@@ -72,8 +72,8 @@ impl GgufFile {
         let tensor = self.tensor(name)?;
         let dtype = out.getattr("dtype")?.str()?.to_string();
         match dtype.as_str() {
-            "torch.bfloat16" => self.convert::<bf16>(py, tensor, out, |value| bf16::from_f32(value)),
-            "torch.float16" => self.convert::<f16>(py, tensor, out, |value| f16::from_f32(value)),
+            "torch.bfloat16" => self.convert::<bf16>(py, tensor, out, bf16::from_f32),
+            "torch.float16" => self.convert::<f16>(py, tensor, out, f16::from_f32),
             _ => self.convert::<f32>(py, tensor, out, |value| value),
         }
     }

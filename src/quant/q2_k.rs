@@ -32,8 +32,8 @@ pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
     for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
         let found = nested::affine::<16, 16>(values, 15.0, 3.0);
         block.fill(0);
-        for group in 0..16 {
-            block[group] = found.scales[group] | found.offsets[group] << 4;
+        for (byte, (scale, offset)) in block.iter_mut().zip(found.scales.iter().zip(&found.offsets)) {
+            *byte = scale | offset << 4;
         }
         for (i, code) in found.codes.iter().enumerate() {
             block[16 + i / 128 * 32 + i % 32] |= code << (i % 128 / 32 * 2);

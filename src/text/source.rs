@@ -54,8 +54,8 @@ fn next_tag(source: &str) -> Option<(&str, Tag<'_>, &str)> {
     loop {
         let start = from + source[from..].find("{")?;
         let text = &source[start..];
-        if text.starts_with("{#") {
-            from = start + 2 + text[2..].find("#}")? + 2;
+        if let Some(comment) = text.strip_prefix("{#") {
+            from = start + 2 + comment.find("#}")? + 2;
         } else if text.starts_with("{{") || text.starts_with("{%") {
             let tag = scan(text);
             let end = start + tag.text.len();
