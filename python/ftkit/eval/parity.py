@@ -63,8 +63,8 @@ _BOUNDS = {
     "q8_0": Bounds(kl_mean=5e-3, top1=0.93),
     "q6_k": Bounds(kl_mean=2e-2, top1=0.9),
     "q5": Bounds(kl_mean=0.1, top1=0.8),
-    "q4": Bounds(kl_mean=0.4, top1=0.7),
-    "iq4": Bounds(kl_mean=0.4, top1=0.7),
+    "q4": Bounds(kl_mean=1.0, top1=0.5),
+    "iq4": Bounds(kl_mean=1.0, top1=0.5),
     "q3": Bounds(kl_mean=1.5, top1=0.4),
     "q2": Bounds(kl_mean=4.0, top1=0.2),
 }

@@ -14,6 +14,9 @@ from ftkit.eval.parity import Parity, bounds, compare
 from ftkit.export._material import Material
 from ftkit.train import files
 
+# one of these is in every directory that an export may replace
+_MARKS = ("config.json", "adapter_config.json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -48,6 +51,7 @@ def export(
     target, kind = _target(to, kind)
     _check(target, out, overwrite)
     place = models.resolve(source, runs_dir)
+    _check_apart(out, [place.path, adapter or place.adapter])
     report(f"loading {place.path}")
     loaded = models.load(place)
     folder = adapter or place.adapter
@@ -107,6 +111,17 @@ def _check(target: Any, out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
     if out.exists() and out.is_dir() == bool(target.SUFFIX):
         raise InputError(f"{out}: expected a {'file' if target.SUFFIX else 'directory'} to replace, got another thing")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in _MARKS):
+        raise InputError(f"{out}: expected a model or an adapter to replace, got a directory without {_MARKS[0]}")
+
+
+def _check_apart(out: Path, sources: list[Path | None]) -> None:
+    """Raises InputError when the target is, holds or lies in what is read."""
+    place = out.resolve()
+    for source in filter(None, sources):
+        read = source.resolve()
+        if place == read or place in read.parents or read in place.parents:
+            raise InputError(f"--out: expected a place apart from {source}, which is read, got {out}")
 
 
 @contextmanager

@@ -1,24 +1,13 @@
 """Models of each family, written as GGUF: transformers reads them back with the same logits."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from families import FAMILIES, saved
+from transformers import AutoModelForCausalLM
 
 from ftkit import adapters
 from ftkit._core import GgufFile
@@ -28,36 +17,6 @@ from ftkit.export import gguf as target
 from ftkit.models import LoadedModel, load
 
 pytestmark = pytest.mark.unit
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 777.0})),
-    "llama-tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
-    # transformers' GGUF reader knows no other head size of Qwen 3
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=128)),
-}
-
-
-def saved(folder: Path, family: str) -> tuple[Material, PreTrainedModel]:
-    """A random model of the family, saved with a tokenizer to `folder`."""
-    torch.manual_seed(5)
-    build, config = FAMILIES[family]
-    model = build(config).eval()
-    for parameter in model.parameters():  # norms and biases too: their defaults would hide a mix-up
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
-    model.save_pretrained(folder)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"] - 3]
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return Material.of(load(folder)), model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
