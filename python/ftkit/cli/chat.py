@@ -1,0 +1,119 @@
+"""Chat with a model in the terminal, or ask one question through a pipe."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ftkit.cli import print_json
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory of safetensors, .gguf file, hub name, or a run's name.")
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="[NAME=]DIR", help="An adapter; the first answers. Repeatable."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Likeliest tokens up to this probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="The k likeliest tokens; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="Tokens this likely beside the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1: fewer repetitions.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answers.", show_default=False)] = None,
+    engine: Annotated[
+        Literal["ftkit", "llama-cpp"], typer.Option(help="llama-cpp: the same over llama.cpp.")
+    ] = "ftkit",
+    runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
+    json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,
+) -> None:
+    """Chat with a model in the terminal, or ask one question through a pipe.
+
+    Examples:
+
+      ftkit chat my-run
+
+      ftkit chat model.gguf --adapter chef=runs/chef/adapter --system "Be brief."
+
+      echo "What is a ragged batch?" | ftkit chat model.gguf --temperature 0
+    """
+    from ftkit.engine import Sampling
+
+    question = None
+    if json or not sys.stdin.isatty():
+        question = _question()
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    answering, names = _engine(model, adapter or [], engine, runs_dir)
+    first = names[0] if names else None
+    try:
+        from ftkit.cli._chat import Chat, one_shot
+
+        if question is None:
+            Chat(answering, sampling, system=system, model=first, names=names).run(_history())
+            return
+        document = one_shot(answering, question, sampling, system=system, model=first, show=not json)
+    finally:
+        answering.close()
+    if json:
+        print_json(document)
+
+
+def _question() -> str:
+    """All of standard input. Raises InputError when there is nothing in it, or no text."""
+    from ftkit.errors import InputError
+
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: expected UTF-8 text, got {error}") from None
+    if not text:
+        raise InputError("standard input: expected a question, got nothing")
+    return text
+
+
+def _engine(model: str, adapters: list[str], engine: str, runs_dir: str) -> tuple[Any, list[str]]:
+    """The engine, and the names of its adapters; the first is the one that answers."""
+    from ftkit.errors import InputError
+
+    if engine == "llama-cpp":
+        from ftkit.engine.llama_cpp import LlamaCpp
+
+        if adapters:
+            raise InputError("--engine llama-cpp: expected no adapters, got some", "ftkit export merges them first")
+        return LlamaCpp(Path(model)), []
+    from ftkit.engine import launch
+
+    named: dict[str, str | Path] = {}
+    for number, pair in enumerate(adapters, 1):
+        name, equals, folder = pair.partition("=")
+        if not equals:
+            name, folder = (f"adapter-{number}" if len(adapters) > 1 else "adapter"), pair
+        named[name] = folder
+    print("loading …", file=sys.stderr, flush=True)
+    answering = launch(model, named, runs_dir=runs_dir)
+    own = [answering.default] if answering.default != answering.name else []
+    return answering, [*named, *own]
+
+
+def _history() -> Path | None:
+    """Where questions are remembered; None where that can't be."""
+    from ftkit.data import cache_directory
+
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / "chat-history"
