@@ -6,11 +6,15 @@ A type that keeps the weights must keep the answers; one with few bits may move 
 was measured on small models (large ones move less): the bounds are there to catch what is wrong, not what is coarse.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ftkit import adapters
+from ftkit.errors import InputError
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
 
@@ -73,6 +77,17 @@ _BOUNDS = {
 def bounds(kind: str) -> Bounds:
     """The bounds of a type, by its name or the beginning of it."""
     return next(bound for name, bound in _BOUNDS.items() if kind.startswith(name))
+
+
+def evaluate(
+    loaded: LoadedModel, adapter: Path | None, data: Path | None, against: LoadedModel | None
+) -> dict[str, Any]:
+    """How near the model is to `against`, by the bounds of bf16."""
+    if against is None or data is not None:
+        raise InputError("parity: expected --against MODEL and no --data, since its texts are its own")
+    if adapter is not None:
+        adapters.load(loaded.model, adapter, 0)
+    return asdict(compare(against, loaded, bounds("bf16")))
 
 
 def compare(live: LoadedModel, exported: LoadedModel, allowed: Bounds) -> Parity:

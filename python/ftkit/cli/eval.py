@@ -1,0 +1,42 @@
+"""Measure a model: perplexity on held-out rows, right answers, distance from another model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftkit.cli import print_json
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory of safetensors, .gguf file, hub name, or a run's name.")
+    ],
+    suite: Annotated[str, typer.Option(help="What is measured (ftkit list suites).")] = "perplexity",
+    adapter: Annotated[Path | None, typer.Option(help="An adapter's directory. A run brings its own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="What is asked: a dataset, or a file of questions.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model to compare with.")] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Measure a model: perplexity on held-out rows, right answers, distance from another model.
+
+    Examples:
+
+      ftkit eval my-run --data held-out.jsonl
+
+      ftkit eval my-model --against model.gguf --data held-out.jsonl
+
+      ftkit eval my-run --suite keywords --data questions.jsonl
+    """
+    from ftkit import models, plugins
+
+    chosen = plugins.load("eval", suite)
+    place = models.resolve(model, runs_dir)
+    other = None if against is None else models.load(models.resolve(against, runs_dir))
+    table = chosen.evaluate(models.load(place), adapter or place.adapter, data, other)
+    if json:
+        print_json(table)
+        return
+    for name, value in table.items():
+        print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
