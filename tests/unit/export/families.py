@@ -38,7 +38,7 @@ def saved(folder: Path, family: str) -> tuple[Material, PreTrainedModel]:
     build, config = FAMILIES[family]
     model = build(config).eval()
     for parameter in model.parameters():  # norms and biases too: their defaults would hide a mix-up
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     model.save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"] - 3]
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
