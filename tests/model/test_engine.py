@@ -226,7 +226,7 @@ def test_the_program_ends_in_the_middle_of_an_answer(smollm2: Path, how: str) ->
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert ("KeyboardInterrupt" in errors) == (how == "wait"), errors

@@ -64,6 +64,7 @@ class Chat:
             complete_while_typing=True,
             key_bindings=_keys(),
             multiline=True,
+            reserve_space_for_menu=3,
             prompt_continuation="  ",
         )
         print("/help lists the commands; Ctrl-D leaves")

@@ -59,8 +59,8 @@ def line_chart(
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers that cover [low, high]."""
-    if high <= low:
-        high = low + (abs(low) * 0.1 or 1.0)
+    if high - low < 1e-12:  # nothing to see between them, or nothing that has a logarithm
+        high = low + (abs(low) * 0.1 if abs(low) > 1e-9 else 1.0)
     rough = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
