@@ -1,9 +1,18 @@
-"""What all tests share: the real model."""
+"""What all tests share: the real model, and a cache of their own."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared data goes to a cache that only this run of the tests sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
