@@ -39,5 +39,11 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory that the process has had."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    # on Linux this would count what the parent had, too, where a child begins life in its parent's memory (vfork)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
