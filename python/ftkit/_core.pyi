@@ -81,7 +81,7 @@ def dequantize(kind: str, blocks: Tensor, out: Tensor) -> None:
 
 @final
 class Tokenizer:
-    """A model's tokenizer: text to ids and back. Nothing is added in front of or behind a text."""
+    """A model's tokenizer: text to ids and back."""
 
     @staticmethod
     def from_dir(path: str | PathLike[str]) -> Tokenizer:
@@ -90,7 +90,9 @@ class Tokenizer:
     def from_gguf(path: str | PathLike[str]) -> Tokenizer:
         """The tokenizer rebuilt from a GGUF file's metadata."""
     def encode(self, text: str, specials: bool = True) -> list[int]:
-        """The ids of `text`; without `specials`, a special token's text is text like any other."""
+        """The ids of `text`, none added; without `specials`, a special token's text is text like any other."""
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a raw prompt, behind the token that opens every text where the tokenizer adds one by itself."""
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; ids beyond the vocabulary have none."""
     def stream(self) -> StreamDecoder:

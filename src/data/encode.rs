@@ -128,7 +128,7 @@ impl Encoder {
                 "the tokenizer has no end-of-sequence token, so a model trained on plain text would never stop",
             )
         })?;
-        let mut ids: Vec<u32> = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos()).into_iter().collect();
+        let mut ids: Vec<u32> = self.tokenizer.opening().into_iter().collect();
         if !prompt.is_empty() {
             ids.extend(self.tokenizer.encode(prompt, Specials::Literal)?);
         }

@@ -31,6 +31,10 @@ impl Tokenizer {
         Ok(py.detach(|| self.0.encode(text, specials))?)
     }
 
+    fn encode_prompt(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
+        Ok(py.detach(|| self.0.encode_prompt(text))?)
+    }
+
     #[pyo3(signature = (ids, skip_special = true))]
     fn decode(&self, py: Python<'_>, ids: Vec<u32>, skip_special: bool) -> String {
         py.detach(|| self.0.decode(&ids, skip_special))

@@ -1,14 +1,14 @@
 //! From conversations and text to tokens, and back.
 
 use super::request::Decoder;
-use crate::text::{Conversation, Specials, StreamDecoder, Template, Tokenizer, encode_prompt};
+use crate::text::{Conversation, StreamDecoder, Template, Tokenizer, encode_prompt};
 use crate::{Error, Result};
 
 /// What serving needs to know of a model's language.
 pub trait Language: Send + Sync {
     /// The tokens that ask for the assistant's next message.
     fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>>;
-    /// The tokens of a raw prompt, special tokens included: its writer owns the whole prompt.
+    /// The tokens of a raw prompt, special tokens included: its writer owns all of it but the token that opens a text.
     fn text(&self, text: &str) -> Result<Vec<u32>>;
     /// A decoder for one answer.
     fn decoder(&self) -> Box<dyn Decoder>;
@@ -34,7 +34,7 @@ impl Language for Text {
     }
 
     fn text(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text, Specials::Parse)
+        self.tokenizer.encode_prompt(text)
     }
 
     fn decoder(&self) -> Box<dyn Decoder> {

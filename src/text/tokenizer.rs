@@ -132,6 +132,15 @@ impl Tokenizer {
         }
     }
 
+    /// The ids of a raw prompt, special tokens included: behind [`Self::opening`], unless the text begins with it itself.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, Specials::Parse)?;
+        if let Some(opening) = self.opening().filter(|opening| ids.first() != Some(opening)) {
+            ids.insert(0, opening);
+        }
+        Ok(ids)
+    }
+
     /// The ids of a stretch of text in which special tokens are only text; `first` says that nothing is before it.
     pub(super) fn encode_between(&self, text: &str, first: bool) -> Result<Vec<u32>> {
         if text.is_empty() {
@@ -181,10 +190,10 @@ impl Tokenizer {
         self.inner.bos
     }
 
-    /// Whether the tokenizer puts [`Self::bos`] in front of a text of its own accord.
-    pub fn adds_bos(&self) -> bool {
-        let first = guarded(|| self.inner.parsing.encode_fast("a", true)).ok().and_then(Result::ok);
-        first.is_some_and(|ids| ids.get_ids().first().copied() == self.inner.bos && ids.get_ids().len() > 1)
+    /// The id that stands before every raw text: [`Self::bos`], where the tokenizer adds it of its own accord.
+    pub fn opening(&self) -> Option<u32> {
+        let ids = guarded(|| self.inner.parsing.encode_fast("a", true)).ok().and_then(Result::ok)?;
+        self.inner.bos.filter(|bos| ids.get_ids().first() == Some(bos) && ids.get_ids().len() > 1)
     }
 
     /// The id that ends a sequence.

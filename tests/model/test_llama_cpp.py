@@ -14,6 +14,7 @@ import torch
 
 from ftkit import adapters, models
 from ftkit.engine import Engine, Sampling
+from ftkit.engine.llama_cpp import open_model
 from ftkit.export import Material
 from ftkit.export import gguf as target
 from ftkit.models import LoadedModel
@@ -48,8 +49,8 @@ def adapted(smollm2: Path) -> LoadedModel:
 
 
 def reads(path: Path) -> Any:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(str(path), n_ctx=512, n_threads=2, n_batch=256, logits_all=True, verbose=False)
+    pytest.importorskip("llama_cpp")
+    return open_model(path, n_ctx=512, n_threads=2, n_batch=256, logits_all=True)
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0", "q4_1"])

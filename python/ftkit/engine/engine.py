@@ -140,7 +140,7 @@ class Engine:
     def encode(self, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """The prompt's tokens; a conversation's end with what asks for the assistant's next message."""
         if isinstance(prompt, str):
-            return self.loaded.tokenizer.encode(prompt)
+            return self.loaded.tokenizer.encode_prompt(prompt)
         first = next(iter(prompt), None)
         if first is None or isinstance(first, int):
             return list(prompt)  # type: ignore[arg-type]

@@ -92,11 +92,11 @@ def evaluate(
 
 def compare(live: LoadedModel, exported: LoadedModel, allowed: Bounds) -> Parity:
     """The figures, over `TEXTS` and `PROMPTS`; each model under its adapter 0 where it has one."""
-    texts = [live.tokenizer.encode(text) for text in TEXTS]
+    texts = [live.tokenizer.encode_prompt(text) for text in TEXTS]
     expected, got = (_log_probabilities(loaded, texts) for loaded in (live, exported))
     divergence = (expected.exp() * (expected - got)).sum(-1).clamp(min=0)
     top1 = float((expected.argmax(-1) == got.argmax(-1)).double().mean())
-    prompts = [live.tokenizer.encode(prompt) for prompt in PROMPTS]
+    prompts = [live.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     same = [a == b for a, b in zip(_greedy(live, prompts), _greedy(exported, prompts), strict=True)]
     mean = float(divergence.mean())
     return Parity(

@@ -126,6 +126,9 @@ def test_sentencepiece_bpe_with_byte_fallback(tmp_path: Path, prefix: bool) -> N
 
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.encode(TEXTS[0]) == [theirs.bos_id(), *theirs.encode(TEXTS[0])]
+    for text in ["", *TEXTS]:
+        assert ours.encode_prompt(text) == loaded.encode(text)
+    assert ours.encode_prompt("<s>a") == ours.encode_prompt("a"), "a text that opens by itself is not opened twice"
 
 
 def test_unigram(tmp_path: Path) -> None:

