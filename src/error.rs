@@ -45,16 +45,25 @@ impl Error {
 
     /// An input/output error about one file.
     pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
-        let kind = match error.kind() {
-            std::io::ErrorKind::NotFound
-            | std::io::ErrorKind::PermissionDenied
-            | std::io::ErrorKind::IsADirectory
-            | std::io::ErrorKind::NotADirectory
-            | std::io::ErrorKind::AlreadyExists
-            | std::io::ErrorKind::InvalidData => ErrorKind::Input,
-            _ => ErrorKind::Failure,
-        };
-        Self { kind, message: format!("{}: {error}", path.display()), hint: None }
+        use std::io::ErrorKind as Io;
+        let (name, text) = (path.display(), error.to_string());
+        let said = text.split(" (os error").next().unwrap_or_default().to_lowercase();
+        match error.kind() {
+            Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge => {
+                Self::input(format!("{name}: expected room for this file, got: {said}"))
+                    .hint("make room and try again; nothing half-written stays")
+            }
+            Io::PermissionDenied
+            | Io::ReadOnlyFilesystem
+            | Io::IsADirectory
+            | Io::NotADirectory
+            | Io::AlreadyExists
+            | Io::InvalidFilename => {
+                Self::input(format!("{name}: expected a place that can be read and written, got: {said}"))
+            }
+            Io::NotFound | Io::InvalidData => Self::input(format!("{name}: {said}")),
+            _ => Self::failure(format!("{name}: {said}")),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::statistics::Statistics;
 use crate::error::{Error, Result};
 
 /// Changes whenever the same inputs would give other sequences.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
 const CHUNK: usize = 1024;
 /// Bad rows that an error shows.
@@ -76,6 +76,8 @@ pub fn prepare(
         seen: HashSet::new(),
         chunk: Vec::with_capacity(CHUNK),
         schema: settings.schema,
+        // those two are fields of a message
+        unseen: settings.mapping.clone().into_iter().filter(|(ours, _)| ours != "role" && ours != "content").collect(),
     };
     for source in sources {
         work.schema = settings.schema;
@@ -110,8 +112,11 @@ struct Work<'a> {
     statistics: Statistics,
     problems: Vec<String>,
     seen: HashSet<u64>,
-    chunk: Vec<(Schema, Row)>,
+    /// Rows that wait, bad ones among them, so that problems are told in the order of the file.
+    chunk: Vec<Result<(Schema, Row), BadRow>>,
     schema: Option<Schema>,
+    /// Names that were given for columns, and were in no row so far.
+    unseen: Mapping,
 }
 
 impl Work<'_> {
@@ -119,19 +124,17 @@ impl Work<'_> {
     fn take(&mut self, row: Result<Row, BadRow>) -> Result<()> {
         self.statistics.rows += 1;
         let recognised = row.and_then(|Row { place, columns }| {
+            self.unseen.retain(|_, theirs| !columns.contains_key(theirs));
             let columns = renamed(columns, &self.settings.mapping);
             match self.schema.map_or_else(|| Schema::recognise(&columns), Ok) {
                 Ok(schema) => Ok((schema, Row { place, columns })),
                 Err(problem) => Err(BadRow { place, problem }),
             }
         });
-        match recognised {
-            Ok((schema, row)) => {
-                self.schema = Some(schema);
-                self.chunk.push((schema, row));
-            }
-            Err(bad) => self.bad(&bad),
+        if let Ok((schema, _)) = recognised {
+            self.schema = Some(schema);
         }
+        self.chunk.push(recognised);
         if self.chunk.len() == CHUNK { self.encode() } else { Ok(()) }
     }
 
@@ -147,7 +150,8 @@ impl Work<'_> {
         let rows = std::mem::take(&mut self.chunk);
         let outcomes: Vec<Result<Outcome, BadRow>> = rows
             .into_par_iter()
-            .map(|(schema, Row { place, columns })| {
+            .map(|row| {
+                let (schema, Row { place, columns }) = row?;
                 let example = schema.read(&columns, &self.settings.mapping);
                 let outcome =
                     example.and_then(|example| self.encoder.encode(&example).map_err(|error| error.to_string()));
@@ -199,6 +203,12 @@ impl Work<'_> {
                 self.problems.join("\n  ")
             ))
             .hint(format!("mend them, or leave them out with --skip-bad-rows {}", counts.bad_rows)));
+        }
+        if counts.rows == 0 {
+            return Err(Error::input("expected rows to train on, got files without any"));
+        }
+        if let Some((ours, theirs)) = self.unseen.first_key_value() {
+            return Err(Error::input(format!("column {ours}: expected {theirs} in the data, got no row that has it")));
         }
         if counts.sequences == 0 {
             return Err(Error::input(format!(

@@ -1,8 +1,10 @@
 //! Readers: each format as a stream of rows, good and bad, in the order of the file.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -15,6 +17,9 @@ use crate::error::{Error, Result};
 
 /// The longest line of a JSONL file; a conversation longer than any context is a mistake in the file.
 pub const LINE_BYTES: u64 = 64 << 20;
+
+/// The longest JSON document that is an object: it is read whole, and takes a multiple of this in memory.
+const OBJECT_BYTES: u64 = 256 << 20;
 
 /// What a reader hands over, row by row; an error ends the reading.
 pub type Sink<'a> = dyn FnMut(Result<Row, BadRow>) -> Result<()> + 'a;
@@ -95,26 +100,42 @@ fn json(path: &Arc<PathBuf>, mut reader: impl BufRead, sink: &mut Sink<'_>) -> R
     if reader.fill_buf().map_err(failed)?.starts_with(b"\xef\xbb\xbf") {
         reader.consume(3);
     }
+    let progress = Rc::new(Progress { line: Cell::new(1), bytes: Cell::new(0) });
+    let line = &progress.line;
     let first = loop {
         let buffer = reader.fill_buf().map_err(failed)?;
-        match buffer.iter().position(|byte| !byte.is_ascii_whitespace()) {
-            Some(at) => break buffer[at],
-            None if buffer.is_empty() => return Ok(()),
-            None => {
-                let spaces = buffer.len();
+        let spaces = buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        line.set(line.get() + newlines(&buffer[..spaces]));
+        match buffer.get(spaces) {
+            Some(&first) => {
                 reader.consume(spaces);
+                break first;
             }
+            None if spaces == 0 => return Ok(()),
+            None => reader.consume(spaces),
         }
     };
-    let place = Place { file: path.clone(), line: 0, column: 0, counts_rows: true };
-    let mut reader = serde_json::Deserializer::from_reader(reader);
-    let mut list = List { place, sink, failure: None };
+    let before = line.get() - 1;
+    let place = Place { file: path.clone(), line: 0, column: 0, counts_rows: first != b'[' };
+    let mut list = List { place, progress: progress.clone(), sink, failure: None };
     let outcome = if first == b'[' {
+        let mut reader = serde_json::Deserializer::from_reader(Followed { reader, progress });
         serde::Deserializer::deserialize_seq(&mut reader, &mut list).and_then(|()| reader.end())
     } else {
-        serde::Deserialize::deserialize(&mut reader).and_then(|whole| reader.end().map(|()| whole)).map(|whole| {
-            list.failure = list.of_object(whole).err();
-        })
+        let mut whole = String::new();
+        reader.take(OBJECT_BYTES + 1).read_to_string(&mut whole).map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidData => Error::input(format!("{}: expected UTF-8 text", path.display())),
+            _ => failed(error),
+        })?;
+        if whole.len() as u64 > OBJECT_BYTES {
+            return Err(Error::input(format!(
+                "{}: expected a JSON object of at most {} MiB, got a longer one",
+                path.display(),
+                OBJECT_BYTES >> 20
+            ))
+            .hint("an object is read whole; one row a line (JSONL), or a list of rows, can have any size"));
+        }
+        serde_json::from_str(&whole).map(|whole| list.failure = list.of_object(whole).err())
     };
     match (list.failure, outcome) {
         (Some(failure), _) => Err(failure),
@@ -122,23 +143,55 @@ fn json(path: &Arc<PathBuf>, mut reader: impl BufRead, sink: &mut Sink<'_>) -> R
         (None, Err(error)) => Err(Error::input(format!(
             "{}:{}:{}: expected a JSON list of rows, got {}",
             path.display(),
-            error.line(),
+            before + error.line() as u64,
             error.column(),
             reason(&error)
         ))),
     }
 }
 
+fn newlines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|&&byte| byte == b'\n').count() as u64
+}
+
+/// How far a JSON list was read; the reader takes one byte at a time.
+struct Progress {
+    /// The line that is being read.
+    line: Cell<u64>,
+    /// Bytes since the last row began.
+    bytes: Cell<u64>,
+}
+
+/// Follows the reading, and ends it in a row that is longer than any row may be.
+struct Followed<R> {
+    reader: R,
+    progress: Rc<Progress>,
+}
+
+impl<R: Read> Read for Followed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let Progress { line, bytes } = &*self.progress;
+        let count = self.reader.read(buffer)?;
+        line.set(line.get() + newlines(&buffer[..count]));
+        bytes.set(bytes.get() + count as u64);
+        if bytes.get() > LINE_BYTES {
+            return Err(std::io::Error::other(format!("a row of more than {} MiB", LINE_BYTES >> 20)));
+        }
+        Ok(count)
+    }
+}
+
 /// Hands the items of a JSON list over while it is parsed.
 struct List<'a, 'b> {
     place: Place,
+    progress: Rc<Progress>,
     sink: &'a mut Sink<'b>,
     failure: Option<Error>,
 }
 
 impl List<'_, '_> {
-    fn hand_over(&mut self, item: Value) -> Result<()> {
-        self.place.line += 1;
+    fn hand_over(&mut self, item: Value, line: u64) -> Result<()> {
+        self.place.line = line;
         (self.sink)(match item {
             Value::Object(columns) => Ok(Row { place: self.place.clone(), columns }),
             other => Err(BadRow {
@@ -163,9 +216,9 @@ impl List<'_, '_> {
                 else {
                     return Ok(());
                 };
-                items.into_iter().try_for_each(|item| self.hand_over(item))
+                items.into_iter().zip(1..).try_for_each(|(item, row)| self.hand_over(item, row))
             }
-            _ => self.hand_over(Value::Object(whole)),
+            _ => self.hand_over(Value::Object(whole), 1),
         }
     }
 }
@@ -186,13 +239,26 @@ impl<'de> Visitor<'de> for &mut List<'_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
-        while let Some(item) = items.next_element::<Value>()? {
-            if let Err(failure) = self.hand_over(item) {
+        while let Some((item, line)) = items.next_element_seed(WithLine(&self.progress.clone()))? {
+            if let Err(failure) = self.hand_over(item, line) {
                 self.failure = Some(failure);
                 return Err(serde::de::Error::custom("stopped"));
             }
         }
         Ok(())
+    }
+}
+
+/// An item, and the line that it begins in.
+struct WithLine<'a>(&'a Progress);
+
+impl<'de> DeserializeSeed<'de> for WithLine<'_> {
+    type Value = (Value, u64);
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        let line = self.0.line.get(); // the item's first byte has been looked at
+        self.0.bytes.set(0);
+        Ok((serde::Deserialize::deserialize(deserializer)?, line))
     }
 }
 
@@ -239,7 +305,10 @@ fn csv_value(cell: &str) -> Value {
 }
 
 fn parquet_rows(path: &Arc<PathBuf>, file: File, sink: &mut Sink<'_>) -> Result<()> {
-    let wrong = |what: String| Error::input(format!("{}: expected a Parquet file, got {what}", path.display()));
+    let wrong = |what: String| {
+        let what = what.replace("Parquet error: ", "");
+        Error::input(format!("{}: expected a Parquet file, got {what}", path.display()))
+    };
     let mut line = 0;
     // The library's decoder panics on some damaged pages; to the user that is a damaged file like any other.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| -> Result<()> {
@@ -313,6 +382,24 @@ mod tests {
         assert_eq!(read("json", b" [{\"a\": 1}, {\"a\": 2}] ").unwrap().len(), 2);
         assert_eq!(read("json", b"{\"version\": 3, \"data\": [{\"a\": 1}, {\"a\": 2}, {}]}").unwrap().len(), 3);
         assert_eq!(read("json", b"{\n\"messages\": [{\"role\": \"user\"}]}").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn rows_of_a_json_list_have_the_line_they_begin_in() {
+        let found = read("json", b"\n[\n{\n\"a\": 1}, {\"a\": 2},\n\n7\n, {\"a\":\n3}]").unwrap();
+        let lines: Vec<u64> =
+            found.iter().map(|row| row.as_ref().map_or_else(|bad| bad.place.line, |row| row.place.line)).collect();
+        assert_eq!(lines, [3, 4, 6, 7]);
+        assert_eq!(found[2].as_ref().unwrap_err().to_string(), "json:6: expected a JSON object, got a number");
+    }
+
+    #[test]
+    fn a_row_of_a_json_list_has_a_limit_of_its_own() {
+        let long = |size: usize| format!("{{\"a\": \"{}\"}}", "x".repeat(size));
+        let half = long((LINE_BYTES / 2) as usize);
+        assert_eq!(read("json", format!("[{half},{half},{half}]").as_bytes()).unwrap().len(), 3);
+        let error = read("json", format!("[{{}},\n{}]", long(LINE_BYTES as usize)).as_bytes()).unwrap_err();
+        assert!(error.message.ends_with("got a row of more than 64 MiB"), "{}", error.message);
     }
 
     #[test]

@@ -41,7 +41,7 @@ PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 class Config:
     """LoRA's settings."""
 
-    rank: int = option(16, "columns of A and B; more holds more, up to what the data needs", at_least=1)
+    rank: int = option(16, "columns of A and B; more holds more, up to what the data needs", at_least=1, at_most=2**16)
     alpha: float = option(32.0, "scale of the update, times rank", above=0)
     rslora: bool = option(False, "divide alpha by √rank instead of rank: for ranks above 64")
     dropout: float = option(0.0, "share of the update's input set to zero in training", at_least=0, below=1)

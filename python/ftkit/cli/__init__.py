@@ -3,9 +3,10 @@
 A file `cli/NAME.py` with a function `command` is `ftkit NAME`; one with a `typer.Typer` called `command` is a group.
 """
 
+import importlib.metadata
 import json
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +25,7 @@ def application() -> typer.Typer:
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
+    app.callback(help=_SUMMARY)(_options)
     for name in plugins.names("cli"):
         command = plugins.load("cli", name).command
         if isinstance(command, typer.Typer):
@@ -33,6 +35,20 @@ def application() -> typer.Typer:
     return app
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ftkit {importlib.metadata.version('ftkit')}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options of ftkit itself."""
+
+
 def main() -> None:
     """The entry point: runs a command and turns its outcome into an exit code."""
     try:
@@ -40,6 +56,14 @@ def main() -> None:
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(
+            "error: expected memory for the next tensor, got none\nhint: ftkit plan shows smaller settings",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

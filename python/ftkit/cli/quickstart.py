@@ -79,8 +79,6 @@ class _Terminal:
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] != "sample":
             self._line(event)
-        if event["event"] == "finished":
-            self._line.close()
 
     def close(self) -> None:
         self._line.close()

@@ -49,10 +49,10 @@ def show(name: str, runs_dir: RunsDir = "runs", json: Json = False) -> None:
     from ftkit.train import directory, events, history
 
     run = directory.existing(runs_dir, name)
+    config, _ = toml.read_file(run.config)
     found = history.summary(run)
     warnings = [event for event in events.read(run.events) if event["event"] in ("warning", "notice")]
     if json:
-        config, _ = toml.read_file(run.config)
         print_json({**found, "config": config, "result": run.finished(), "warnings": warnings})
         return
     shown = {**found, "started": history.age(found["started"]), "bytes": _size(found["bytes"])}

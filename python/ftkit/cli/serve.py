@@ -32,7 +32,7 @@ def command(
     max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Processor threads.", show_default=False)
+        int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,

@@ -58,7 +58,9 @@ class DataConfig:
     train_on: Literal["assistant", "last", "all"] = option(
         "assistant", "assistant: every answer; last: the last answer; all: every token"
     )
-    max_tokens: int = option(1024, "tokens of a packed row, and so of the longest conversation", at_least=8)
+    max_tokens: int = option(
+        1024, "tokens of a packed row, and so of the longest conversation", at_least=8, at_most=2**24
+    )
     long_rows: Literal["truncate", "split"] = option(
         "truncate", "what becomes of a longer conversation: cut after its last whole turn that fits, or split"
     )
@@ -78,7 +80,9 @@ class TrainingConfig:
     max_gradient_norm: float = option(1.0, "longer gradients are scaled down to this; 0 leaves them", at_least=0)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "of the data's order, the adapter's first weights and dropout", at_least=0, below=2**63)
-    threads: int | None = option(None, "processor threads; all that this process may use when not given", at_least=1)
+    threads: int | None = option(
+        None, "processor threads; all that this process may use when not given", at_least=1, at_most=1024
+    )
     stop_after_bad_steps: int = option(
         10,
         "steps in a row without a usable gradient (NaN, infinite, all zero, nothing trained) that end the run",

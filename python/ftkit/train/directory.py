@@ -100,7 +100,9 @@ def existing(runs_dir: str | Path, name: str) -> RunDirectory:
 
 
 def every(runs_dir: str | Path) -> list[RunDirectory]:
-    """All runs of a directory, the oldest first."""
+    """All runs of a directory, the oldest first. Raises InputError for what is no directory."""
+    if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
+        raise InputError(f"{runs_dir}: expected a directory of runs, got a file")
     found = [RunDirectory(path=path.parent) for path in Path(runs_dir).glob("*/config.toml")]
     return sorted(found, key=lambda run: (run.config.stat().st_mtime, run.name))
 

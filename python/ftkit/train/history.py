@@ -15,9 +15,12 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     """A run in one line: what it is made of, how far it came, its losses and size.
 
     Keys: `run state started steps of_steps loss eval_loss model data method checkpoints bytes`; `state` is one of
-    finished, interrupted, failed, unfinished.
+    finished, interrupted, failed, unfinished, or damaged when its configuration cannot be read.
     """
-    table, _ = toml.read_file(run.config)
+    try:
+        table, _ = toml.read_file(run.config)
+    except InputError:  # one such run must not hide the others
+        table = None
     found = events.read(run.events)
     steps = [event for event in found if event["event"] == "step"]
     losses = [event["loss"] for event in steps if event.get("loss") is not None]
@@ -25,15 +28,15 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     started = next((event for event in found if event["event"] == "started"), {})
     return {
         "run": run.name,
-        "state": _state(found),
+        "state": "damaged" if table is None else _state(found),
         "started": started.get("time", run.config.stat().st_mtime),
         "steps": steps[-1]["step"] if steps else 0,
         "of_steps": started.get("steps"),
         "loss": losses[-1] if losses else None,
         "eval_loss": min(evaluations, default=None),
-        "model": table.get("model", {}).get("source"),
-        "data": table.get("data", {}).get("path"),
-        "method": table.get("method", {}).get("name"),
+        "model": (table or {}).get("model", {}).get("source"),
+        "data": (table or {}).get("data", {}).get("path"),
+        "method": (table or {}).get("method", {}).get("name"),
         "checkpoints": len(checkpoints.every(run.checkpoints)),
         "bytes": sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()),
     }

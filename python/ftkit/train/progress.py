@@ -40,8 +40,8 @@ class ProgressLine:
             case "sample":
                 self._sample(event)
             case "finished":
-                self._say(f"{event['run']}: done, {event['steps']} steps, adapter in {event['adapter']}")
                 self.close()
+                self._say(f"{event['run']}: done, {event['steps']} steps, adapter in {event['adapter']}")
             case "interrupted":
                 self.close()
 
@@ -67,6 +67,7 @@ class ProgressLine:
         if event["number"] == 0 and event["moment"] == "before":
             self._before = event["answer"]
         elif event["number"] == 0:
+            self.close()
             before = f"\n  before: {_line(self._before)}" if self._before is not None else ""
             self._say(f"example: {_line(event['prompt'])}{before}\n  after:  {_line(event['answer'])}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ftkit import _core, adapters, data, models, optim, plugins
+from ftkit import adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
@@ -84,7 +84,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     read = functools.partial(
         data.prepare,
         tokenizer=loaded.tokenizer,
-        template=_template(loaded),
+        template=loaded.template,
         seed=training.seed,
         progress=while_reading,
     )
@@ -149,14 +149,6 @@ def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:
             f"merge it first: ftkit merge {config.model.source} --out DIR",
         )
     return models.load(source, dtype=getattr(torch, config.model.dtype), device=device)
-
-
-def _template(loaded: models.LoadedModel) -> "_core.ChatTemplate | None":
-    """The chat template; None for a model without one, which can be trained on plain text."""
-    try:
-        return loaded.template
-    except InputError:
-        return None
 
 
 _COUNTS = {

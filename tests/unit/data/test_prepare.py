@@ -221,6 +221,22 @@ def test_all_bad_rows_are_reported_together(encode: Encode, tmp_path: Path) -> N
         encode(path, skip_bad_rows=2)
 
 
+def test_bad_rows_are_told_in_the_order_of_the_file(encode: Encode, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    good = json.dumps({"messages": TALKS[0]})
+    path.write_text(f'[\n{good},\n{{"other": 1}},\n7,\n{{"messages": []}}]')
+    with pytest.raises(InputError) as caught:
+        encode(path)
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()[1:4]] == ["3", "4", "5"]
+
+
+def test_a_column_that_no_row_has_is_an_error(encode: Encode, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"talk": TALKS[0]}, {"messages": TALKS[1]}])
+    assert len(encode(path, columns={"messages": "talk"})) == 2
+    with pytest.raises(InputError, match="column tools: expected functions in the data"):
+        encode(path, columns={"messages": "talk", "tools": "functions"})
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -240,6 +256,13 @@ def test_bad_files_get_a_clear_error(encode: Encode, tmp_path: Path, cache: Path
     with pytest.raises(InputError, match=reason):
         encode(path)
     assert not [left for left in cache.rglob("*") if left.is_file()], "nothing half-written stays"
+
+
+def test_a_table_of_headings_only_has_no_rows(encode: Encode, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\n")
+    with pytest.raises(InputError, match="files without any"):
+        encode(path)
 
 
 def test_a_gigantic_line_is_one_bad_row(encode: Encode, tmp_path: Path) -> None:
