@@ -59,7 +59,7 @@ class DataConfig:
         "assistant", "assistant: every answer; last: the last answer; all: every token"
     )
     max_tokens: int = option(
-        1024, "tokens of a packed row, and so of the longest conversation", at_least=8, at_most=2**24
+        1024, "tokens of a packed row, and so of the longest conversation", at_least=8, at_most=10_000_000
     )
     long_rows: Literal["truncate", "split"] = option(
         "truncate", "what becomes of a longer conversation: cut after its last whole turn that fits, or split"

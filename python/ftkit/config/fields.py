@@ -153,7 +153,7 @@ def _within(limits: dict[str, float], value: Any) -> bool:
 
 def _expected(kind: Any, limits: dict[str, float]) -> str:
     """The kind and its limits in words, such as `an integer, at least 1`."""
-    bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items())
+    bounds = " and ".join(f"{word} {limit:.8g}" for word, limit in limits.items())
     return _words(kind) + (f", {bounds}" if bounds else "")
 
 

@@ -43,7 +43,9 @@ def test_a_configuration_made_in_python_is_completed_and_checked() -> None:
     config = RunConfig(model=ModelConfig(source="m"), data=DataConfig(path="d"), method=Choice(name="lora", options={}))
     assert config.resolved().method.options["rank"] > 0
     wrong = RunConfig(model=ModelConfig(source="m"), data=DataConfig(path="d", max_tokens=0))
-    with pytest.raises(InputError, match=r"data\.max_tokens: expected an integer, at least 8, got 0"):
+    with pytest.raises(
+        InputError, match=r"data\.max_tokens: expected an integer, at least 8 and at most 10000000, got 0"
+    ):
         wrong.resolved()
 
 

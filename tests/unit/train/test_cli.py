@@ -59,4 +59,7 @@ def test_what_is_wrong_with_a_configuration_comes_at_once(tmp_path: Path) -> Non
     with pytest.raises(InputError) as error:
         CliRunner().invoke(application(), ["train", str(config)], catch_exceptions=False)
     assert "line 2: model.sorce: unknown key, did you mean 'source'?" in error.value.message
-    assert "line 5: data.max_tokens: expected an integer, at least 8, got 'many'" in error.value.message
+    assert (
+        "line 5: data.max_tokens: expected an integer, at least 8 and at most 10000000, got 'many'"
+        in error.value.message
+    )
