@@ -91,3 +91,6 @@ def test_bad_requests(smollm2: Path, trained: list[Path], tmp_path: Path) -> Non
         merge.merge(str(smollm2), tmp_path / "out", folders=trained, weights=[1.0])
     with pytest.raises(InputError, match="merge"):
         merge.merge(str(smollm2), tmp_path / "out", folders=trained, how="linaer")
+    with pytest.raises(InputError, match="expected a place apart from"):
+        merge.merge(str(smollm2), trained[0], folders=trained[:1], overwrite=True)
+    assert (trained[0] / "adapter_config.json").is_file()

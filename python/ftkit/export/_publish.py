@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def export(
     target, kind = _target(to, kind)
     _check(target, out, overwrite)
     place = models.resolve(source, runs_dir)
-    _check_apart(out, [place.path, adapter or place.adapter])
+    check_apart(out, [place.path, adapter or place.adapter])
     report(f"loading {place.path}")
     loaded = models.load(place)
     folder = adapter or place.adapter
@@ -115,7 +115,7 @@ def _check(target: Any, out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: expected a model or an adapter to replace, got a directory without {_MARKS[0]}")
 
 
-def _check_apart(out: Path, sources: list[Path | None]) -> None:
+def check_apart(out: Path, sources: Sequence[Path | None]) -> None:
     """Raises InputError when the target is, holds or lies in what is read."""
     place = out.resolve()
     for source in filter(None, sources):

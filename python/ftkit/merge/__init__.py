@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import InputError
-from ftkit.export import Exported, Material, publish
+from ftkit.export import Exported, Material, check_apart, publish
 
 __all__ = ["merge"]
 
@@ -45,6 +45,7 @@ def merge(
     shares = list(weights) if weights is not None else [1.0] * len(chosen)
     if len(shares) != len(chosen):
         raise InputError(f"--weight: expected one for each of {len(chosen)} adapters, got {len(shares)}")
+    check_apart(out, [place.path, *chosen])
     report(f"loading {place.path}")
     loaded = models.load(place)
     for number, folder in enumerate(chosen):

@@ -85,7 +85,7 @@ def _in_words(path: Path, number: int | None, error: Exception) -> FtkitError:
     if number in _FULL:
         return InputError(
             f"{path}: expected room for this file, got: {os.strerror(number or 0).lower()}",
-            "everything written before is whole; make room and continue with --resume",
+            "everything written before is whole; make room and try again, a run with --resume",
         )
     if number in _REFUSED:
         return InputError(f"{path}: expected a place that can be written to, got: {os.strerror(number or 0).lower()}")
