@@ -39,6 +39,10 @@ class GgufFile:
         """
     def read_blocks(self, name: str, out: Tensor) -> None:
         """Writes a tensor's blocks as they are to `out`: contiguous uint8, on the CPU, as many as it has bytes."""
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor's blocks stand in the file: (first byte, number of bytes)."""
+    def check(self, name: str) -> None:
+        """Raises InputError when a value of the tensor is NaN or infinite."""
 
 @final
 class GgufWriter:

@@ -33,6 +33,11 @@ impl TensorInfo {
         self.nbytes / self.kind.block_bytes() * self.kind.block_size()
     }
 
+    /// Where its bytes begin in the file.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
     /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.nbytes == 0

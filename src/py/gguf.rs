@@ -91,6 +91,28 @@ impl GgufFile {
         Ok(())
     }
 
+    /// Where a tensor's blocks stand in the file: (first byte, number of bytes).
+    fn place(&self, name: &str) -> PyResult<(usize, usize)> {
+        let tensor = self.tensor(name)?;
+        Ok((tensor.offset(), tensor.nbytes))
+    }
+
+    /// Raises InputError when a value of the tensor is NaN or infinite.
+    fn check(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        let tensor = self.tensor(name)?;
+        let (kind, blocks) = (tensor.kind, self.file.data(tensor));
+        let size = quant::TASK_VALUES / kind.block_size() * kind.block_bytes();
+        py.detach(|| {
+            blocks.par_chunks(size).enumerate().try_for_each(|(task, blocks)| {
+                let mut values = [0.0; quant::TASK_VALUES];
+                let values = &mut values[..blocks.len() / kind.block_bytes() * kind.block_size()];
+                kind.dequantize(blocks, values);
+                quant::check_finite(values, task * quant::TASK_VALUES)
+            })
+        })
+        .map_err(|error| self.about(tensor, error))
+    }
+
     fn __repr__(&self) -> String {
         format!("GgufFile({:?}, {} tensors)", self.file.path().display().to_string(), self.file.tensors().len())
     }
@@ -145,10 +167,13 @@ impl GgufFile {
                     Ok(())
                 })
         });
-        read.map_err(|error: Error| {
-            let place = format!("{}: tensor {:?}", self.file.path().display(), tensor.name);
-            PyErr::from(Error { message: format!("{place}: {}", error.message), ..error })
-        })
+        read.map_err(|error: Error| self.about(tensor, error))
+    }
+
+    /// The error, with the tensor that it is about.
+    fn about(&self, tensor: &TensorInfo, error: Error) -> PyErr {
+        let place = format!("{}: tensor {:?}", self.file.path().display(), tensor.name);
+        PyErr::from(Error { message: format!("{place}: {}", error.message), ..error })
     }
 }
 

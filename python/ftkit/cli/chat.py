@@ -28,6 +28,9 @@ def command(
     engine: Annotated[
         Literal["ftkit", "llama-cpp"], typer.Option(help="llama-cpp: the same over llama.cpp.")
     ] = "ftkit",
+    quant: Annotated[
+        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
+    ] = "none",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,
 ) -> None:
@@ -55,7 +58,7 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-    answering, names = _engine(model, adapter or [], engine, runs_dir)
+    answering, names = _engine(model, adapter or [], engine, runs_dir, quant)
     first = names[0] if names else None
     try:
         from ftkit.cli._chat import Chat, one_shot
@@ -83,7 +86,7 @@ def _question() -> str:
     return text
 
 
-def _engine(model: str, adapters: list[str], engine: str, runs_dir: str) -> tuple[Any, list[str]]:
+def _engine(model: str, adapters: list[str], engine: str, runs_dir: str, quant: str) -> tuple[Any, list[str]]:
     """The engine, and the names of its adapters; the first is the one that answers."""
     from ftkit.errors import InputError
 
@@ -102,7 +105,7 @@ def _engine(model: str, adapters: list[str], engine: str, runs_dir: str) -> tupl
             name, folder = (f"adapter-{number}" if len(adapters) > 1 else "adapter"), pair
         named[name] = folder
     print("loading …", file=sys.stderr, flush=True)
-    answering = launch(model, named, runs_dir=runs_dir)
+    answering = launch(model, named, runs_dir=runs_dir, quant=quant)
     own = [answering.default] if answering.default != answering.name else []
     return answering, [*named, *own]
 

@@ -16,6 +16,9 @@ def command(
     adapter: Annotated[Path | None, typer.Option(help="An adapter's directory. A run brings its own.")] = None,
     data: Annotated[Path | None, typer.Option(help="What is asked: a dataset, or a file of questions.")] = None,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model to compare with.")] = None,
+    quant: Annotated[
+        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
+    ] = "none",
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
@@ -34,7 +37,7 @@ def command(
     chosen = plugins.load("eval", suite)
     place = models.resolve(model, runs_dir)
     other = None if against is None else models.load(models.resolve(against, runs_dir))
-    table = chosen.evaluate(models.load(place), adapter or place.adapter, data, other)
+    table = chosen.evaluate(models.load(place, quant=quant), adapter or place.adapter, data, other)
     if json:
         print_json(table)
         return

@@ -34,6 +34,9 @@ def command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
+    quant: Annotated[
+        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
+    ] = "none",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
@@ -76,6 +79,7 @@ def command(
         model,
         named,
         runs_dir=runs_dir,
+        quant=quant,
         context_tokens=context,
         pool_bytes=None if pool_mib is None else pool_mib << 20,
         max_sequences=max_sequences,

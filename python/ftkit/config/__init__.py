@@ -46,6 +46,12 @@ class ModelConfig:
         "float32", "what the model computes in; trained weights and the optimizer's state are float32 either way"
     )
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+    quant: str = option("none", "how the frozen matrices are held: none (dense), or gguf: as the GGUF file stores them")
+
+    def __post_init__(self) -> None:
+        known = ["none", *plugins.names("quant")]
+        if self.quant not in known:
+            raise InputError(f"quant: expected one of {', '.join(known)}, got {self.quant!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

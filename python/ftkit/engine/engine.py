@@ -281,12 +281,13 @@ def launch(
     runs_dir: str | Path = "runs",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quant: str = "none",
     **options: Any,
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
-    default; the base model keeps its own name. `options` are the engine's."""
+    default; the base model keeps its own name. `quant` is how its matrices are held, `options` are the engine's."""
     source = models.resolve(model, runs_dir)
-    engine = Engine(models.load(source, dtype=dtype, device=device), name=source.path.stem, **options)
+    engine = Engine(models.load(source, dtype=dtype, device=device, quant=quant), name=source.path.stem, **options)
     try:
         if source.adapter is not None:
             engine.add_adapter(source.name, source.adapter)

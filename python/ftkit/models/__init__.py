@@ -7,6 +7,7 @@ logits = loaded.model.head(hidden)            [T, vocabulary]
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ftkit import _core
+from ftkit import _core, plugins
 from ftkit.errors import InputError
 from ftkit.models._family import Family, family, family_of_gguf, family_of_hf
 from ftkit.models._source import Source, resolve
 from ftkit.models._texts import template_of, tokenizer_of
 from ftkit.models._weights import Gguf, Safetensors, Weights, read_json
 from ftkit.nn.decoder import Decoder, DecoderConfig, Maker, shapes
+from ftkit.nn.linear import Weight
 
 __all__ = [
     "LoadedModel",
@@ -30,12 +32,17 @@ __all__ = [
     "config_of",
     "family",
     "family_of_hf",
+    "formats",
     "load",
     "resolve",
     "save",
     "template_of",
     "tokenizer_of",
 ]
+
+
+DENSE = "none"
+"""The scheme of dense weights."""
 
 
 @dataclass(kw_only=True)
@@ -72,35 +79,67 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path | Source, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path | Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quant: str = DENSE,
 ) -> LoadedModel:
     """A model with its weights, frozen, in `dtype` on `device`.
 
-    Raises InputError, with all that is wrong, when weights are missing, superfluous, of another shape or not finite.
+    `quant`: how its matrices are held, `none` for dense ones or a scheme in `ftkit.quant`. Raises InputError, with all
+    that is wrong, when weights are missing, superfluous, of another shape or not finite, and for a scheme that cannot
+    hold this model.
     """
     place = source if isinstance(source, Source) else resolve(source)
     config, weights, owner = _open(place.path)
+    kinds = _formats(place.path, weights, quant)
+    if kinds and torch.device(device).type != "cpu":
+        raise InputError(f"--quant {quant}: expected the device cpu, got {device}", "--quant none computes anywhere")
     names = _names(config, weights, owner)
     problems = _problems(config, weights, names)
     read: dict[str, Tensor] = {}
+    kept: dict[str, Weight] = {}
     if not problems:
         for name, stored in names.items():
             try:
+                if stored in kinds and isinstance(weights, Gguf):
+                    kept[name] = _stored(quant, owner, config, name, weights.blocks(stored), kinds[stored], dtype)
+                    continue
                 tensor = owner.of_gguf(config, name, weights.read(stored, dtype)) if _is_gguf(weights) else None
                 read[name] = (weights.read(stored, dtype) if tensor is None else tensor).to(device)
             except InputError as error:
                 problems.append(error.message)
     if problems:
         raise InputError(f"{place.path}: expected the weights of its configuration, got\n  " + "\n  ".join(problems))
-    model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon)).eval()
+    model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon, kept.get)).eval()
     model.rotary.to(device)
     model.fingerprint = weights.fingerprint()
     return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
 
 
-def build(config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """A model of this configuration whose weights hold whatever memory held; no file is read."""
-    make = Maker(lambda _, shape: torch.empty(shape, dtype=dtype, device=device), config.norm_epsilon)
+def build(
+    config: DecoderConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quant: str = DENSE,
+    formats: Mapping[str, str] | None = None,
+) -> Decoder:
+    """A model of this configuration whose weights hold whatever memory held; no file is read.
+
+    `formats`: published name → block format of the matrices that `load` would hold as `quant` does.
+    """
+    owner, sides, kinds = family(config.family), dict(shapes(config)), formats or {}
+    rows = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
+
+    def stored(name: str) -> Weight | None:
+        if name not in kinds:
+            return None
+        size, nbytes = rows[kinds[name]]
+        blocks = torch.empty(sides[name][0], sides[name][1] // size * nbytes, dtype=torch.uint8)
+        return _stored(quant, owner, config, name, blocks, kinds[name], dtype)
+
+    make = Maker(lambda _, shape: torch.empty(shape, dtype=dtype, device=device), config.norm_epsilon, stored)
     model = Decoder(config, make).eval()
     model.rotary.to(device)  # the rest is made where it belongs
     return model
@@ -110,6 +149,14 @@ def config_of(source: str | Path | Source) -> DecoderConfig:
     """The configuration of a model, without reading its weights."""
     place = source if isinstance(source, Source) else resolve(source)
     return _open(place.path)[0]
+
+
+def formats(source: str | Path | Source, quant: str) -> dict[str, str]:
+    """Published name → block format of the matrices that `load` holds as the scheme `quant` does; no tensor is read."""
+    place = source if isinstance(source, Source) else resolve(source)
+    config, weights, owner = _open(place.path)
+    kinds = _formats(place.path, weights, quant)
+    return {name: kinds[stored] for name, stored in _names(config, weights, owner).items() if stored in kinds}
 
 
 def save(loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -173,6 +220,29 @@ def _open(path: Path) -> tuple[DecoderConfig, Weights, Family]:
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error.message}", error.hint) from None
     return config, Safetensors(path), owner
+
+
+def _formats(path: Path, weights: Weights, quant: str) -> dict[str, str]:
+    """The file's name → block format of the matrices that are held as they are stored."""
+    if quant == DENSE:
+        return {}
+    plugins.load("quant", quant)  # an unknown name is an error of its own
+    if not isinstance(weights, Gguf):
+        raise InputError(f"--quant {quant}: expected a .gguf file, got {path}", f"ftkit export {path} --to gguf")
+    return weights.formats
+
+
+def _stored(
+    quant: str, owner: Family, config: DecoderConfig, name: str, blocks: Tensor, kind: str, dtype: torch.dtype
+) -> Weight:
+    """A matrix held as its blocks.
+
+    Rows that the family keeps in another order are put in order by copying their blocks: only these are not mapped,
+    and no product pays for it.
+    """
+    ordered = owner.of_gguf(config, name, blocks)
+    weight: Weight = plugins.load("quant", quant).GgufWeight(ordered, kind, dtype, mapped=ordered is blocks)
+    return weight
 
 
 def _is_gguf(weights: Weights) -> bool:

@@ -1,5 +1,6 @@
 """Weights on disk, by name: a directory of safetensors, or a GGUF file. Both are memory-mapped and checked."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,25 @@ class Gguf:
         out = torch.empty(self.shapes[name], dtype=dtype if direct else torch.float32)
         self.file.read(name, out)
         return out.to(dtype)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Name → block format of the matrices."""
+        return {name: kind for name, shape, kind in self.file.tensors if len(shape) == 2}
+
+    def blocks(self, name: str) -> Tensor:
+        """A matrix' blocks, uint8 [rows, bytes of a row], mapped from the file; to be read, not written.
+
+        Raises InputError when a value is NaN or infinite.
+        """
+        self.file.check(name)
+        start, size = self.file.place(name)
+        return self._map[start : start + size].view(self.shapes[name][0], -1)
+
+    @functools.cached_property
+    def _map(self) -> Tensor:
+        """The whole file; private, so that nothing can be written to it."""
+        return torch.from_file(str(self._path), shared=False, size=self._path.stat().st_size, dtype=torch.uint8)
 
     def fingerprint(self) -> str:
         """See `Weights`."""

@@ -20,7 +20,7 @@ from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.cache import KVCache
-from ftkit.nn.linear import DenseWeight, Linear
+from ftkit.nn.linear import DenseWeight, Linear, Weight
 from ftkit.nn.rotary import Rope, Rotary
 from ftkit.nn.routes import Routes
 from ftkit.nn.tables import Embedding, RMSNorm
@@ -205,23 +205,32 @@ class Decoder(nn.Module):
 
 
 class Maker:
-    """Makes a decoder's layers, with weights from `tensor(name, shape)`."""
+    """Makes a decoder's layers, with tensors from `tensor(name, shape)`; `stored(name)` has the matrices that are not
+    dense."""
 
-    def __init__(self, tensor: Callable[[str, tuple[int, ...]], Tensor], epsilon: float) -> None:
-        self._tensor, self._epsilon = tensor, epsilon
+    def __init__(
+        self,
+        tensor: Callable[[str, tuple[int, ...]], Tensor],
+        epsilon: float,
+        stored: Callable[[str], Weight | None] = lambda name: None,  # noqa: ARG005
+    ) -> None:
+        self._tensor, self._epsilon, self._stored = tensor, epsilon, stored
 
     def linear(self, name: str, out: int, inp: int, bias: bool) -> Linear:
         """A linear layer [out, in]."""
-        weight = DenseWeight(self._tensor(f"{name}.weight", (out, inp)))
-        return Linear(name, weight, self._tensor(f"{name}.bias", (out,)) if bias else None)
+        return Linear(name, self._weight(name, out, inp), self._tensor(f"{name}.bias", (out,)) if bias else None)
 
     def embedding(self, name: str, rows: int, width: int) -> Embedding:
         """An embedding [rows, width]."""
-        return Embedding(name, DenseWeight(self._tensor(f"{name}.weight", (rows, width))))
+        return Embedding(name, self._weight(name, rows, width))
 
     def norm(self, name: str, width: int) -> RMSNorm:
         """A norm [width]."""
         return RMSNorm(name, self._tensor(f"{name}.weight", (width,)), self._epsilon)
+
+    def _weight(self, name: str, rows: int, columns: int) -> Weight:
+        stored = self._stored(f"{name}.weight")
+        return DenseWeight(self._tensor(f"{name}.weight", (rows, columns))) if stored is None else stored
 
 
 def shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

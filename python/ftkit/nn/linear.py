@@ -35,6 +35,9 @@ class Weight(Protocol):
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to dy W [rows, in], a new tensor in dy's dtype: the gradient of `matmul` in x."""
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of W by their numbers, i32 or i64 [T], to [T, in]: what an embedding looks up."""
+
     def dense(self) -> Tensor:
         """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""
 
@@ -66,6 +69,10 @@ class DenseWeight(nn.Module):
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
         return dy @ self.tensor
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """i32 or i64 [T] to [T, in]."""
+        return functional.embedding(numbers, self.tensor)
 
     def dense(self) -> Tensor:
         """The tensor itself."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ftkit.kernels.rms_norm import rms_norm
-from ftkit.nn.linear import DenseWeight
+from ftkit.nn.linear import Weight
 from ftkit.nn.routes import Routes
 
 
@@ -24,7 +24,9 @@ class Replacement(Protocol):
 class Embedding(nn.Module):
     """Token ids to the rows of a table [vocabulary, d]."""
 
-    def __init__(self, name: str, weight: DenseWeight) -> None:
+    weight: Weight
+
+    def __init__(self, name: str, weight: Weight) -> None:
         super().__init__()
         self.name = name
         self.weight = weight
@@ -33,13 +35,13 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor, routes: Routes) -> Tensor:
         """i32 [T] to [T, d]."""
         if not self.adapters:
-            return nn.functional.embedding(tokens, self.weight.tensor)
-        rows = [nn.functional.embedding(tokens[part], self._table(adapter)) for adapter, part in routes.parts]
+            return self.weight.rows(tokens)
+        rows = [self._rows(tokens[part], adapter) for adapter, part in routes.parts]
         return rows[0] if len(rows) == 1 else _in_order(rows, routes, tokens.device)
 
-    def _table(self, adapter: int) -> Tensor:
+    def _rows(self, tokens: Tensor, adapter: int) -> Tensor:
         found: Replacement | None = self.adapters._modules.get(str(adapter))  # type: ignore[assignment]
-        return self.weight.tensor if found is None else found.dense
+        return self.weight.rows(tokens) if found is None else nn.functional.embedding(tokens, found.dense)
 
 
 class RMSNorm(nn.Module):

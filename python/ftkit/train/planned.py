@@ -5,6 +5,7 @@ difference between the second and the third.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,13 +75,24 @@ class Shape:
         return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
 
-def plan(config: RunConfig, architecture: DecoderConfig, shape: Shape, mapped_bytes: int = 0) -> Plan:
-    """The peak of a training step of `config` on a model of `architecture`, exactly as the real one would count it."""
+def plan(
+    config: RunConfig,
+    architecture: DecoderConfig,
+    shape: Shape,
+    mapped_bytes: int = 0,
+    formats: Mapping[str, str] | None = None,
+) -> Plan:
+    """The peak of a training step of `config` on a model of `architecture`, exactly as the real one would count it.
+
+    `formats`: the block formats of matrices that are held quantized, by name. Those that stay in their file are part of
+    `mapped_bytes`, and no tensors of the plan.
+    """
+    formats = formats or {}
     if architecture.layers <= 4:
-        found, flops = _trace(config, architecture, shape)
+        found, flops = _trace(config, architecture, shape, formats)
     else:
         (few, few_flops), (more, more_flops) = (
-            _trace(config, _with_layers(architecture, layers), shape) for layers in (3, 4)
+            _trace(config, _with_layers(architecture, layers), shape, formats) for layers in (3, 4)
         )
         further = architecture.layers - 3
         found = {name: few.get(name, 0) + further * (more[name] - few.get(name, 0)) for name in more}
@@ -92,7 +104,8 @@ def of_configuration(config: RunConfig) -> Plan:
     """The plan of a run whose data has not been read: the largest batch that the configuration allows."""
     source = models.resolve(config.model.source, config.output.runs_dir)
     size = source.path.stat().st_size if source.path.is_file() else 0
-    return plan(config, models.config_of(source), Shape.largest(config), size)
+    formats = models.formats(source, config.model.quant)
+    return plan(config, models.config_of(source), Shape.largest(config), size, formats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +143,16 @@ def _with_layers(architecture: DecoderConfig, layers: int) -> DecoderConfig:
     return dataclasses.replace(architecture, layers=layers, windows=architecture.windows[:layers])
 
 
-def _trace(config: RunConfig, architecture: DecoderConfig, shape: Shape) -> tuple[dict[str, int], int]:
+def _trace(
+    config: RunConfig, architecture: DecoderConfig, shape: Shape, formats: Mapping[str, str]
+) -> tuple[dict[str, int], int]:
     """Bytes by category at the peak of two optimizer steps (in the first there is no state yet), and a step's FLOPs."""
     recorder, training = Recorder(), config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     with FakeTensorMode():
-        model = models.build(architecture, dtype)
+        model = models.build(architecture, dtype, quant=config.model.quant, formats=formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         model.activation_checkpointing = training.activation_checkpointing
         model.train()

@@ -121,7 +121,13 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         steps=steps,
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
         notices=notices,
-        plan=planned.plan(config, loaded.config, _largest(config, dataset, steps), _mapped_bytes(loaded)),
+        plan=planned.plan(
+            config,
+            loaded.config,
+            _largest(config, dataset, steps),
+            _mapped_bytes(loaded),
+            models.formats(loaded.path, config.model.quant),
+        ),
     )
 
 
@@ -148,7 +154,8 @@ def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:
             f"model.source: expected a base model to train, got the run {config.model.source!r} with its adapter",
             f"merge it first: ftkit merge {config.model.source} --out DIR",
         )
-    return models.load(source, dtype=getattr(torch, config.model.dtype), device=device)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return models.load(source, dtype=dtype, device=device, quant=config.model.quant)
 
 
 _COUNTS = {

@@ -1,0 +1,106 @@
+"""The blocks of a GGUF file as they stand in it: memory-mapped, dequantized when they are used.
+
+    y = x Wᵀ,  dx = dy W,  W [out, in] dequantized for the length of one product
+
+W is never kept: a model takes its file's size, pages of the file are shared by all processes that map it, and what is
+computed is, to the bit, what the same file computes once it is dequantized whole. An embedding dequantizes the rows
+that are asked for. Choose it where memory is short; each product pays for dequantizing its weight.
+
+Block formats are those of `ftkit list quant`; a row of W is a row of whole blocks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ftkit import _core
+from ftkit.errors import InputError
+
+_FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
+
+
+class GgufWeight(nn.Module):
+    """W as rows of blocks."""
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor, kind: str, dtype: torch.dtype, *, mapped: bool = False) -> None:
+        """`blocks`: uint8 [out, bytes of a row] on the CPU; `kind`: their format, such as `q4_1`.
+
+        `dtype` is what the model computes in. `mapped` blocks are a file's: they are no part of the module's state.
+        """
+        super().__init__()
+        size, nbytes = _FORMATS[kind]
+        if blocks.shape[1] % nbytes:
+            raise InputError(f"{kind}: expected rows of whole blocks of {nbytes} bytes, got {blocks.shape[1]} bytes")
+        self.kind, self.dtype = kind, dtype
+        self.columns = blocks.shape[1] // nbytes * size
+        if mapped:
+            self.blocks = blocks
+        else:
+            self.register_buffer("blocks", blocks, persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.blocks.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return self.blocks.nbytes
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [rows, in] to [rows, out]."""
+        y: Tensor = _Matmul.apply(x, self)
+        return y
+
+    def matmul_transposed(self, dy: Tensor) -> Tensor:
+        """dy [rows, out] to [rows, in]."""
+        return dy @ self.dense()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
+        found: Tensor = _dequantize(self.blocks.index_select(0, numbers), self.kind, self.columns)
+        return found.to(self.dtype)
+
+    def dense(self) -> Tensor:
+        """W [out, in], a new tensor."""
+        found: Tensor = _dequantize(self.blocks, self.kind, self.columns)
+        return found.to(self.dtype)
+
+    def replace_dense(self, dense: Tensor) -> "GgufWeight":
+        """These values in the same format. Raises InputError for values that are not finite or too large for it."""
+        blocks = torch.empty_like(self.blocks)
+        _core.quantize(self.kind, dense.detach().float().contiguous(), blocks)
+        return GgufWeight(blocks, self.kind, self.dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    """x Wᵀ that keeps nothing for the backward pass but the blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: GgufWeight) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dense())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.weight.matmul_transposed(dy), None
+
+
+@torch.library.custom_op("ftkit::dequantize", mutates_args=())
+def _dequantize(blocks: Tensor, kind: str, columns: int) -> Tensor:
+    """uint8 [rows, bytes] to float32 [rows, columns]."""
+    out = torch.empty(blocks.shape[0], columns)
+    _core.dequantize(kind, blocks, out)
+    return out
+
+
+@_dequantize.register_fake
+def _(blocks: Tensor, kind: str, columns: int) -> Tensor:  # noqa: ARG001
+    return torch.empty(blocks.shape[0], columns)

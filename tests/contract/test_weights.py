@@ -1,0 +1,109 @@
+"""Every way to hold a weight keeps the protocol's promises, for every block format."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ftkit._core import quant_formats
+from ftkit.errors import InputError
+from ftkit.nn.linear import DenseWeight, Weight
+from ftkit.quant.gguf import GgufWeight
+
+pytestmark = pytest.mark.contract
+
+ROWS, COLUMNS = 37, 512
+FORMATS = {name: (size, nbytes) for name, size, nbytes in quant_formats()}
+
+
+def values() -> torch.Tensor:
+    made = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+    made[0] = 0  # whole blocks of zeros
+    made[1] *= 1e-38  # products with denormal scales
+    return made
+
+
+def held(kind: str, dtype: torch.dtype = torch.float32) -> Weight:
+    """`values` in the format; `dense` is the weight of its first row's kind."""
+    if kind == "dense":
+        return DenseWeight(values().to(dtype))
+    size, nbytes = FORMATS[kind]
+    empty = torch.zeros(ROWS, COLUMNS // size * nbytes, dtype=torch.uint8)
+    return GgufWeight(empty, kind, dtype).replace_dense(values())
+
+
+@pytest.fixture(params=["dense", *FORMATS])
+def weight(request: pytest.FixtureRequest) -> Weight:
+    return held(request.param)
+
+
+def test_products_are_those_of_the_dense_matrix(weight: Weight) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, dy = torch.randn(11, COLUMNS, generator=generator), torch.randn(11, ROWS, generator=generator)
+    dense = weight.dense()
+    assert weight.shape == tuple(dense.shape) == (ROWS, COLUMNS)
+    assert torch.equal(weight.matmul(x), functional.linear(x, dense))
+    assert torch.equal(weight.matmul_transposed(dy), dy @ dense)
+    assert weight.matmul(x[:0]).shape == (0, ROWS)
+
+
+def test_rows_are_the_dense_matrix_rows(weight: Weight) -> None:
+    for numbers in (torch.tensor([5, 0, 36, 5], dtype=torch.int32), torch.tensor([], dtype=torch.int32)):
+        assert torch.equal(weight.rows(numbers), weight.dense()[numbers.long()])
+
+
+def test_the_gradient_reaches_the_input_and_keeps_no_dense_matrix(weight: Weight) -> None:
+    x = torch.randn(7, COLUMNS, requires_grad=True)
+    dy = torch.randn(7, ROWS)
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = weight.matmul(x)
+    y.backward(dy)
+    assert x.grad is not None
+    assert torch.equal(x.grad, dy @ weight.dense())
+    if isinstance(weight, GgufWeight):
+        assert kept == []
+
+
+def test_values_come_back_near_and_zeros_exactly(weight: Weight) -> None:
+    dense = weight.dense()
+    assert dense.isfinite().all()
+    assert not dense[0].any()
+    # 2-bit formats have steps of a third of a block's range; a value is off by half a step and the scales' rounding
+    assert (dense[2:] - values()[2:]).abs().max() < 2.5
+    again = weight.replace_dense(dense)
+    assert type(again) is type(weight)
+    assert again.shape == weight.shape
+    assert again.nbytes == weight.nbytes
+    assert (again.dense()[2:] - dense[2:]).abs().max() < 2.5
+
+
+def test_size_is_that_of_the_format(weight: Weight) -> None:
+    size, nbytes = FORMATS[weight.kind] if isinstance(weight, GgufWeight) else (1, 4)
+    assert weight.nbytes == ROWS * COLUMNS // size * nbytes
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_another_dtype_rounds_once(kind: str) -> None:
+    half = held(kind, torch.bfloat16)
+    assert torch.equal(half.dense(), held(kind).dense().to(torch.bfloat16))
+    x = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
+    assert half.matmul(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(kind: str, wrong: float) -> None:
+    bad = values()
+    bad[3, 41] = wrong
+    with pytest.raises(InputError, match="finite"):
+        held(kind).replace_dense(bad)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match="whole blocks of 20 bytes, got 30"):
+        GgufWeight(torch.zeros(2, 30, dtype=torch.uint8), "q4_1", torch.float32)
