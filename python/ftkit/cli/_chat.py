@@ -142,7 +142,7 @@ class Chat:
         try:
             self._conversation.save(Path(name).expanduser())
         except OSError as error:
-            print(f"error: {error}")
+            print(f"error: {name}: expected a file that can be written, got: {str(error.strerror).lower()}")
         else:
             print(f"saved to {name}")
         return True
