@@ -184,7 +184,7 @@ fn arrays_cannot_be_nested_until_the_stack_ends() {
 #[test]
 fn what_is_not_a_file_is_refused() {
     for (path, expected) in
-        [("/", "got a directory"), ("/dev/zero", "got a directory or device"), ("/no/file", "No such")]
+        [("/", "got a directory"), ("/dev/zero", "got a directory or device"), ("/no/file", "no such file")]
     {
         let message = File::open(Path::new(path)).expect_err("expected a refusal").to_string();
         assert!(message.contains(expected), "{message}");

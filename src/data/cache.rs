@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use memmap2::Mmap;
@@ -19,6 +20,8 @@ use crate::error::{Error, Result};
 const TOKENS: &str = "tokens.bin";
 const INDEX: &str = "index.bin";
 const META: &str = "meta.json";
+/// How the folder of a cache that is not yet whole begins.
+const MAKING: &str = ".making-";
 /// Set in a token that is trained on.
 const TRAINED: u32 = 1 << 31;
 
@@ -145,10 +148,14 @@ impl Writer {
     pub fn create(place: &Path) -> Result<Self> {
         let parent = place.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(|error| Error::io(parent, &error))?;
-        let folder = tempfile::Builder::new().prefix(".making-").tempdir_in(parent);
+        sweep(parent);
+        let folder = tempfile::Builder::new().prefix(MAKING).tempdir_in(parent);
         let folder = folder.map_err(|error| Error::io(parent, &error))?;
+        let tokens = Hashed::create(folder.path().join(TOKENS))?;
+        // held until the file is closed, even by a kill; a file system without locks leaves remains, no more
+        let _ = tokens.file.get_ref().try_lock();
         Ok(Self {
-            tokens: Hashed::create(folder.path().join(TOKENS))?,
+            tokens,
             index: Hashed::create(folder.path().join(INDEX))?,
             folder,
             place: place.to_owned(),
@@ -196,8 +203,22 @@ impl Writer {
     }
 }
 
+/// Removes what killed processes left unfinished in `parent`: older than a minute, and locked by nobody.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(MAKING)) {
+        let age = entry.metadata().and_then(|about| about.modified()).ok().and_then(|time| time.elapsed().ok());
+        let tokens = File::open(entry.path().join(TOKENS));
+        if age.is_some_and(|age| age > Duration::from_secs(60)) && tokens.is_ok_and(|file| file.try_lock().is_ok()) {
+            let _ = fs::remove_dir_all(entry.path()); // if it can't be removed, it stays
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     fn tokens(ids: &[u32]) -> Tokens {
@@ -227,6 +248,22 @@ mod tests {
         assert_eq!(last, [(5, false), (6, true)]);
         assert!(Cache::open(&place, "other key").is_none());
         assert_eq!(fs::read_dir(place.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn what_a_kill_left_is_removed_and_what_is_being_made_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = SystemTime::now() - Duration::from_secs(3600);
+        let left = folder.path().join(".making-left");
+        fs::create_dir(&left).unwrap();
+        fs::write(left.join(TOKENS), b"some").unwrap();
+        let running = Writer::create(&folder.path().join("a")).unwrap();
+        for unfinished in [&left, running.folder.path()] {
+            File::open(unfinished).unwrap().set_modified(old).unwrap();
+        }
+        written(&folder.path().join("b"));
+        assert!(!left.exists());
+        running.finish("key", &Statistics::default()).unwrap();
     }
 
     #[test]
