@@ -136,7 +136,7 @@ def test_wrong_declarations_are_refused(
 
 
 def test_an_unwritable_place_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file or directory"):
+    with pytest.raises(InputError, match="no such file or directory"):
         GgufWriter(tmp_path / "missing" / "model.gguf", [], [])
 
 

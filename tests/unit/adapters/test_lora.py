@@ -58,7 +58,7 @@ def test_targets(model: Decoder, options: dict[str, Any], count: int, example: s
         ({"target_modules": "nothing.*"}, "which matches none"),
         ({"target_modules": "("}, "target_modules: expected a regular expression"),
         ({"modules_to_save": ("embed_token",)}, "did you mean 'embed_tokens'"),
-        ({"rank": 0}, "rank: expected an integer, at least 1, got 0"),
+        ({"rank": 0}, "rank: expected an integer, at least 1 and at most 65536, got 0"),
         ({"dropout": 1.0}, "dropout: expected a number"),
         ({"rank_pattern": {"q_proj": 0}}, "expected positive ranks and alphas"),
         ({"rank_pattern": {"(": 2}}, "expected names, got '('"),
