@@ -11,12 +11,9 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::rows::{BadRow, Place, Row};
+use super::rows::{BadRow, LINE_BYTES, Place, Row};
 use super::source::{Format, Source};
 use crate::error::{Error, Result};
-
-/// The longest line of a JSONL file; a conversation longer than any context is a mistake in the file.
-pub const LINE_BYTES: u64 = 64 << 20;
 
 /// The longest JSON document that is an object: it is read whole, and takes a multiple of this in memory.
 const OBJECT_BYTES: u64 = 256 << 20;

@@ -6,6 +6,9 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+/// The longest line of a JSONL file; a conversation longer than any context is a mistake in the file.
+pub const LINE_BYTES: u64 = 64 << 20;
+
 /// Where a row stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::read::LINE_BYTES;
+use super::rows::LINE_BYTES;
 use crate::error::{Error, Result};
 
 /// The format of a file of rows.

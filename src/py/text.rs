@@ -41,7 +41,7 @@ impl Tokenizer {
     }
 
     fn stream(&self) -> PyStreamDecoder {
-        PyStreamDecoder(self.0.stream())
+        PyStreamDecoder(StreamDecoder::new(self.0.clone()))
     }
 
     fn id_of(&self, token: &str) -> Option<u32> {
@@ -84,7 +84,7 @@ impl Tokenizer {
     #[pyo3(signature = (path, template = None))]
     fn save(&self, py: Python<'_>, path: PathBuf, template: Option<&ChatTemplate>) -> PyResult<()> {
         let template = template.map(|template| template.0.clone());
-        Ok(py.detach(|| self.0.save(&path, template.as_ref()))?)
+        Ok(py.detach(|| text::save(&self.0, template.as_ref(), &path))?)
     }
 }
 

@@ -38,7 +38,7 @@ impl Language for Text {
     }
 
     fn decoder(&self) -> Box<dyn Decoder> {
-        Box::new(self.tokenizer.stream())
+        Box::new(StreamDecoder::new(self.tokenizer.clone()))
     }
 
     fn piece(&self, id: u32) -> String {

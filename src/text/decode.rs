@@ -22,7 +22,8 @@ pub struct StreamDecoder {
 }
 
 impl StreamDecoder {
-    pub(super) fn new(tokenizer: Tokenizer) -> Self {
+    /// A decoder for one sequence of ids.
+    pub fn new(tokenizer: Tokenizer) -> Self {
         Self { tokenizer, ids: Vec::new(), shown_ids: 0, shown_bytes: 0 }
     }
 

@@ -1,14 +1,12 @@
-//! A model's directory as Hugging Face lays it out: what it says about tokens and templates, and how it is written.
+//! A model's directory as Hugging Face lays it out: what it says about tokens and templates.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::json::parse;
 use super::limits;
-use super::template::Template;
-use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
 /// The special tokens' names in `tokenizer_config.json` and the keys of their ids in GGUF metadata (with the misspelling
@@ -115,32 +113,4 @@ fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
         Value::Object(map) => Ok(Some(map)),
         _ => Err(Error::input(format!("{}: expected a JSON object", path.display()))),
     }
-}
-
-/// Writes `tokenizer.json` and `tokenizer_config.json` so that `transformers` loads the same tokenizer and template.
-pub(super) fn save(tokenizer: &Tokenizer, template: Option<&Template>, path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(|error| Error::io(path, &error))?;
-    let mut config = Map::new();
-    config.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
-    config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
-    config.insert("added_tokens_decoder".to_owned(), tokenizer.added_tokens_decoder());
-    for (name, text) in tokenizer.special_tokens() {
-        config.insert(name.clone(), json!(text));
-    }
-    if let Some(template) = template {
-        let source = template.source();
-        let value = match template.tool_use_source() {
-            Some(tool_use) => {
-                json!([{"name": "default", "template": source}, {"name": "tool_use", "template": tool_use}])
-            }
-            None => json!(source),
-        };
-        config.insert("chat_template".to_owned(), value);
-    }
-    let config = serde_json::to_string_pretty(&config).map_err(|error| Error::failure(error.to_string()))?;
-    for (name, text) in [("tokenizer.json", tokenizer.to_json()?), ("tokenizer_config.json", config)] {
-        let file = path.join(name);
-        std::fs::write(&file, text).map_err(|error| Error::io(&file, &error))?;
-    }
-    Ok(())
 }

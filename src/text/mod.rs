@@ -15,6 +15,7 @@ mod limits;
 mod pretokenizers;
 mod provenance;
 mod python;
+mod save;
 mod source;
 mod template;
 #[cfg(test)]
@@ -26,5 +27,6 @@ pub use conversation::{Conversation, TrainOn};
 pub use decode::StreamDecoder;
 pub use encode::{Encoded, encode_conversation, encode_prompt};
 pub use json::parse as parse_json;
+pub use save::save;
 pub use template::Template;
 pub use tokenizer::{Specials, Tokenizer};

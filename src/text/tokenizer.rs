@@ -10,9 +10,7 @@ use tokenizers::AddedVocabulary;
 use tokenizers::{AddedToken, Model, OffsetType, PreTokenizer, PreTokenizerWrapper};
 
 use super::added::AddedTokens;
-use super::decode::StreamDecoder;
 use super::directory::{self, Config};
-use super::template::Template;
 use crate::error::{Error, Result};
 
 /// The longest `tokenizer.json`, in bytes; those of vocabularies with 260,000 tokens have about 35 MB.
@@ -165,11 +163,6 @@ impl Tokenizer {
         guarded(|| self.inner.parsing.decode(ids, skip_special)).ok().and_then(Result::ok).unwrap_or_default()
     }
 
-    /// A decoder that takes ids one at a time and skips special tokens.
-    pub fn stream(&self) -> StreamDecoder {
-        StreamDecoder::new(self.clone())
-    }
-
     /// The id of a token, written as in the vocabulary.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.parsing.token_to_id(token)
@@ -228,12 +221,6 @@ impl Tokenizer {
             hasher.finalize().to_hex().to_string()
         });
         hash.clone()
-    }
-
-    /// Writes `tokenizer.json` and `tokenizer_config.json`, with `template` in it, to the directory `path`, so that
-    /// `transformers` loads the same ids and the same template.
-    pub fn save(&self, path: &Path, template: Option<&Template>) -> Result<()> {
-        directory::save(self, template, path)
     }
 
     pub(super) fn to_json(&self) -> Result<String> {
