@@ -62,12 +62,13 @@ impl Cache {
     /// Opens the cache in `folder`; `None` when there is none, or it is not what was written.
     pub fn open(folder: &Path, key: &str) -> Option<Self> {
         let meta: Meta = serde_json::from_slice(&fs::read(folder.join(META)).ok()?).ok()?;
-        let tokens = map(&folder.join(TOKENS)).ok()?;
+        // Read, not mapped: checking must not leave the whole file among the process' resident pages.
+        let tokens = blake3::Hasher::new().update_reader(File::open(folder.join(TOKENS)).ok()?).ok()?.finalize();
         let index = fs::read(folder.join(INDEX)).ok()?;
-        let hash = |bytes: &[u8]| blake3::Hasher::new().update_rayon(bytes).finalize().to_hex().to_string();
         let whole = meta.key == key
-            && hash(tokens.as_deref().unwrap_or_default()) == meta.tokens_hash
-            && hash(&index) == meta.index_hash;
+            && tokens.to_hex().as_str() == meta.tokens_hash
+            && blake3::hash(&index).to_hex().as_str() == meta.index_hash;
+        let tokens = map(&folder.join(TOKENS)).ok()?;
         let index = bytemuck::try_cast_slice::<u8, Sequence>(&index)
             .map(<[Sequence]>::to_vec)
             .or_else(|_| unaligned(&index))

@@ -62,7 +62,7 @@ impl Engine {
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
         let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
-        Ok(Self { engine, language: Arc::new(Text { tokenizer, template }), models: Arc::new(Models::new(name)) })
+        Ok(Self { engine, language: Arc::new(Text::new(tokenizer, template)), models: Arc::new(Models::new(name)) })
     }
 
     /// The names that requests may ask for.
@@ -95,7 +95,8 @@ impl Engine {
         let closed = Arc::new(AtomicBool::new(false));
         let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
         let decoder = self.language.decoder();
-        let request = Request { prompt, sampling, adapter: model.adapter, decoder, sink, urgent: false };
+        let request =
+            Request { prompt, sampling, constraint: None, adapter: model.adapter, decoder, sink, urgent: false };
         self.engine.submit(vec![request]).map_err(Error::from)?;
         Ok(Stream { receiver: Mutex::new(receiver), closed })
     }
@@ -300,9 +301,9 @@ fn sampling_probabilities(
 ) -> PyResult<Vec<(u32, f64)>> {
     let sampling = Sampling::from_json(sampling)?;
     sampling.check(logits.len())?;
-    let mut sampler = Sampler::new(sampling, &prompt);
+    let mut sampler = Sampler::new(sampling, &prompt, None);
     for token in generated {
-        sampler.accept(token);
+        sampler.accept(token)?;
     }
     Ok(sampler.probabilities(&logits)?)
 }

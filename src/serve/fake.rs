@@ -127,6 +127,7 @@ pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener
     Request {
         prompt: prompt.to_vec(),
         sampling,
+        constraint: None,
         adapter,
         decoder: Box::new(Letters),
         sink: Box::new(listener.clone()),

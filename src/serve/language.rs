@@ -1,5 +1,8 @@
 //! From conversations and text to tokens, and back.
 
+use std::sync::OnceLock;
+
+use super::constraint::{Constraint, Constraints, Format};
 use super::request::Decoder;
 use crate::text::{Conversation, StreamDecoder, Template, Tokenizer, encode_prompt};
 use crate::{Error, Result};
@@ -14,14 +17,23 @@ pub trait Language: Send + Sync {
     fn decoder(&self) -> Box<dyn Decoder>;
     /// One token as text, special tokens included.
     fn piece(&self, id: u32) -> String;
+    /// What keeps an answer in a format.
+    fn constraint(&self, format: &Format) -> Result<Constraint>;
 }
 
 /// A tokenizer and, for models that chat, a template.
 pub struct Text {
-    /// The tokenizer.
-    pub tokenizer: Tokenizer,
-    /// The chat template, if the model has one.
-    pub template: Option<Template>,
+    tokenizer: Tokenizer,
+    template: Option<Template>,
+    /// Made when the first request asks for a format.
+    constraints: OnceLock<Result<Constraints>>,
+}
+
+impl Text {
+    /// A model's tokenizer, and its chat template if it has one.
+    pub fn new(tokenizer: Tokenizer, template: Option<Template>) -> Self {
+        Self { tokenizer, template, constraints: OnceLock::new() }
+    }
 }
 
 impl Language for Text {
@@ -43,6 +55,13 @@ impl Language for Text {
 
     fn piece(&self, id: u32) -> String {
         self.tokenizer.decode(&[id], false)
+    }
+
+    fn constraint(&self, format: &Format) -> Result<Constraint> {
+        match self.constraints.get_or_init(|| Constraints::new(&self.tokenizer)) {
+            Ok(constraints) => constraints.constraint(format),
+            Err(error) => Err(error.clone()),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod answer;
 pub mod attention;
+pub mod constraint;
 mod engine;
 #[cfg(test)]
 mod fake;

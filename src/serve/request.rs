@@ -1,5 +1,6 @@
 //! What the engine is asked, and what it answers.
 
+use super::constraint::Constraint;
 use super::sampling::Sampling;
 use crate::Error;
 
@@ -25,6 +26,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to choose tokens, and when to stop.
     pub sampling: Sampling,
+    /// What the answer must look like, if that was asked for.
+    pub constraint: Option<Constraint>,
     /// The adapter's id, -1 for none.
     pub adapter: i32,
     /// Turns the answer's tokens into text.

@@ -1,6 +1,6 @@
 //! One request's sampler: from a row of logits to a token.
 //!
-//! In this order: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw from the request's own random
+//! In this order: logit bias, penalties, what a format forbids, temperature, top-k, top-p, min-p; then one draw from the request's own random
 //! stream, by inverting the cumulative distribution in the order of token ids. Nothing depends on the rest of the batch,
 //! and a request consumes exactly one draw a token, so that the same seed and logits give the same tokens, alone or in
 //! a crowd, preempted or not. Log-probabilities are those of the model, before any of this.
@@ -11,6 +11,7 @@ use std::collections::{HashMap, HashSet};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::constraint::Constraint;
 use super::sampling::Sampling;
 use crate::{Error, Result};
 
@@ -30,13 +31,14 @@ pub struct Choice {
 pub struct Sampler {
     sampling: Sampling,
     random: ChaCha8Rng,
+    constraint: Option<Constraint>,
     prompt: HashSet<u32>,
     counts: HashMap<u32, u32>,
 }
 
 impl Sampler {
     /// A sampler for an answer to `prompt`.
-    pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
+    pub fn new(sampling: Sampling, prompt: &[u32], constraint: Option<Constraint>) -> Self {
         let random = match sampling.seed {
             Some(seed) => ChaCha8Rng::seed_from_u64(seed),
             None => ChaCha8Rng::seed_from_u64(rand::rng().random()),
@@ -44,7 +46,7 @@ impl Sampler {
         #[allow(clippy::float_cmp)] // 1 is the exact value that means "off"
         let penalised = sampling.repetition_penalty != 1.0;
         let prompt = if penalised { prompt.iter().copied().collect() } else { HashSet::new() };
-        Self { sampling, random, prompt, counts: HashMap::new() }
+        Self { sampling, random, constraint, prompt, counts: HashMap::new() }
     }
 
     /// The parameters.
@@ -57,12 +59,12 @@ impl Sampler {
         check(logits)?;
         let token = if self.sampling.temperature == 0.0 {
             let mut edited = Vec::new();
-            likeliest(self.edited(logits, &mut edited))
+            likeliest(self.edited(logits, &mut edited)?)
         } else {
-            let kept = self.distribution(logits);
+            let kept = self.distribution(logits)?;
             draw(&kept, self.random.random())
         };
-        self.accept(token);
+        self.accept(token)?;
         let mut choice = Choice { token, logprob: None, top: Vec::new() };
         if let Some(count) = self.sampling.logprobs {
             let normaliser = log_sum_exp(logits);
@@ -75,19 +77,20 @@ impl Sampler {
         Ok(choice)
     }
 
-    /// Notes that `token` is part of the answer, for the penalties.
-    pub fn accept(&mut self, token: u32) {
+    /// Notes that `token` is part of the answer, for the penalties and the format.
+    pub fn accept(&mut self, token: u32) -> Result<()> {
         *self.counts.entry(token).or_default() += 1;
+        self.constraint.as_mut().map_or(Ok(()), |constraint| constraint.accept(token))
     }
 
     /// The tokens that may be drawn with their probabilities, in the order of ids; they sum to 1.
-    pub fn probabilities(&self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
+    pub fn probabilities(&mut self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
         check(logits)?;
         if self.sampling.temperature == 0.0 {
             let mut edited = Vec::new();
-            return Ok(vec![(likeliest(self.edited(logits, &mut edited)), 1.0)]);
+            return Ok(vec![(likeliest(self.edited(logits, &mut edited)?), 1.0)]);
         }
-        let mut kept = self.distribution(logits);
+        let mut kept = self.distribution(logits)?;
         let total: f64 = kept.iter().map(|&(_, weight)| weight).sum();
         for (_, weight) in &mut kept {
             *weight /= total;
@@ -95,14 +98,14 @@ impl Sampler {
         Ok(kept)
     }
 
-    /// The logits after bias and penalties; copied only when there are any.
-    fn edited<'a>(&self, logits: &'a [f32], copy: &'a mut Vec<f32>) -> &'a [f32] {
+    /// The logits after bias, penalties and format; copied only when there are any.
+    fn edited<'a>(&mut self, logits: &'a [f32], copy: &'a mut Vec<f32>) -> Result<&'a [f32]> {
         let s = &self.sampling;
         #[allow(clippy::float_cmp)] // the exact values that mean "off"
         let repeated = s.repetition_penalty != 1.0;
         let counted = s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
-        if s.logit_bias.is_empty() && !repeated && !counted {
-            return logits;
+        if s.logit_bias.is_empty() && !repeated && !counted && self.constraint.is_none() {
+            return Ok(logits);
         }
         copy.extend_from_slice(logits);
         for &(token, bias) in &s.logit_bias {
@@ -125,13 +128,16 @@ impl Sampler {
                 }
             }
         }
-        copy
+        if let Some(constraint) = &mut self.constraint {
+            constraint.forbid(copy)?;
+        }
+        Ok(copy)
     }
 
     /// The tokens that are kept and their weights relative to the likeliest (which has 1), in the order of ids.
-    fn distribution(&self, logits: &[f32]) -> Vec<(u32, f64)> {
+    fn distribution(&mut self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
         let mut copy = Vec::new();
-        let logits = self.edited(logits, &mut copy);
+        let logits = self.edited(logits, &mut copy)?;
         let s = &self.sampling;
         let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         let temperature = f64::from(s.temperature);
@@ -149,7 +155,7 @@ impl Sampler {
             kept.retain(|&(weight, _)| weight >= f64::from(s.min_p));
         }
         kept.sort_unstable_by_key(|&(_, id)| id);
-        kept.into_iter().map(|(weight, id)| (id, weight)).collect()
+        Ok(kept.into_iter().map(|(weight, id)| (id, weight)).collect())
     }
 }
 
@@ -245,7 +251,7 @@ mod tests {
     fn sampler(change: impl FnOnce(&mut Sampling)) -> Sampler {
         let mut sampling = Sampling { seed: Some(1), ..Sampling::default() };
         change(&mut sampling);
-        Sampler::new(sampling, &[2, 3])
+        Sampler::new(sampling, &[2, 3], None)
     }
 
     #[test]
@@ -315,7 +321,7 @@ mod tests {
             min_p in 0.0f32..0.9,
             temperature in 0.05f32..3.0,
         ) {
-            let sampler = sampler(|s| (s.top_k, s.top_p, s.min_p, s.temperature) = (top_k, top_p, min_p, temperature));
+            let mut sampler = sampler(|s| (s.top_k, s.top_p, s.min_p, s.temperature) = (top_k, top_p, min_p, temperature));
             let mut order: Vec<u32> = (0..logits.len() as u32).collect();
             order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
             let best = logits[order[0] as usize];

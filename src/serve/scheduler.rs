@@ -180,7 +180,7 @@ impl Scheduler {
 
     /// Queues a request; one that breaks the limits fails at once.
     pub fn add(&mut self, request: Request) {
-        let Request { prompt, sampling, adapter, decoder, mut sink, urgent } = request;
+        let Request { prompt, sampling, constraint, adapter, decoder, mut sink, urgent } = request;
         if let Err(error) = self.limits.check(&prompt, &sampling) {
             self.counters.failed += 1;
             sink.send(Event::Failed(error));
@@ -194,7 +194,7 @@ impl Scheduler {
             computed: 0,
             longest,
             table: BlockTable::default(),
-            sampler: Sampler::new(sampling, &prompt),
+            sampler: Sampler::new(sampling, &prompt, constraint),
             answer,
             adapter,
             sink,

@@ -19,7 +19,7 @@ mod save;
 mod source;
 mod template;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokenizer;
 mod vocabulary;
 

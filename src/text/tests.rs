@@ -13,7 +13,7 @@ const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.cont
                       {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// A byte-level tokenizer without merges and with three special tokens.
-fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     let mut document = bytes();
     document["added_tokens"] = ["<|im_start|>", "<|im_end|>", "</s>"]
         .iter()

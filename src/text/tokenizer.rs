@@ -223,7 +223,8 @@ impl Tokenizer {
         hash.clone()
     }
 
-    pub(super) fn to_json(&self) -> Result<String> {
+    /// The tokenizer as the text of a `tokenizer.json`.
+    pub fn to_json(&self) -> Result<String> {
         let text = guarded(|| self.inner.parsing.to_string(false))?;
         text.map_err(|error| Error::failure(format!("tokenizer: {error}")))
     }

@@ -14,6 +14,7 @@ use super::answers::{Envelope, Route};
 use super::errors::ApiError;
 use super::parse::{self, Asked, Prompt};
 use super::stream::Chunks;
+use crate::serve::constraint::Constraint;
 use crate::serve::models::{Model, now};
 use crate::serve::{Delta, Event, Request, Sink, Usage};
 
@@ -23,9 +24,10 @@ pub(super) async fn complete(app: Arc<App>, route: Route, body: Bytes) -> Result
     // Long texts take a while to parse and encode: not on the threads that serve everybody.
     let shared = Arc::clone(&app);
     let prepared = tokio::task::spawn_blocking(move || prepare(&shared, route, &body)).await;
-    let (asked, model, prompts) = prepared.map_err(|_| ApiError::server("the request could not be read"))??;
+    let (asked, model, prompts, constraint) =
+        prepared.map_err(|_| ApiError::server("the request could not be read"))??;
     let count = prompts.len() * asked.choices;
-    let receiver = submit(&app, &asked, &model, &prompts, start)?;
+    let receiver = submit(&app, &asked, &model, &prompts, constraint.as_ref(), start)?;
     let envelope = Envelope {
         route,
         id: format!("{}-{:032x}", if route == Route::Chat { "chatcmpl" } else { "cmpl" }, rand::rng().random::<u128>()),
@@ -49,7 +51,7 @@ pub(super) async fn complete(app: Arc<App>, route: Route, body: Bytes) -> Result
     Ok(axum::Json(envelope.whole(choices, usage)).into_response())
 }
 
-type Prepared = (Asked, Model, Vec<Vec<u32>>);
+type Prepared = (Asked, Model, Vec<Vec<u32>>, Option<Constraint>);
 
 fn prepare(app: &App, route: Route, body: &[u8]) -> Result<Prepared, ApiError> {
     let asked = match route {
@@ -72,7 +74,8 @@ fn prepare(app: &App, route: Route, body: &[u8]) -> Result<Prepared, ApiError> {
         limits.check(&tokens, &asked.sampling)?;
         prompts.push(tokens);
     }
-    Ok((asked, model, prompts))
+    let constraint = asked.format.as_ref().map(|format| app.language.constraint(format)).transpose()?;
+    Ok((asked, model, prompts, constraint))
 }
 
 fn submit(
@@ -80,6 +83,7 @@ fn submit(
     asked: &Asked,
     model: &Model,
     prompts: &[Vec<u32>],
+    constraint: Option<&Constraint>,
     start: Instant,
 ) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
     let (sender, receiver) = unbounded_channel();
@@ -93,6 +97,7 @@ fn submit(
             requests.push(Request {
                 prompt: prompt.clone(),
                 sampling,
+                constraint: constraint.cloned(),
                 adapter: model.adapter,
                 decoder: app.language.decoder(),
                 sink: Box::new(Channel { sender: sender.clone(), index, first: Some((start, app.engine.clone())) }),

@@ -242,6 +242,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
     let request = super::Request {
         prompt: vec![0],
         sampling,
+        constraint: None,
         adapter: super::models::NO_ADAPTER,
         decoder: language.decoder(),
         sink: Box::new(Probe(Some(sender))),

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::errors::ApiError;
 use super::fields::{Fields, kind};
 use crate::serve::Sampling;
+use crate::serve::constraint::Format;
 use crate::serve::sampling::{MAX_BIASES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS};
 use crate::text::Conversation;
 
@@ -53,6 +54,8 @@ pub(super) struct Asked {
     pub prompts: Vec<Prompt>,
     /// How.
     pub sampling: Sampling,
+    /// What the answer must look like.
+    pub format: Option<Format>,
     /// Answers to each prompt.
     pub choices: usize,
     /// Whether the answer comes in pieces.
@@ -81,10 +84,6 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
         Some(Value::Object(map)) => map,
         Some(other) => return Err(ApiError::field("chat_template_kwargs", "an object", kind(&other))),
     };
-    let format = fields.take("response_format");
-    if format.is_some_and(|format| format.get("type").and_then(Value::as_str) != Some("text")) {
-        return Err(ApiError::unsupported("response_format", "response_format: expected type \"text\", got another"));
-    }
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS as i64)?;
     if top.is_some() && !wanted {
@@ -154,10 +153,15 @@ fn common(fields: &mut Fields, prompts: Vec<Prompt>) -> Result<Asked, ApiError> 
             include
         }
     };
+    let format = fields.take("response_format").map_or(Ok(None), format)?;
+    if format.is_some() && sampling.ignore_end {
+        return Err(ApiError::field("ignore_eos", "false with `response_format`", "true"));
+    }
     Ok(Asked {
         model: fields.string("model")?,
         prompts,
         sampling,
+        format,
         choices: fields.integer("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize,
         stream,
         include_usage,
@@ -234,6 +238,45 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
         Some(Value::String(choice)) if choice == "none" => Ok(None),
         Some(_) => Err(ApiError::unsupported("tool_choice", "tool_choice: expected \"auto\" or \"none\", got another")),
     }
+}
+
+/// OpenAI's three types, and two of other servers: an expression, and a grammar.
+fn format(value: Value) -> Result<Option<Format>, ApiError> {
+    let mut fields = Fields::of("response_format", value)?;
+    let kind = fields.string("type")?;
+    let text = |fields: &mut Fields, name: &str| {
+        fields.string(name)?.ok_or_else(|| ApiError::field(&format!("response_format.{name}"), "a string", "nothing"))
+    };
+    let format = match kind.as_deref() {
+        Some("text") => None,
+        Some("json_object") => Some(Format::Json(serde_json::json!({"type": "object"}))),
+        Some("json_schema") => {
+            let Some(schema) = fields.take("json_schema") else {
+                return Err(ApiError::field("response_format.json_schema", "an object", "nothing"));
+            };
+            let mut inner = Fields::of("response_format.json_schema", schema)?;
+            let schema = match inner.take("schema") {
+                Some(schema @ Value::Object(_)) => schema,
+                other => {
+                    let got = other.as_ref().map_or("nothing", self::kind);
+                    return Err(ApiError::field("response_format.json_schema.schema", "an object", got));
+                }
+            };
+            // Always strict; names and descriptions are for people.
+            inner.finish(&["name", "description", "strict"])?;
+            Some(Format::Json(schema))
+        }
+        Some("regex") => Some(Format::Regex(text(&mut fields, "regex")?)),
+        Some("grammar") => Some(Format::Grammar(text(&mut fields, "grammar")?)),
+        other => {
+            let got =
+                other.map_or("nothing".to_owned(), |other| format!("{:?}", other.chars().take(40).collect::<String>()));
+            let expected = "text, json_object, json_schema, regex or grammar";
+            return Err(ApiError::field("response_format.type", expected, &got));
+        }
+    };
+    fields.finish(&[])?;
+    Ok(format)
 }
 
 fn stops(value: Value) -> Result<Vec<String>, ApiError> {
