@@ -16,7 +16,7 @@ use super::statistics::Statistics;
 use crate::error::{Error, Result};
 
 /// Changes whenever the same inputs would give other sequences.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
 const CHUNK: usize = 1024;
 /// Bad rows that an error shows.
@@ -174,6 +174,7 @@ impl Work<'_> {
         counts.split_rows += u64::from(outcome.split);
         counts.masked_rows += u64::from(outcome.units.is_empty());
         for (index, unit) in outcome.units.iter().enumerate() {
+            counts.pairs += u64::from(unit.len() > 1);
             let mut hasher = blake3::Hasher::new();
             for sequence in unit {
                 hasher.update(bytemuck::cast_slice(&sequence.ids));

@@ -400,6 +400,17 @@ mod tests {
     }
 
     #[test]
+    fn a_json_object_has_a_limit() {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, b"{").unwrap();
+        file.set_len(OBJECT_BYTES + 2).unwrap(); // the rest is zeros, which take no room on the disk
+        std::io::Seek::rewind(&mut file).unwrap();
+        let path = Arc::new(PathBuf::from("object"));
+        let error = json(&path, BufReader::new(file), &mut |_| Ok(())).unwrap_err();
+        assert_eq!(error.message, "object: expected a JSON object of at most 256 MiB, got a longer one");
+    }
+
+    #[test]
     fn half_a_json_document_is_an_error_with_its_place() {
         let error = read("json", b"[{\"a\": 1},\n {\"a\": ").unwrap_err();
         assert_eq!(error.message, "json:2:7: expected a JSON list of rows, got EOF while parsing a value");

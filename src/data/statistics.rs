@@ -17,6 +17,8 @@ pub struct Statistics {
     pub masked_rows: u64,
     /// Rows whose tokens are those of an earlier row; they stay in.
     pub duplicate_rows: u64,
+    /// Rows that are pairs of a chosen and a rejected answer.
+    pub pairs: u64,
     /// Sequences that are trained on.
     pub sequences: u64,
     /// Their tokens.

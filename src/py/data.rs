@@ -42,6 +42,7 @@ impl PreparedData {
             ("split_rows", counts.split_rows),
             ("masked_rows", counts.masked_rows),
             ("duplicate_rows", counts.duplicate_rows),
+            ("pairs", counts.pairs),
             ("sequences", counts.sequences),
             ("tokens", counts.tokens),
             ("trained_tokens", counts.trained_tokens),

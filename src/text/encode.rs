@@ -8,6 +8,8 @@
 
 use std::ops::Range;
 
+use serde_json::Value;
+
 use super::added::Found;
 use super::conversation::{Conversation, TrainOn};
 use super::provenance::{self, Rendered};
@@ -45,6 +47,7 @@ pub fn encode_conversation(
 ) -> Result<Encoded> {
     let prepared = Prepared::new(conversation);
     let rendered = provenance::render(template, tokenizer.added(), conversation, &prepared, false)?;
+    written(conversation, &rendered.text)?;
     let mut wanted: Vec<usize> = conversation.assistant_turns().collect();
     if train_on == TrainOn::Last {
         wanted.drain(..wanted.len().saturating_sub(1));
@@ -73,6 +76,23 @@ pub fn encode_conversation(
         }
     }
     Ok(Encoded { ids: stream.ids, trained, turn_ends })
+}
+
+/// Checks that the template writes the calls of tools; many templates know none, and would teach to say nothing instead.
+fn written(conversation: &Conversation, text: &str) -> Result<()> {
+    for (index, message) in conversation.messages.iter().enumerate() {
+        let calls = message.get("tool_calls").and_then(Value::as_array);
+        for name in calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str()) {
+            if !text.contains(name) {
+                return Err(Error::input(format!(
+                    "message {}: expected a chat template that writes calls of tools, got one that leaves out {name:?}",
+                    index + 1
+                ))
+                .hint("train a model whose template knows tools"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Where an assistant's message stands in the text of the whole conversation.

@@ -305,3 +305,28 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_template_that_leaves_calls_out_is_an_error() {
+    let call = json!({"type": "function", "function": {"name": "weather", "arguments": {}}});
+    let messages = vec![
+        json!({"role": "user", "content": "?"}),
+        json!({"role": "assistant", "content": "", "tool_calls": [call]}),
+    ];
+    let talk = Conversation::new(messages);
+    let encode = |source: &str| {
+        let template = Template::from_source(source, None, None).expect("a template");
+        encode_conversation(&template, &tokenizer(), &talk, TrainOn::Assistant)
+    };
+    let error = encode(CHATML).expect_err("no calls");
+    assert!(
+        error.message.starts_with("message 2: expected a chat template that writes calls of tools"),
+        "{}",
+        error.message
+    );
+    let writes = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}",
+    );
+    encode(&writes).expect("calls");
+}

@@ -20,7 +20,7 @@ _HELP = """\
 /system [TEXT]    sets the system prompt; without a text: takes it away
 /undo             takes the last question and its answer back
 /retry            asks the last question again
-/save FILE        appends the conversation to a JSONL file that can be trained on
+/save FILE        appends the conversation to a JSONL file to train on
 /stats            tokens and speed so far
 /clear            begins anew
 /help             this
@@ -138,6 +138,9 @@ class Chat:
     def _save(self, name: str) -> bool:
         if not name:
             print("expected a file, such as /save chats.jsonl")
+            return True
+        if not self._conversation.turns:
+            print("nothing was said yet")
             return True
         try:
             self._conversation.save(Path(name).expanduser())

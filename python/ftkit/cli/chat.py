@@ -23,8 +23,10 @@ def command(
     top_k: Annotated[int, typer.Option(min=0, help="The k likeliest tokens; 0: all.")] = 0,
     min_p: Annotated[float, typer.Option(min=0, max=1, help="Tokens this likely beside the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1: fewer repetitions.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answers.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Most tokens of an answer.")] = 512,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Same seed, same answers.", show_default=False)
+    ] = None,
     engine: Annotated[
         Literal["ftkit", "llama-cpp"], typer.Option(help="llama-cpp: the same over llama.cpp.")
     ] = "ftkit",

@@ -110,13 +110,16 @@ def prepare(
     *,
     seed: int,
     split: float = 0.0,
+    pairs: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The dataset packed into rows of `config.max_tokens`, and the share `split` of it that is held out.
 
-    Equal rows are on the same side. Raises InputError for data that cannot be used, or too little to hold any out.
+    Equal rows are on the same side. `pairs`: every row has a chosen and a rejected answer; else none has. Raises
+    InputError for data that cannot be used, or too little to hold any out.
     """
     prepared = encode(config, tokenizer, template, progress=progress)
+    _check_pairs(prepared.statistics, pairs)
     training, held_out = prepared.split(config.max_tokens, seed, split)
     if not len(training):
         raise InputError(
@@ -134,3 +137,17 @@ def prepare(
         )
 
     return dataset(training), None if held_out is None else dataset(held_out)
+
+
+def _check_pairs(counts: Mapping[str, int], pairs: bool) -> None:
+    found, rows = counts["pairs"], counts["rows"] - counts["bad_rows"] - counts["masked_rows"]
+    if pairs and found < rows:
+        raise InputError(
+            f"data: expected pairs of a chosen and a rejected answer a row, got {rows - found:,} other rows",
+            "the columns are prompt, chosen and rejected; data.columns maps other names",
+        )
+    if found and not pairs:
+        raise InputError(
+            f"data: expected one answer a row, got {found:,} pairs of a chosen and a rejected one",
+            'data.columns = { completion = "chosen" } takes the chosen ones; preference objectives take pairs',
+        )

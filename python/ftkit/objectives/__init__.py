@@ -1,7 +1,7 @@
 """What is minimised: one file an objective.
 
-An objective's file has `loss(forward, batch) -> LossParts`, `NEEDS` (the columns that its rows must have beside the
-tokens) and, where it has options, `Config`.
+An objective's file has `loss(forward, batch) -> LossParts`, `PAIRS` (whether its rows are pairs of a chosen and a
+rejected answer) and, where it has options, `Config`.
 
 A loss is returned as sums and counts, one entry a task, so that whoever adds up micro-batches, packed rows, tasks and
 machines divides once, by what was really trained on.

@@ -8,7 +8,7 @@ Each trained token counts the same, however the examples are packed or spread ov
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import Forward, LossParts, losses_of_trained, sums_by_task
 
-NEEDS: tuple[str, ...] = ()
+PAIRS = False
 
 
 def loss(forward: Forward, batch: RaggedBatch) -> LossParts:

@@ -81,11 +81,13 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     torch.set_num_threads(training.threads or _threads())
     device = _device(config.model.device)
     loaded = _base(config, device)
+    objective = plugins.load("objectives", config.objective.name)
     read = functools.partial(
         data.prepare,
         tokenizer=loaded.tokenizer,
         template=loaded.template,
         seed=training.seed,
+        pairs=objective.PAIRS,
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)
@@ -97,7 +99,6 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     loaded.model.activation_checkpointing = training.activation_checkpointing
     loaded.model.train()
     parameters = adapters.trainable(loaded.model, ADAPTER)
-    objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     rows_a_step = training.batch_rows * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))

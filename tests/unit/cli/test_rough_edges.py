@@ -1,5 +1,6 @@
 """What a newcomer types and what a hostile disk gives: one message, no traceback, nothing left over."""
 
+import errno
 import importlib.metadata
 import io
 from collections.abc import Callable
@@ -58,3 +59,47 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "good" in result.stdout
     assert "damaged" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["chat", "m", "--seed", str(2**64)], "--seed"),
+        (["chat", "m", "--max-tokens", str(10**12)], "--max-tokens"),
+        (["train", "--model", "m", "--data", "d", "--set", "training.threads=100000"], "training.threads: expected"),
+        (["train", "--model", "m", "--data", "d", "--set", "method.rank=1000000"], "rank: expected"),
+        (["runs", "list", "--runs-dir", __file__], "expected"),
+        (["runs", "prune", "--runs-dir", __file__], "expected"),
+    ],
+)
+def test_bounds_come_before_work(
+    words: list[str], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ftkit", *words])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from ftkit.train import files
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def application() -> Callable[..., None]:
+        return lambda **_: files.write_text(tmp_path / "config.toml", "text")
+
+    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(cli, "application", application)
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert "config.toml: " in said
+    assert "no space left" in said.lower()
+    assert not list(tmp_path.iterdir())

@@ -301,3 +301,13 @@ def test_a_learning_rate_that_is_too_low_is_reported(settings: Settings) -> None
     config = RunConfig.from_toml(None, settings(training__max_steps=15, optimizer__learning_rate=1e-12))
     train.run(config, heard.append)
     assert [event["kind"] for event in heard if event["event"] == "warning"] == ["loss_never_moved"]
+
+
+def test_a_broken_template_is_said(settings: Settings, tmp_path: Path) -> None:
+    chosen = settings()
+    model = tmp_path / "model"
+    shutil.copytree(chosen["model.source"], model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(InputError, match="template"):
+        run(chosen | {"model.source": str(model)})
+    assert not (Path(chosen["output.runs_dir"]) / "run").exists()

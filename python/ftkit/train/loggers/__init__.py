@@ -31,6 +31,20 @@ def open_all(names: Sequence[str], run: str, folder: Path, config: dict[str, Any
     return [plugins.load("train.loggers", name).open(run, folder, config) for name in names]
 
 
+def session(service: Any, run: str, config: dict[str, Any], **settings: Any) -> Callable[[dict[str, Any]], None]:
+    """A listener that logs scalars by `service`'s init, log and finish, under the project `ftkit`."""
+    service.init(project="ftkit", name=run, config=config, **settings)
+
+    def listen(event: dict[str, Any]) -> None:
+        values = metrics(event)
+        if values:
+            service.log(values, step=event["step"])
+        if event["event"] in ("finished", "interrupted"):
+            service.finish()
+
+    return listen
+
+
 def metrics(event: dict[str, Any]) -> dict[str, float]:
     """The event's numbers by the names services show them under, such as `train/loss`; empty for other events."""
     group = "train" if event["event"] == "step" else "evaluation"

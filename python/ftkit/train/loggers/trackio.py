@@ -5,21 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftkit.train.loggers import metrics
+from ftkit.train.loggers import session
 
 PACKAGE = "trackio"
 
 
 def open(run: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:  # noqa: ARG001
     """A listener that logs scalars under the project `ftkit`."""
-    service: Any = importlib.import_module(PACKAGE)
-    service.init(project="ftkit", name=run, config=config)
-
-    def listen(event: dict[str, Any]) -> None:
-        values = metrics(event)
-        if values:
-            service.log(values, step=event["step"])
-        if event["event"] in ("finished", "interrupted"):
-            service.finish()
-
-    return listen
+    return session(importlib.import_module(PACKAGE), run, config)

@@ -126,7 +126,8 @@ async function ask(question) {
       if (more) { first ??= performance.now(); answer += more; show(more); }
     }
   } catch (error) {
-    if (error.name !== "AbortError") turn("wrong", error.message);
+    // a TypeError is all that the browser says of a connection that failed
+    if (error.name !== "AbortError") turn("wrong", error instanceof TypeError ? "the server cannot be reached" : error.message);
   }
   element.classList.remove("waiting");
   if (answer) history.push({ role: "assistant", content: answer });
