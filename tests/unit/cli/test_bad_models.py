@@ -48,14 +48,17 @@ def unknown_family(path: Path) -> None:
 
 def truncated_safetensors(path: Path) -> None:
     path.mkdir()
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8} | sizes))
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+    ones = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "llama"} | dict.fromkeys(sizes, 8) | dict.fromkeys(ones, 1))
+    )
     header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
     (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 7)
 
 
 def truncated_gguf(path: Path) -> None:
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, 5) + b"\0" * 9)
+    path.with_suffix(".gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, 5) + b"\0" * 9)
 
 
 def text(path: Path) -> None:
@@ -90,7 +93,8 @@ print(json.dumps(found))
 def test_every_command_says_what_is_wrong(kind: Callable[[Path], None], tmp_path: Path) -> None:
     kind(tmp_path / "the-model")
     (tmp_path / "data.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    names = {"MODEL": "./the-model", "DATA": "data.jsonl", "OUT": "out", "ADAPTER": "adapter"}
+    model = next(tmp_path.glob("the-model*"), tmp_path / "the-model").name
+    names = {"MODEL": f"./{model}", "DATA": "data.jsonl", "OUT": "out", "ADAPTER": "adapter"}
     before = sorted(path.name for path in tmp_path.iterdir())
     asked = [[command, *(names.get(word, word) for word in words)] for command, words in COMMANDS.items()]
     process = subprocess.run(
