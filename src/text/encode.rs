@@ -47,10 +47,12 @@ pub fn encode_conversation(
 ) -> Result<Encoded> {
     let prepared = Prepared::new(conversation);
     let rendered = provenance::render(template, tokenizer.added(), conversation, &prepared, false)?;
-    written(conversation, &rendered.text)?;
     let mut wanted: Vec<usize> = conversation.assistant_turns().collect();
     if train_on == TrainOn::Last {
         wanted.drain(..wanted.len().saturating_sub(1));
+    }
+    if train_on != TrainOn::All {
+        written(conversation, &wanted, &rendered.text)?;
     }
     let proofs = wanted.iter().map(|&turn| prove(template, conversation, &prepared, &rendered.text, turn));
     let turns: Vec<Turn> = match train_on {
@@ -79,9 +81,9 @@ pub fn encode_conversation(
 }
 
 /// Checks that the template writes the calls of tools; many templates know none, and would teach to say nothing instead.
-fn written(conversation: &Conversation, text: &str) -> Result<()> {
-    for (index, message) in conversation.messages.iter().enumerate() {
-        let calls = message.get("tool_calls").and_then(Value::as_array);
+fn written(conversation: &Conversation, turns: &[usize], text: &str) -> Result<()> {
+    for &index in turns {
+        let calls = conversation.messages[index].get("tool_calls").and_then(Value::as_array);
         for name in calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str()) {
             if !text.contains(name) {
                 return Err(Error::input(format!(

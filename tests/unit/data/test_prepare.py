@@ -120,7 +120,7 @@ def test_prompt_messages_are_not_trained_even_if_they_are_answers(encode: Encode
 def test_preferences_become_pairs(tmp_path: Path, texts: tuple[_core.Tokenizer, _core.ChatTemplate | None]) -> None:
     rows = [{"prompt": f"Is {n} even?", "chosen": "yes" * (n + 1), "rejected": "no"} for n in range(3)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    dataset, _ = data.prepare(DataConfig(path=str(path), max_tokens=400), *texts, seed=0)
+    dataset, _ = data.prepare(DataConfig(path=str(path), max_tokens=400), *texts, seed=0, pairs=True)
     batch = dataset.batch(list(range(len(dataset))))
     assert batch.group is not None
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
