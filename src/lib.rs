@@ -3,6 +3,7 @@
 //! Nothing here knows of Python except [`py`], which is compiled with the `python` feature only.
 
 pub mod data;
+pub mod decoder;
 pub mod error;
 pub mod gguf;
 pub mod plan;
@@ -10,6 +11,7 @@ pub mod plan;
 mod py;
 pub mod quant;
 pub mod serve;
+pub mod team;
 pub mod text;
 
 pub use error::{Error, ErrorKind, Result};

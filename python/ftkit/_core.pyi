@@ -72,6 +72,44 @@ class GgufWriter:
         """Drops what was written so far."""
 
 # quant
+def set_threads(count: int) -> None:
+    """Bounds the threads of the products and steps to come."""
+
+def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor) -> None:
+    """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`."""
+
+@final
+class DecoderLayers:
+    """A decoder's layers over the memory of the model's tensors, for one forward pass without gradients a call."""
+
+    def __new__(
+        cls,
+        layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], int | None, Sequence[tuple[Any, ...]]]],
+        heads: int,
+        key_value_heads: int,
+        head_dim: int,
+        epsilon: float,
+    ) -> DecoderLayers:
+        """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
+
+        A linear layer: (format, blocks uint8 [out, bytes of a row], inputs, bias or None, [(adapter, A, B, scale)]).
+        """
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        block_table: Tensor,
+        pages: Tensor,
+        spans: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """Computes x float32 [T, d] through all layers, in place; keys and values go to `pages`.
+
+        `spans`: (adapter, first row, row after the last).
+        """
+
 def quant_formats() -> list[tuple[str, int, int]]:
     """The block formats: (name, values in a block, bytes of a block)."""
 

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod data;
+mod decoder;
 mod errors;
 mod gguf;
 mod plan;
@@ -19,6 +20,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     data::register(module)?;
     gguf::register(module)?;
     quant::register(module)?;
+    decoder::register(module)?;
     plan::register(module)?;
     serve::register(module)?;
     // pyo3 keeps an `__all__` of its own; what is public is said once, in `_core.pyi`.

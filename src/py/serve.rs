@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::serve::attention::{self, Layout, Rows, Value};
 use crate::serve::models::Models;
 use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
+use crate::team::Team;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
@@ -363,5 +364,5 @@ fn typed<T: Element + Value>(
         let rows = Rows { block_table: rows[0].slice(), cu_seqlens: rows[1].slice(), positions: rows[2].slice() };
         (rows, q.slice(), pages.slice(), out.slice_mut())
     };
-    Ok(py.detach(|| attention::paged_attention(q, pages, rows, layout, scale, window, out))?)
+    Ok(py.detach(|| Team::run(|team| attention::paged_attention(team, q, pages, rows, layout, scale, window, out)))?)
 }

@@ -8,6 +8,7 @@ pub(super) const BLOCK: usize = 1;
 pub(super) const BYTES: usize = 2;
 
 /// w = bf16.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out) {
         *out = f32::from_bits(u32::from(u16::from_le_bytes(*block)) << 16);

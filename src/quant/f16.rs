@@ -8,9 +8,10 @@ pub(super) const BLOCK: usize = 1;
 pub(super) const BYTES: usize = 2;
 
 /// w = f16.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out) {
-        *out = f16::from_le_bytes(*block).to_f32();
+        *out = super::scales::wide(u16::from_le_bytes(*block));
     }
 }
 

@@ -6,6 +6,7 @@ pub(super) const BLOCK: usize = 1;
 pub(super) const BYTES: usize = 4;
 
 /// w = f32, little endian.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out) {
         *out = f32::from_le_bytes(*block);

@@ -14,6 +14,7 @@ pub(super) const BYTES: usize = 18;
 pub(super) const TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// w = d t[q].
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let d = half_at(block, 0);

@@ -35,8 +35,33 @@ macro_rules! kinds {
             }
 
             /// Writes the values of whole blocks to `out`; ends with the shorter of the two.
+            #[inline(always)]
             pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
                 match self { $(Self::$variant => $file::dequantize(blocks, out)),* }
+            }
+
+            /// [`Kind::dequantize`], to be compiled for AVX-512.
+            #[cfg(target_arch = "x86_64")]
+            #[inline]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            pub(super) fn dequantize_512(self, blocks: &[u8], out: &mut [f32]) {
+                match self {
+                    Self::Q4_0 => q4_0::dequantize_512(blocks, out),
+                    Self::Q4_1 => q4_1::dequantize_512(blocks, out),
+                    other => other.dequantize(blocks, out),
+                }
+            }
+
+            /// [`Kind::dequantize`], to be compiled for AVX2.
+            #[cfg(target_arch = "x86_64")]
+            #[inline]
+            #[target_feature(enable = "avx2,fma")]
+            pub(super) fn dequantize_256(self, blocks: &[u8], out: &mut [f32]) {
+                match self {
+                    Self::Q4_0 => q4_0::dequantize_256(blocks, out),
+                    Self::Q4_1 => q4_1::dequantize_256(blocks, out),
+                    other => other.dequantize(blocks, out),
+                }
             }
 
             /// Writes values as whole blocks; ends with the shorter of the two. All values must be finite.

@@ -9,6 +9,7 @@ mod f32;
 mod iq4_nl;
 mod iq4_xs;
 mod kind;
+pub mod matmul;
 mod nested;
 mod q2_k;
 mod q3_k;

@@ -2,6 +2,8 @@
 //!
 //! Bytes: d [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
+#[cfg(target_arch = "x86_64")]
+use super::scales::x86;
 use super::scales::{half_at, half_bytes};
 use super::search;
 
@@ -14,6 +16,7 @@ pub(super) const BYTES: usize = 18;
 type Grid = search::Integers<-8, 7>;
 
 /// w = d (q − 8).
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let d = half_at(block, 0);
@@ -22,6 +25,28 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             out[i] = d * f32::from((codes & 0x0f) as i8 - 8);
             out[i + 16] = d * f32::from((codes >> 4) as i8 - 8);
         }
+    }
+}
+
+/// The same by AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub(super) fn dequantize_512(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let codes = block.last_chunk().unwrap_or(&[0; 16]); // there always is one: the block is longer
+        x86::affine_512(codes, 8, half_at(block, 0), None, out);
+    }
+}
+
+/// The same by AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let codes = block.last_chunk().unwrap_or(&[0; 16]); // there always is one: the block is longer
+        x86::affine_256(codes, 8, half_at(block, 0), None, out);
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
+#[cfg(target_arch = "x86_64")]
+use super::scales::x86;
 use super::scales::{half_at, half_bytes};
 use super::search;
 
@@ -11,6 +13,7 @@ pub(super) const BLOCK: usize = 32;
 pub(super) const BYTES: usize = 20;
 
 /// w = d q + m, the product rounded first.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let (d, m) = (half_at(block, 0), half_at(block, 2));
@@ -19,6 +22,28 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
             out[i] = d * f32::from(codes & 0x0f) + m;
             out[i + 16] = d * f32::from(codes >> 4) + m;
         }
+    }
+}
+
+/// The same by AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub(super) fn dequantize_512(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let codes = block.last_chunk().unwrap_or(&[0; 16]); // there always is one: the block is longer
+        x86::affine_512(codes, 0, half_at(block, 0), Some(half_at(block, 2)), out);
+    }
+}
+
+/// The same by AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let codes = block.last_chunk().unwrap_or(&[0; 16]); // there always is one: the block is longer
+        x86::affine_256(codes, 0, half_at(block, 0), Some(half_at(block, 2)), out);
     }
 }
 

@@ -12,6 +12,7 @@ pub(super) const BLOCK: usize = 32;
 pub(super) const BYTES: usize = 24;
 
 /// w = d q + m, the product rounded first.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let (d, m) = (half_at(block, 0), half_at(block, 2));

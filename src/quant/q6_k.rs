@@ -14,18 +14,26 @@ pub(super) const BLOCK: usize = 256;
 pub(super) const BYTES: usize = 210;
 
 /// w = (d s) q.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let d = half_at(block, 208);
-        for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let scale = d * f32::from(block[192 + group] as i8);
-            // quarter: which 32 of the 128 values; side: which 16 of these
-            let (half, quarter, side) = (group / 8, group % 8 / 2, group % 2);
-            let low = &block[half * 64 + quarter % 2 * 32 + side * 16..][..16];
-            let high = &block[128 + half * 32 + side * 16..][..16];
-            for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-                let code = ((low >> (quarter / 2 * 4)) & 0x0f) | ((high >> (quarter * 2)) & 3) << 4;
-                *out = scale * f32::from(code as i8 - 32);
+        for (quarter, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            // half: which 128 values; quarter: which 32 of these
+            let (half, quarter) = (quarter / 4, quarter % 4);
+            let low = &block[half * 64 + quarter % 2 * 32..][..32];
+            let high = &block[128 + half * 32..][..32];
+            let mut codes = [0i8; 32];
+            for ((code, low), high) in codes.iter_mut().zip(low).zip(high) {
+                *code = (((low >> (quarter / 2 * 4)) & 0x0f) | ((high >> (quarter * 2)) & 3) << 4) as i8 - 32;
+            }
+            for (side, (out, codes)) in
+                out.as_chunks_mut::<16>().0.iter_mut().zip(codes.as_chunks::<16>().0).enumerate()
+            {
+                let scale = d * f32::from(block[192 + half * 8 + quarter * 2 + side] as i8);
+                for (out, code) in out.iter_mut().zip(codes) {
+                    *out = scale * f32::from(*code);
+                }
             }
         }
     }

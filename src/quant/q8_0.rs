@@ -14,6 +14,7 @@ pub(super) const BYTES: usize = 34;
 type Grid = search::Integers<-127, 127>;
 
 /// w = d q.
+#[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let d = half_at(block, 0);

@@ -10,9 +10,11 @@
 //! Sums run over s in order, so a row's result depends on its own sequence and on nothing else in the batch, whatever
 //! the number of threads. Sums are in float32.
 
-use bytemuck::Pod;
-use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 
+use bytemuck::Pod;
+
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// A number as the cache keeps it.
@@ -85,7 +87,9 @@ pub struct Rows<'a> {
 }
 
 /// Attends from `q` `[rows, heads, head_dim]` to the pages and writes `out`, of the same shape.
+#[allow(clippy::too_many_arguments)]
 pub fn paged_attention<T: Value>(
+    team: &Team,
     q: &[T],
     pool: &[T],
     rows: Rows<'_>,
@@ -110,21 +114,29 @@ pub fn paged_attention<T: Value>(
         let q = &q[row * width + head * group * layout.head_dim..][..group * layout.head_dim];
         attend(q, pool, table, layout, head, span, scale, out, scores);
     };
+    // Heads are dealt out in runs that take about as long; each run is one thread's, and so are its outputs.
     let work: usize = rows.positions.iter().map(|&position| position as usize + 1).sum::<usize>() * width;
     let chunk = group * layout.head_dim;
-    if work < PARALLEL_FROM {
-        let mut scores = Vec::new();
-        out.chunks_exact_mut(chunk).enumerate().for_each(|(index, out)| task(index, out, &mut scores));
-    } else {
-        out.par_chunks_exact_mut(chunk)
-            .enumerate()
-            .for_each_init(Vec::new, |scores, (index, out)| task(index, out, scores));
+    let heads = out.len() / chunk;
+    let runs = (work / TASK).clamp(1, (8 * team.threads()).min(heads.max(1)));
+    let mut parts: Vec<Mutex<&mut [T]>> = Vec::with_capacity(runs);
+    let mut rest = out;
+    for run in 0..runs {
+        let (part, after) = rest.split_at_mut((heads * (run + 1) / runs - heads * run / runs) * chunk);
+        parts.push(Mutex::new(part));
+        rest = after;
     }
+    team.each(runs, &|run| {
+        let mut scores = Vec::new();
+        let mut part = parts[run].lock().unwrap_or_else(PoisonError::into_inner);
+        let first = heads * run / runs;
+        part.chunks_exact_mut(chunk).enumerate().for_each(|(index, out)| task(first + index, out, &mut scores));
+    });
     Ok(())
 }
 
-/// Multiplications from which other threads are worth waking: about 0.1 ms of one core.
-const PARALLEL_FROM: usize = 1 << 19;
+/// Multiplications that are worth a task of their own: some microseconds.
+const TASK: usize = 1 << 15;
 
 /// Checks every length and index, so that what follows cannot leave its slices. The sequence of each row.
 fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<Vec<usize>> {
@@ -295,7 +307,8 @@ mod tests {
         let run = |positions: &[i32], cu_seqlens: &[i32], block_table: &[i32]| {
             let q = vec![0.0f32; positions.len() * 20];
             let mut out = q.clone();
-            paged_attention(&q, &pool, Rows { positions, cu_seqlens, block_table }, LAYOUT, 1.0, None, &mut out)
+            let rows = Rows { positions, cu_seqlens, block_table };
+            Team::run(|team| paged_attention(team, &q, &pool, rows, LAYOUT, 1.0, None, &mut out))
         };
         assert!(run(&[5], &[0, 1], &[1, 0]).is_ok());
         assert!(run(&[], &[0], &[]).is_ok());
@@ -324,7 +337,7 @@ mod tests {
         }
         let (q, mut out) = (vec![1.0f32; 20], vec![0.0f32; 20]);
         let rows = Rows { positions: &[5], cu_seqlens: &[0, 1], block_table: &[0, 1] };
-        paged_attention(&q, &pool, rows, LAYOUT, 1.0, Some(1), &mut out).unwrap();
+        Team::run(|team| paged_attention(team, &q, &pool, rows, LAYOUT, 1.0, Some(1), &mut out)).unwrap();
         let expected: Vec<f32> =
             [0, 0, 5, 5].iter().flat_map(|&from| (from..from + 5).map(|value| value as f32)).collect();
         assert_eq!(out, expected);

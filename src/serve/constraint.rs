@@ -160,7 +160,8 @@ mod tests {
     use crate::serve::{Sampler, Sampling};
     use crate::text::tests::tokenizer;
 
-    /// `</s>` of the tests' tokenizer, whose other tokens are bytes.
+    /// `<|im_end|>` and `</s>` of the tests' tokenizer, whose tokens are bytes but for these and `<|im_start|>`.
+    const END_OF_TURN: u32 = 257;
     const END: u32 = 258;
     const VOCABULARY: usize = 259;
 
@@ -181,8 +182,8 @@ mod tests {
         let mut bytes = Vec::new();
         for _ in 0..most {
             match sampler.choose(&logits).expect("a token").token {
-                END => return Some(String::from_utf8(bytes).expect("UTF-8")),
-                token => bytes.push(u8::try_from(token).expect("no special token but the end")),
+                END_OF_TURN | END => return Some(String::from_utf8(bytes).expect("UTF-8")),
+                token => bytes.push(u8::try_from(token).expect("no special token but those that end")),
             }
         }
         None

@@ -31,8 +31,8 @@ def command(
         Literal["ftkit", "llama-cpp"], typer.Option(help="llama-cpp: the same over llama.cpp.")
     ] = "ftkit",
     quant: Annotated[
-        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
-    ] = "none",
+        str, typer.Option("--quant", help="none: dense; gguf: the file's blocks; auto: those, where it has any.")
+    ] = "auto",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,
 ) -> None:

@@ -35,8 +35,8 @@ def command(
         int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
     quant: Annotated[
-        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
-    ] = "none",
+        str, typer.Option("--quant", help="none: dense; gguf: the file's blocks; auto: those, where it has any.")
+    ] = "auto",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:

@@ -281,12 +281,18 @@ def launch(
     runs_dir: str | Path = "runs",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    quant: str = "none",
+    quant: str = "auto",
     **options: Any,
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
-    default; the base model keeps its own name. `quant` is how its matrices are held, `options` are the engine's."""
+    default; the base model keeps its own name. `quant` is how its matrices are held: `auto` leaves those of a GGUF file
+    in their blocks where the core multiplies with blocks, which answers the same to the bit. `options` are for `Engine`.
+    """
     source = models.resolve(model, runs_dir)
+    if quant == "auto":
+        blocks = source.path.suffix == ".gguf" and torch.device(device).type == "cpu" and dtype == torch.float32
+        quant = "gguf" if blocks else "none"
+    _core.set_threads(torch.get_num_threads())
     engine = Engine(models.load(source, dtype=dtype, device=device, quant=quant), name=source.path.stem, **options)
     try:
         if source.adapter is not None:

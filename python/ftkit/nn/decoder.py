@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ftkit.kernels.attention import attention
+from ftkit.kernels.decoder_layers import decoder_layers
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 from ftkit.nn.batch import RaggedBatch
@@ -74,6 +75,10 @@ class Attention(nn.Module):
         self.q_norm = make.norm(f"{name}.q_norm", config.head_dim) if config.query_key_norm else None
         self.k_norm = make.norm(f"{name}.k_norm", config.head_dim) if config.query_key_norm else None
 
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of their use."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None) -> Tensor:
         """[T, d] to [T, d]."""
         routes, config = batch.routes, self.config
@@ -102,6 +107,10 @@ class FeedForward(nn.Module):
         self.gate_proj = make.linear(f"{name}.gate_proj", inner, outer, bias)
         self.up_proj = make.linear(f"{name}.up_proj", inner, outer, bias)
         self.down_proj = make.linear(f"{name}.down_proj", outer, inner, bias)
+
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of their use."""
+        return self.gate_proj, self.up_proj, self.down_proj
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:
         """[T, d] to [T, d]."""
@@ -153,11 +162,11 @@ class Decoder(nn.Module):
         x: Tensor = self.embed_tokens(batch.tokens, batch.routes)
         angles = self.rotary(batch.positions, x.dtype)
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer in self.layers:
-            if recompute:
+        if recompute:
+            for layer in self.layers:
                 x = checkpoint(layer, x, angles, batch, None, use_reentrant=False)
-            else:
-                x = layer(x, angles, batch, cache)
+        else:
+            x = decoder_layers(x, angles, batch, cache, self)
         hidden: Tensor = self.norm(x, batch.routes)
         return hidden
 

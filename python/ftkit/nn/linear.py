@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftkit.kernels.block_matmul import block_matmul
 from ftkit.nn.routes import Routes
 
 
@@ -41,6 +42,9 @@ class Weight(Protocol):
     def dense(self) -> Tensor:
         """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""
 
+    def stored(self) -> tuple[str, Tensor] | None:
+        """(format, blocks uint8 [out, bytes of a row]) as the core reads them; None where it doesn't."""
+
     def replace_dense(self, dense: Tensor) -> "Weight":
         """A weight stored in the same way that holds `dense` as nearly as that way can."""
 
@@ -64,7 +68,8 @@ class DenseWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        return functional.linear(x, self.tensor)
+        stored = None if torch.is_grad_enabled() else self.stored()
+        return functional.linear(x, self.tensor) if stored is None else block_matmul(x, *stored)
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
@@ -77,6 +82,13 @@ class DenseWeight(nn.Module):
     def dense(self) -> Tensor:
         """The tensor itself."""
         return self.tensor.detach()
+
+    def stored(self) -> tuple[str, Tensor] | None:
+        """Float32 on the CPU is a format of the core's."""
+        tensor = self.tensor.detach()
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        return "f32", tensor.view(torch.uint8)
 
     def replace_dense(self, dense: Tensor) -> "DenseWeight":
         """A dense weight of these values."""

@@ -41,7 +41,7 @@ class PagedCache:
             total = page_count * page_bytes
             raise InputError(f"cache: expected room for {total} bytes, got {error}", "make the pool smaller") from error
         self.block_tokens, self.page_count = block_tokens, page_count
-        self._pages = self.pool.view(dtype).view(page_count, *shape)
+        self.pages = self.pool.view(dtype).view(page_count, *shape)
         self._route: tuple[RaggedBatch, Tensor, Tensor, Tensor, tuple[int, ...]] | None = None
 
     @staticmethod
@@ -56,11 +56,11 @@ class PagedCache:
     ) -> Tensor:
         """Writes k and v [T, key_value_heads, head_dim] to the pages; q [T, heads, head_dim] to the same shape."""
         table, pages, slots, totals = self._places(batch)
-        self._pages[:, layer, 0].index_put_((pages, slots), k)
-        self._pages[:, layer, 1].index_put_((pages, slots), v)
+        self.pages[:, layer, 0].index_put_((pages, slots), k)
+        self.pages[:, layer, 1].index_put_((pages, slots), v)
         return paged_attention(
             q,
-            self._pages,
+            self.pages,
             table,
             batch.cu_seqlens,
             batch.positions,

@@ -4,7 +4,7 @@
 
 W is never kept: a model takes its file's size, pages of the file are shared by all processes that map it, and what is
 computed is, to the bit, what the same file computes once it is dequantized whole. An embedding dequantizes the rows
-that are asked for. Choose it where memory is short; each product pays for dequantizing its weight.
+that are asked for. Without gradients a product takes a few rows of blocks at a time; training dequantizes the matrix.
 
 Block formats are those of `ftkit list quant`; a row of W is a row of whole blocks.
 """
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ftkit import _core
 from ftkit.errors import InputError
+from ftkit.kernels.block_matmul import block_matmul, dequantize
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 
@@ -55,6 +56,8 @@ class GgufWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
+        if not torch.is_grad_enabled():
+            return block_matmul(x, self.kind, self.blocks)
         y: Tensor = _Matmul.apply(x, self)
         return y
 
@@ -64,13 +67,15 @@ class GgufWeight(nn.Module):
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
-        found: Tensor = _dequantize(self.blocks.index_select(0, numbers), self.kind, self.columns)
-        return found.to(self.dtype)
+        return dequantize(self.kind, self.blocks.index_select(0, numbers)).to(self.dtype)
 
     def dense(self) -> Tensor:
         """W [out, in], a new tensor."""
-        found: Tensor = _dequantize(self.blocks, self.kind, self.columns)
-        return found.to(self.dtype)
+        return dequantize(self.kind, self.blocks).to(self.dtype)
+
+    def stored(self) -> tuple[str, Tensor] | None:
+        """The blocks as they are."""
+        return (self.kind, self.blocks) if self.blocks.device.type == "cpu" else None
 
     def replace_dense(self, dense: Tensor) -> "GgufWeight":
         """These values in the same format. Raises InputError for values that are not finite or too large for it."""
@@ -91,16 +96,3 @@ class _Matmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return ctx.weight.matmul_transposed(dy), None
-
-
-@torch.library.custom_op("ftkit::dequantize", mutates_args=())
-def _dequantize(blocks: Tensor, kind: str, columns: int) -> Tensor:
-    """uint8 [rows, bytes] to float32 [rows, columns]."""
-    out = torch.empty(blocks.shape[0], columns)
-    _core.dequantize(kind, blocks, out)
-    return out
-
-
-@_dequantize.register_fake
-def _(blocks: Tensor, kind: str, columns: int) -> Tensor:  # noqa: ARG001
-    return torch.empty(blocks.shape[0], columns)

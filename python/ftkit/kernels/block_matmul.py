@@ -1,0 +1,71 @@
+"""A product with a matrix that is stored in blocks.
+
+    y = x Wᵀ
+
+The `cpu` backend (in the core) dequantizes a few rows of W at a time into the processor's cache and never has W whole.
+A number of y depends on its row of x and its row of W alone: neither the rows beside it nor the threads change a bit
+of it. Plain float32 is one of the formats.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ftkit import _core
+from ftkit.kernels import operation
+
+_FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
+
+
+@operation
+def block_matmul(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    """x [rows, in] and W's blocks uint8 [out, bytes of a row] to [rows, out] in x's dtype."""
+    return functional.linear(x, dequantize(kind, blocks).to(x.dtype))
+
+
+@block_matmul.backend("cpu", lambda x, kind, blocks: x.dtype == torch.float32 and x.device == blocks.device)  # noqa: ARG005
+def _cpu(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    y: Tensor = torch.ops.ftkit.block_matmul(x, kind, blocks)
+    return y
+
+
+def dequantize(kind: str, blocks: Tensor) -> Tensor:
+    """The blocks of rows, uint8 [rows, bytes of a row], as float32 [rows, columns]."""
+    found: Tensor = torch.ops.ftkit.dequantize(kind, blocks)
+    return found
+
+
+def columns_of(kind: str, blocks: Tensor) -> int:
+    """Values in a row of blocks."""
+    size, nbytes = _FORMATS[kind]
+    return blocks.shape[1] // nbytes * size
+
+
+# What `torch.library.custom_op` does, in parts: the decorator's first call imports the compiler, which takes seconds.
+_library = torch.library.Library("ftkit", "FRAGMENT")
+_library.define("block_matmul(Tensor x, str kind, Tensor blocks) -> Tensor")
+_library.define("dequantize(str kind, Tensor blocks) -> Tensor")
+
+
+def _multiply(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], blocks.shape[0])
+    _core.block_matmul(kind, blocks, x.contiguous(), out)
+    return out
+
+
+def _widen(kind: str, blocks: Tensor) -> Tensor:
+    out = torch.empty(blocks.shape[0], columns_of(kind, blocks))
+    _core.dequantize(kind, blocks, out)
+    return out
+
+
+_library.impl("block_matmul", _multiply, "CPU")
+_library.impl("dequantize", _widen, "CPU")
+torch.library.register_fake(
+    "ftkit::block_matmul", lambda x, _kind, blocks: x.new_empty(x.shape[0], blocks.shape[0]), lib=_library
+)
+torch.library.register_fake(
+    "ftkit::dequantize",
+    lambda kind, blocks: blocks.new_empty((blocks.shape[0], columns_of(kind, blocks)), dtype=torch.float32),
+    lib=_library,
+)

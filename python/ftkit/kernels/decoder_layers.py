@@ -1,0 +1,109 @@
+"""A decoder's layers one after another, over a cache of pages.
+
+    x ← layer_i(x)   for every layer i
+
+The `fused` backend computes all of them in one call into the core, where a small model's token takes less time than
+torch takes to start its operations. It needs float32 on the CPU, no gradients, and adapters that are LoRAs, and makes
+each row's result independent of the rest of the batch, to the bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftkit import _core
+from ftkit.kernels import operation
+
+
+@operation
+def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> Tensor:
+    """x [T, d], cos and sin [T, head_dim / 2], the batch, its cache (or None) and the decoder to [T, d]."""
+    for layer in model.layers:
+        x = layer(x, angles, batch, cache)
+    return x
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The core's view of a model's layers, and what it was made of."""
+
+    weights: list[tuple[dict[str, Any], Any]]
+    adapters: dict[int, Any]
+    layers: _core.DecoderLayers | None
+    """None where the core cannot compute them."""
+
+    def current(self, attached: dict[int, Any]) -> bool:
+        """Whether the model still has these weights and adapters."""
+        same = len(attached) == len(self.adapters) and all(self.adapters.get(k) is v for k, v in attached.items())
+        return same and all(modules["weight"] is weight for modules, weight in self.weights)
+
+
+def _fused_layers(model: Any) -> _core.DecoderLayers | None:
+    found: _Fused | None = getattr(model, "_fused", None)
+    if found is None or not found.current(model.attached):
+        found = _Fused(
+            weights=[(linear._modules, linear.weight) for linear in model.linears().values()],
+            adapters=dict(model.attached),
+            layers=_build(model),
+        )
+        object.__setattr__(model, "_fused", found)  # no part of the module's state
+    return found.layers
+
+
+def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
+    pages = getattr(cache, "pages", None)
+    if pages is None or torch.is_grad_enabled() or model.training or batch.block_table is None:
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or pages.dtype != torch.float32:
+        return False
+    return _fused_layers(model) is not None
+
+
+@decoder_layers.backend("fused", _supports)
+def _run(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> Tensor:
+    """All layers in the core."""
+    layers = _fused_layers(model)
+    assert layers is not None
+    x = x.clone(memory_format=torch.contiguous_format)
+    cos, sin = (angle.contiguous() for angle in angles)
+    table = batch.block_table.contiguous()
+    layers.forward(x, cos, sin, batch.positions, batch.cu_seqlens, table, cache.pages, list(batch.routes.spans))
+    return x
+
+
+def _build(model: Any) -> _core.DecoderLayers | None:
+    config = model.config
+    layers = []
+    for layer in model.layers:
+        attention, feed_forward = layer.self_attn, layer.mlp
+        head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        modules = (*attention.linears(), *feed_forward.linears())
+        linears = [linear for module in modules if (linear := _linear(module)) is not None]
+        if len(linears) < len(modules) or any(norm.adapters for norm in (*norms, *head_norms)):
+            return None
+        window = config.window(attention.layer)
+        layers.append((_weights(norms), _weights(head_norms), window, linears))
+    return _core.DecoderLayers(layers, config.heads, config.key_value_heads, config.head_dim, config.norm_epsilon)
+
+
+def _weights(norms: Sequence[nn.Module]) -> list[Tensor]:
+    return [norm.weight.detach() for norm in norms]  # type: ignore[operator]
+
+
+def _linear(module: Any) -> tuple[Any, ...] | None:
+    """(format, blocks, inputs, bias, LoRAs) of a linear layer; None for one that the core doesn't know."""
+    stored = module.weight.stored()
+    if stored is None:
+        return None
+    loras = []
+    for adapter_id, adapter in module.adapters.items():
+        lora = adapter.as_lora()
+        if lora is None or adapter.bias is not None or lora[0].dtype != torch.float32:
+            return None
+        loras.append((int(adapter_id), lora[0].detach(), lora[1].detach(), lora[2]))
+    bias = None if module.bias is None else module.bias.detach()
+    return (*stored, module.shape[1], bias, loras)

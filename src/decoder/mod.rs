@@ -1,0 +1,280 @@
+//! A decoder's layers for serving, as one call: the same steps as the model's definition, without gradients.
+//!
+//! ```text
+//! x ← x + o(attention(rope(q h), rope(k h), v h)),   h = norm(x)
+//! x ← x + down(silu(gate h) ⊙ up h),                 h = norm(x)
+//! ```
+//! Every row is computed by itself, in an order that depends on its own sequence alone (see [`crate::quant::matmul`] and
+//! [`crate::serve::attention`]), so a row's result is the same bits whatever else is in the batch.
+
+mod math;
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::quant::matmul::{Matrix, matmul};
+use crate::serve::attention::{Layout, Rows, paged_attention};
+use crate::team::Team;
+
+/// A LoRA on a linear layer: y += scale (x Aᵀ) Bᵀ for the rows of its adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct Lora<'a> {
+    /// The adapter's id.
+    pub adapter: i32,
+    /// A `[rank, in]`.
+    pub a: Matrix<'a>,
+    /// B `[out, rank]`.
+    pub b: Matrix<'a>,
+    /// The factor.
+    pub scale: f32,
+}
+
+/// A linear layer: y = x Wᵀ + b, and what adapters add.
+#[derive(Clone, Debug)]
+pub struct Linear<'a> {
+    /// W `[out, in]`.
+    pub weight: Matrix<'a>,
+    /// b `[out]`.
+    pub bias: Option<&'a [f32]>,
+    /// At most one an adapter.
+    pub loras: Vec<Lora<'a>>,
+}
+
+/// A layer's weights.
+#[derive(Clone, Debug)]
+pub struct Layer<'a> {
+    /// Weights of the norms before attention and before the feed-forward layer `[d]`.
+    pub norms: [&'a [f32]; 2],
+    /// Weights of the norms of queries and of keys `[head_dim]`.
+    pub head_norms: Option<[&'a [f32]; 2]>,
+    /// Tokens that a token sees, itself included.
+    pub window: Option<usize>,
+    /// Queries, keys, values.
+    pub qkv: [Linear<'a>; 3],
+    /// Attention's output.
+    pub o: Linear<'a>,
+    /// Gate and up.
+    pub gate_up: [Linear<'a>; 2],
+    /// Back to the width of the model.
+    pub down: Linear<'a>,
+}
+
+/// All layers and their sizes.
+#[derive(Debug)]
+pub struct Layers<'a> {
+    layers: Vec<Layer<'a>>,
+    width: usize,
+    inner: usize,
+    heads: usize,
+    key_value_heads: usize,
+    head_dim: usize,
+    epsilon: f32,
+}
+
+/// What is computed: T rows of sequences that continue in a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The rotary table of each row's position `[T, head_dim / 2]`.
+    pub cos: &'a [f32],
+    /// The same.
+    pub sin: &'a [f32],
+    /// Positions, sequences and pages.
+    pub rows: Rows<'a>,
+    /// Spans of rows under one adapter: (adapter, first row, row after the last).
+    pub spans: &'a [(i32, usize, usize)],
+}
+
+impl<'a> Layers<'a> {
+    /// # Errors
+    /// Sizes that don't agree.
+    pub fn new(
+        layers: Vec<Layer<'a>>,
+        heads: usize,
+        key_value_heads: usize,
+        head_dim: usize,
+        epsilon: f32,
+    ) -> Result<Self> {
+        let (width, inner) = layers.first().map_or((0, 0), |layer| (layer.norms[0].len(), layer.down.weight.columns()));
+        let made = Self { layers, width, inner, heads, key_value_heads, head_dim, epsilon };
+        made.layers.iter().enumerate().try_for_each(|(index, layer)| {
+            made.check(layer).map_err(|error| Error::failure(format!("layer {index}: {}", error.message)))
+        })?;
+        if key_value_heads == 0 || !heads.is_multiple_of(key_value_heads) || !head_dim.is_multiple_of(2) {
+            return Err(Error::failure(format!(
+                "expected heads in groups and of even width, got {heads}, {key_value_heads} and {head_dim}"
+            )));
+        }
+        Ok(made)
+    }
+
+    fn check(&self, layer: &Layer<'_>) -> Result<()> {
+        let (q, kv) = (self.heads * self.head_dim, self.key_value_heads * self.head_dim);
+        let [w_q, w_k, w_v] = &layer.qkv;
+        let [gate, up] = &layer.gate_up;
+        for (linear, outputs, inputs) in [
+            (w_q, q, self.width),
+            (w_k, kv, self.width),
+            (w_v, kv, self.width),
+            (&layer.o, self.width, q),
+            (gate, self.inner, self.width),
+            (up, self.inner, self.width),
+            (&layer.down, self.width, self.inner),
+        ] {
+            let right = linear.weight.rows() == outputs
+                && linear.weight.columns() == inputs
+                && linear.bias.is_none_or(|bias| bias.len() == outputs)
+                && linear.loras.iter().all(|lora| {
+                    let rank = lora.a.rows();
+                    lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == rank
+                });
+            if !right {
+                return Err(Error::failure(format!("expected a linear layer from {inputs} to {outputs}, got another")));
+            }
+        }
+        let norms = layer.norms.iter().all(|norm| norm.len() == self.width);
+        if !norms || layer.head_norms.iter().flatten().any(|norm| norm.len() != self.head_dim) {
+            return Err(Error::failure("expected norms as wide as what they norm, got others"));
+        }
+        Ok(())
+    }
+
+    /// The hidden states `[T, d]` after all layers, in place; keys and values of the rows go to `pool`.
+    ///
+    /// # Errors
+    /// Sizes that don't agree, or pages outside the pool.
+    pub fn forward(
+        &self,
+        team: &Team,
+        batch: Batch<'_>,
+        block_tokens: usize,
+        pool: &mut [f32],
+        x: &mut [f32],
+    ) -> Result<()> {
+        let count = batch.rows.positions.len();
+        let half = count * self.head_dim / 2;
+        if x.len() != count * self.width || batch.cos.len() != half || batch.sin.len() != half {
+            return Err(Error::failure(format!(
+                "expected {count} rows of {} and their angles, got others",
+                self.width
+            )));
+        }
+        if batch.spans.iter().any(|&(_, first, end)| first > end || end > count) {
+            return Err(Error::failure(format!("expected spans of {count} rows, got {:?}", batch.spans)));
+        }
+        let (q, kv) = (self.heads * self.head_dim, self.key_value_heads * self.head_dim);
+        let mut layout = Layout {
+            layer: 0,
+            layers: self.layers.len(),
+            block_tokens,
+            heads: self.heads,
+            key_value_heads: self.key_value_heads,
+            head_dim: self.head_dim,
+        };
+        let slots = slots(batch.rows, layout, pool.len())?;
+        let mut h = vec![0.0; count * self.width];
+        let mut qkv = vec![0.0; count * (q + 2 * kv)];
+        let (mut queries, mut mixed) = (vec![0.0; count * q], vec![0.0; count * q]);
+        let mut gate_up = vec![0.0; count * 2 * self.inner];
+        let mut acted = vec![0.0; count * self.inner];
+        for (index, layer) in self.layers.iter().enumerate() {
+            layout.layer = index;
+            math::rms_norm(x, layer.norms[0], self.epsilon, &mut h);
+            apply(team, &layer.qkv, &h, batch.spans, &mut qkv)?;
+            let half_page = layout.block_tokens * kv;
+            for (row, (parts, queries)) in qkv.chunks_exact_mut(q + 2 * kv).zip(queries.chunks_exact_mut(q)).enumerate()
+            {
+                let (heads, values) = parts.split_at_mut(q + kv);
+                if let Some([q_norm, k_norm]) = layer.head_norms {
+                    math::norm_heads(&mut heads[..q], q_norm, self.epsilon);
+                    math::norm_heads(&mut heads[q..], k_norm, self.epsilon);
+                }
+                let angles = row * self.head_dim / 2..(row + 1) * self.head_dim / 2;
+                math::rotate(heads, self.head_dim, &batch.cos[angles.clone()], &batch.sin[angles]);
+                queries.copy_from_slice(&heads[..q]);
+                let at = slots[row] + index * 2 * half_page;
+                pool[at..at + kv].copy_from_slice(&heads[q..]);
+                pool[at + half_page..at + half_page + kv].copy_from_slice(values);
+            }
+            let scale = (self.head_dim as f32).powf(-0.5);
+            paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
+            apply(team, std::slice::from_ref(&layer.o), &mixed, batch.spans, &mut h)?;
+            add(x, &h);
+            math::rms_norm(x, layer.norms[1], self.epsilon, &mut h);
+            apply(team, &layer.gate_up, &h, batch.spans, &mut gate_up)?;
+            swiglu(team, self.inner, &gate_up, &mut acted);
+            apply(team, std::slice::from_ref(&layer.down), &acted, batch.spans, &mut h)?;
+            add(x, &h);
+        }
+        Ok(())
+    }
+}
+
+/// Where the keys of each row in layer 0 stand in the pool; what is checked here, attention relies on as well.
+fn slots(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
+    let sequences = rows.cu_seqlens.len().saturating_sub(1);
+    let blocks = rows.block_table.len() / sequences.max(1);
+    let wrong = || Error::failure("expected rows whose pages are in the pool, got others");
+    let mut found = Vec::with_capacity(rows.positions.len());
+    for (sequence, ends) in rows.cu_seqlens.windows(2).enumerate() {
+        for _ in ends[0]..ends[1] {
+            let position =
+                rows.positions.get(found.len()).and_then(|&at| usize::try_from(at).ok()).ok_or_else(wrong)?;
+            let block = position / layout.block_tokens.max(1);
+            let page = (block < blocks).then(|| rows.block_table.get(sequence * blocks + block)).flatten();
+            let page = page.and_then(|&page| usize::try_from(page).ok()).ok_or_else(wrong)?;
+            if (page + 1).checked_mul(layout.page()).is_none_or(|end| end > pool) {
+                return Err(wrong());
+            }
+            let slot = position % layout.block_tokens * layout.key_value_heads * layout.head_dim;
+            found.push(page * layout.page() + slot);
+        }
+    }
+    if found.len() != rows.positions.len() {
+        return Err(wrong());
+    }
+    Ok(found)
+}
+
+/// The outputs of several layers of one input, side by side: y `[T, Σ out]`.
+fn apply(team: &Team, linears: &[Linear<'_>], x: &[f32], spans: &[(i32, usize, usize)], y: &mut [f32]) -> Result<()> {
+    // at most three layers share an input
+    let matrices: Vec<Matrix<'_>> = linears.iter().map(|linear| linear.weight).collect();
+    matmul(team, &matrices, x, y)?;
+    let width: usize = matrices.iter().map(Matrix::rows).sum();
+    let mut begin = 0;
+    for linear in linears {
+        let (inputs, outputs) = (linear.weight.columns(), linear.weight.rows());
+        if let Some(bias) = linear.bias {
+            y.chunks_exact_mut(width).for_each(|y| add(&mut y[begin..begin + outputs], bias));
+        }
+        for &(adapter, first, end) in spans {
+            let Some(lora) = linear.loras.iter().find(|lora| lora.adapter == adapter) else { continue };
+            let mut low = vec![0.0; (end - first) * lora.a.rows()];
+            matmul(team, &[lora.a], &x[first * inputs..end * inputs], &mut low)?;
+            low.iter_mut().for_each(|value| *value *= lora.scale);
+            let mut more = vec![0.0; (end - first) * outputs];
+            matmul(team, &[lora.b], &low, &mut more)?;
+            for (row, more) in (first..end).zip(more.chunks_exact(outputs)) {
+                add(&mut y[row * width + begin..][..outputs], more);
+            }
+        }
+        begin += outputs;
+    }
+    Ok(())
+}
+
+fn add(x: &mut [f32], more: &[f32]) {
+    x.iter_mut().zip(more).for_each(|(x, more)| *x += more);
+}
+
+/// silu(gate) ⊙ up, rows dealt out in runs.
+fn swiglu(team: &Team, inner: usize, gate_up: &[f32], acted: &mut [f32]) {
+    let count = acted.len() / inner.max(1);
+    let run = count.div_ceil(2 * team.threads()).max(8);
+    let parts: Vec<_> = acted.chunks_mut((run * inner).max(1)).map(Mutex::new).collect();
+    team.each(parts.len(), &|index| {
+        let mut part = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
+        let rows = gate_up[index * run * 2 * inner..].chunks_exact((2 * inner).max(1));
+        part.chunks_exact_mut(inner.max(1)).zip(rows).for_each(|(acted, gate_up)| math::swiglu(gate_up, acted));
+    });
+}

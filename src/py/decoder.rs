@@ -1,0 +1,177 @@
+//! Bindings of the `decoder` room and of the products with matrices of blocks.
+
+use pyo3::prelude::*;
+
+use super::quant::kind_called;
+use super::tensor::Memory;
+use crate::decoder::{Batch, Layer, Layers, Linear, Lora};
+use crate::error::Error;
+use crate::quant::matmul::{self, Matrix};
+use crate::serve::attention::Rows;
+use crate::team::{self, Team};
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<DecoderLayers>()?;
+    module.add_function(wrap_pyfunction!(set_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(block_matmul, module)?)
+}
+
+/// Bounds the threads of the products and steps to come.
+#[pyfunction]
+fn set_threads(count: usize) {
+    team::set_threads(count);
+}
+
+/// Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`.
+#[pyfunction]
+fn block_matmul(
+    py: Python<'_>,
+    kind: &str,
+    blocks: &Bound<'_, PyAny>,
+    x: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let kind = kind_called(kind)?;
+    let blocks = Memory::<u8>::of("blocks", blocks)?;
+    let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
+    let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), x.shape.as_slice()) else {
+        return Err(Error::failure(format!("expected two matrices, got {:?} and {:?}", blocks.shape, x.shape)).into());
+    };
+    // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, the rest to be read.
+    let (blocks, x, out) = unsafe { (blocks.slice(), x.slice(), out.slice_mut()) };
+    let matrix = Matrix::new(kind, blocks, rows, columns)?;
+    Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[matrix], x, out)))?)
+}
+
+/// (format, blocks uint8 [out, bytes of a row], inputs, bias or None, [(adapter, A, B, scale)])
+type GivenLinear<'py> = (
+    String,
+    Bound<'py, PyAny>,
+    usize,
+    Option<Bound<'py, PyAny>>,
+    Vec<(i32, Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>,
+);
+/// (norms, norms of heads, window, linear layers from q to down)
+type GivenLayer<'py> = (Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>, Option<usize>, Vec<GivenLinear<'py>>);
+
+/// A decoder's layers over the memory of the model's tensors.
+#[pyclass(module = "ftkit._core", frozen)]
+struct DecoderLayers {
+    /// Borrows from the tensors that `_tensors` keeps.
+    layers: Layers<'static>,
+    _tensors: Vec<Py<PyAny>>,
+}
+
+#[pymethods]
+impl DecoderLayers {
+    #[new]
+    fn new(
+        layers: Vec<GivenLayer<'_>>,
+        heads: usize,
+        key_value_heads: usize,
+        head_dim: usize,
+        epsilon: f32,
+    ) -> PyResult<Self> {
+        let mut keep = Keep(Vec::new());
+        let layers = layers.into_iter().map(|layer| keep.layer(layer)).collect::<PyResult<_>>()?;
+        Ok(Self { layers: Layers::new(layers, heads, key_value_heads, head_dim, epsilon)?, _tensors: keep.0 })
+    }
+
+    /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`.
+    #[allow(clippy::too_many_arguments)]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, PyAny>,
+        cos: &Bound<'_, PyAny>,
+        sin: &Bound<'_, PyAny>,
+        positions: &Bound<'_, PyAny>,
+        cu_seqlens: &Bound<'_, PyAny>,
+        block_table: &Bound<'_, PyAny>,
+        pages: &Bound<'_, PyAny>,
+        spans: Vec<(i32, usize, usize)>,
+    ) -> PyResult<()> {
+        let (x, pages) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("pages", pages)?);
+        let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
+        let positions = Memory::<i32>::of("positions", positions)?;
+        let cu_seqlens = Memory::<i32>::of("cu_seqlens", cu_seqlens)?;
+        let block_table = Memory::<i32>::of("block_table", block_table)?;
+        let &[_, _, 2, block_tokens, _, _] = pages.shape.as_slice() else {
+            return Err(Error::failure(format!("pages: expected [P, L, 2, B, K, D], got {:?}", pages.shape)).into());
+        };
+        py.detach(|| {
+            // SAFETY: the caller's tensors live during the call; `x` and `pages` are given to be written and are
+            // nobody else's while the engine's step runs, the rest is given to be read.
+            let (rows, cos, sin, pages, x) = unsafe {
+                let rows = Rows {
+                    positions: positions.slice(),
+                    cu_seqlens: cu_seqlens.slice(),
+                    block_table: block_table.slice(),
+                };
+                (rows, cos.slice(), sin.slice(), pages.slice_mut(), x.slice_mut())
+            };
+            let batch = Batch { cos, sin, rows, spans: &spans };
+            Team::run(|team| self.layers.forward(team, batch, block_tokens, pages, x))
+        })?;
+        Ok(())
+    }
+}
+
+/// Tensors that are kept alive, and borrowed from as long.
+struct Keep(Vec<Py<PyAny>>);
+
+impl Keep {
+    fn memory<T: super::tensor::Element>(
+        &mut self,
+        name: &str,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<(&'static [T], Vec<usize>)> {
+        let memory = Memory::<T>::of(name, tensor)?;
+        self.0.push(tensor.clone().unbind());
+        // SAFETY: the tensor lives as long as the object that owns this list, which is as long as the slice is used;
+        // weights are not written while an engine runs: whoever changes them makes new tensors.
+        Ok((unsafe { &*std::ptr::from_ref(memory.slice()) }, memory.shape.clone()))
+    }
+
+    fn vector(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<&'static [f32]> {
+        Ok(self.memory("weight", tensor)?.0)
+    }
+
+    fn matrix(&mut self, kind: &str, blocks: &Bound<'_, PyAny>, columns: usize) -> PyResult<Matrix<'static>> {
+        let (bytes, shape) = self.memory::<u8>("blocks", blocks)?;
+        Ok(Matrix::new(kind_called(kind)?, bytes, shape.first().copied().unwrap_or(0), columns)?)
+    }
+
+    fn dense(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Matrix<'static>> {
+        let (values, shape) = self.memory::<f32>("weight", tensor)?;
+        let &[rows, columns] = shape.as_slice() else {
+            return Err(Error::failure(format!("expected a matrix, got {shape:?}")).into());
+        };
+        Ok(Matrix::new(crate::quant::Kind::F32, bytemuck::cast_slice(values), rows, columns)?)
+    }
+
+    fn linear(&mut self, (kind, blocks, columns, bias, loras): GivenLinear<'_>) -> PyResult<Linear<'static>> {
+        let loras = loras
+            .into_iter()
+            .map(|(adapter, a, b, scale)| Ok(Lora { adapter, a: self.dense(&a)?, b: self.dense(&b)?, scale }));
+        let loras = loras.collect::<PyResult<_>>()?;
+        let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
+        Ok(Linear { weight: self.matrix(&kind, &blocks, columns)?, bias, loras })
+    }
+
+    fn layer(&mut self, (norms, head_norms, window, linears): GivenLayer<'_>) -> PyResult<Layer<'static>> {
+        let vectors = |keep: &mut Self, tensors: &[Bound<'_, PyAny>]| -> PyResult<Option<[&'static [f32]; 2]>> {
+            match tensors {
+                [] => Ok(None),
+                [first, second] => Ok(Some([keep.vector(first)?, keep.vector(second)?])),
+                others => Err(Error::failure(format!("expected two norms, got {}", others.len())).into()),
+            }
+        };
+        let norms = vectors(self, &norms)?.ok_or_else(|| Error::failure("expected two norms, got none"))?;
+        let head_norms = vectors(self, &head_norms)?;
+        let linears = linears.into_iter().map(|linear| self.linear(linear)).collect::<PyResult<Vec<_>>>()?;
+        let [q, k, v, o, gate, up, down] = <[_; 7]>::try_from(linears)
+            .map_err(|given| Error::failure(format!("expected 7 linear layers, got {}", given.len())))?;
+        Ok(Layer { norms, head_norms, window, qkv: [q, k, v], o, gate_up: [gate, up], down })
+    }
+}

@@ -1,0 +1,184 @@
+//! Products with a matrix of blocks: a few rows are dequantized into the inner cache and used at once.
+//!
+//! Every number of a product is a dot product over K in 16 lanes, added up as a tree, so it depends on its own two rows
+//! and on K alone: not on the rows beside it, not on the threads, and not on the machine, which decides only how fast
+//! it goes. Multiplications and additions are fused; activations stay in float32.
+
+mod micro;
+
+use std::cell::RefCell;
+
+use bytemuck::{Pod, Zeroable};
+
+pub use micro::Path;
+use micro::ROWS;
+
+use super::Kind;
+use crate::error::{Error, Result};
+use crate::team::Team;
+
+/// Rows of the matrix that are dequantized together: a tile for many rows of x stays in the second cache, one for few in
+/// the first.
+const TILE_ROWS: [usize; 2] = [4, 32];
+/// From so many rows of x on there are many.
+const MANY: usize = 8;
+/// Multiplications that are worth a task of their own.
+const TASK: usize = 1 << 17;
+
+/// W `[rows, columns]` in blocks, row by row.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    kind: Kind,
+    blocks: &'a [u8],
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// # Errors
+    /// The bytes are not those of `rows` rows of whole blocks.
+    pub fn new(kind: Kind, blocks: &'a [u8], rows: usize, columns: usize) -> Result<Self> {
+        let whole = columns.is_multiple_of(kind.block_size());
+        let bytes = (columns / kind.block_size()).checked_mul(kind.block_bytes()).and_then(|row| row.checked_mul(rows));
+        if !whole || bytes != Some(blocks.len()) {
+            return Err(Error::failure(format!(
+                "{}: expected the blocks of {rows} rows of {columns} values, got {} bytes",
+                kind.name(),
+                blocks.len()
+            )));
+        }
+        Ok(Self { kind, blocks, rows, columns })
+    }
+
+    /// Outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs of the product.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.columns / self.kind.block_size() * self.kind.block_bytes()
+    }
+}
+
+/// y = x Wᵀ for several matrices of the same inputs: x `[count, columns]`, y `[count, Σ rows]`, side by side.
+///
+/// # Errors
+/// Sizes that don't agree.
+pub fn matmul(team: &Team, matrices: &[Matrix<'_>], x: &[f32], y: &mut [f32]) -> Result<()> {
+    matmul_by(Path::best(), team, matrices, x, y)
+}
+
+/// [`matmul`] on a path of one's choice, which this machine must have.
+///
+/// # Errors
+/// Sizes that don't agree.
+pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y: &mut [f32]) -> Result<()> {
+    let width: usize = matrices.iter().map(|matrix| matrix.rows).sum();
+    let columns = matrices.first().map_or(0, |matrix| matrix.columns);
+    if matrices.iter().any(|matrix| matrix.columns != columns) {
+        return Err(Error::failure(format!("matmul: expected matrices of {columns} columns each, got others")));
+    }
+    let count = x.len().checked_div(columns).unwrap_or(y.len() / width.max(1));
+    if x.len() != count * columns || y.len() != count * width {
+        return Err(Error::failure(format!(
+            "matmul: expected rows of {columns} in and {width} out, got {} and {} numbers",
+            x.len(),
+            y.len()
+        )));
+    }
+    if columns == 0 {
+        y.fill(0.0);
+    }
+    if y.is_empty() || columns == 0 {
+        return Ok(());
+    }
+    let work = count * width * columns.max(1);
+    let tasks = (work / TASK).clamp(1, 4 * team.threads());
+    let many = TILE_ROWS[usize::from(count >= MANY)];
+    let rows = width.div_ceil(tasks).next_multiple_of(many);
+    let out = Out(y.as_mut_ptr());
+    let task = |first: usize| {
+        let mut begin = 0;
+        for matrix in matrices {
+            let part = first.max(begin)..(first + rows).min(begin + matrix.rows);
+            for start in part.clone().step_by(many) {
+                let tile = start - begin..part.end.min(start + many) - begin;
+                product(path, matrix, tile, x, count, &out, start, width);
+            }
+            begin += matrix.rows;
+        }
+    };
+    team.each(width.div_ceil(rows), &|index| task(index * rows));
+    Ok(())
+}
+
+/// A line of the cache: vectors that cross no two of them load at full speed.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Where the tasks of one product write, each to columns of its own.
+struct Out(*mut f32);
+// SAFETY: tasks write disjoint elements (`product`), and the slice behind outlives them.
+unsafe impl Sync for Out {}
+
+/// Some rows of a matrix with all rows of x: columns `at..` of y.
+#[allow(clippy::too_many_arguments)]
+fn product(
+    path: Path,
+    matrix: &Matrix<'_>,
+    tile: std::ops::Range<usize>,
+    x: &[f32],
+    count: usize,
+    y: &Out,
+    at: usize,
+    width: usize,
+) {
+    thread_local! {
+        static BUFFER: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    }
+    let (columns, rows) = (matrix.columns, tile.len());
+    let blocks = &matrix.blocks[tile.start * matrix.row_bytes()..tile.end * matrix.row_bytes()];
+    let write = |t: usize, r: usize, value: f32| {
+        debug_assert!(t < count && at + r < width);
+        // SAFETY: y has count × width elements (checked by the caller), t < count, and column at + r < width belongs to
+        // this task alone.
+        unsafe { *y.0.add(t * width + at + r) = value };
+    };
+    let each = |w: &[f32]| {
+        let w_row = |r: usize| &w[r.min(rows - 1) * columns..][..columns];
+        // some rows of x and four of W at a time are in the innermost cache
+        let mut found = [[0.0; 4]; ROWS];
+        for t in (0..count).step_by(ROWS) {
+            let x = &x[t * columns..count.min(t + ROWS) * columns];
+            for r in (0..rows).step_by(4) {
+                path.dots(x, [w_row(r), w_row(r + 1), w_row(r + 2), w_row(r + 3)], columns, &mut found);
+                let kept = (rows - r).min(4);
+                for (i, found) in found.iter().take(count - t).enumerate() {
+                    found[..kept].iter().enumerate().for_each(|(j, &value)| write(t + i, r + j, value));
+                }
+            }
+        }
+    };
+    if rows == 0 {
+        return;
+    }
+    match (matrix.kind, bytemuck::try_cast_slice(blocks)) {
+        (Kind::F32, Ok(values)) => each(values),
+        _ => BUFFER.with_borrow_mut(|buffer| {
+            buffer.resize((rows * columns).div_ceil(16), Line::zeroed());
+            let values = &mut bytemuck::cast_slice_mut(buffer)[..rows * columns];
+            path.prefetch(matrix.blocks.get(tile.end * matrix.row_bytes()..).unwrap_or_default(), blocks.len());
+            path.dequantize(matrix.kind, blocks, values);
+            each(values);
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

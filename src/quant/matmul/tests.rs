@@ -1,0 +1,110 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::quant;
+
+/// Values without a pattern, from −1 to 1.
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn blocks(kind: Kind, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
+    let mut blocks = vec![0; rows * columns / kind.block_size() * kind.block_bytes()];
+    quant::quantize(kind, &noise(rows * columns, seed), &mut blocks).unwrap();
+    blocks
+}
+
+fn run(path: Path, matrices: &[Matrix<'_>], x: &[f32], count: usize) -> Vec<f32> {
+    let mut y = vec![f32::NAN; count * matrices.iter().map(Matrix::rows).sum::<usize>()];
+    Team::run(|team| matmul_by(path, team, matrices, x, &mut y)).unwrap();
+    y
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_path_gives_the_same_bits_and_the_right_sums(
+        kind in prop::sample::select(Kind::ALL),
+        rows in 1usize..40,
+        more in 0usize..6,
+        blocks_a_row in 1usize..4,
+        odd in 0usize..17,
+        count in 0usize..11,
+        seed: u64,
+    ) {
+        let columns = if kind.block_size() == 1 { 40 * blocks_a_row + odd } else { kind.block_size() * blocks_a_row };
+        let (first, second) = (blocks(kind, rows, columns, seed), blocks(kind, more, columns, seed + 1));
+        let matrices = [
+            Matrix::new(kind, &first, rows, columns).unwrap(),
+            Matrix::new(kind, &second, more, columns).unwrap(),
+        ];
+        let x = noise(count * columns, seed + 2);
+        let mut dense = vec![0.0; (rows + more) * columns];
+        quant::dequantize(kind, &first, &mut dense[..rows * columns]).unwrap();
+        quant::dequantize(kind, &second, &mut dense[rows * columns..]).unwrap();
+        let expected = run(Path::Portable, &matrices, &x, count);
+        for (index, &found) in expected.iter().enumerate() {
+            let (t, r) = (index / (rows + more), index % (rows + more));
+            let pairs = x[t * columns..][..columns].iter().zip(&dense[r * columns..][..columns]);
+            let products = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w));
+            let (sum, size) = products.fold((0.0, 0.0), |(sum, size), product| (sum + product, size + product.abs()));
+            // each of at most K / 16 + 6 roundings is half a unit of the sum of sizes
+            let bound = size * f64::from(f32::EPSILON) / 2.0 * (columns / 16 + 6 + columns % 16) as f64 + 1e-30;
+            prop_assert!((f64::from(found) - sum).abs() <= bound, "{found} {sum}");
+        }
+        for path in Path::all() {
+            let found = run(path, &matrices, &x, count);
+            prop_assert_eq!(bits(&found), bits(&expected), "{:?}", path);
+            for t in 0..count {
+                let alone = run(path, &matrices, &x[t * columns..][..columns], 1);
+                prop_assert_eq!(bits(&alone), bits(&expected[t * (rows + more)..][..rows + more]), "{:?} alone", path);
+            }
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn the_threads_change_nothing() {
+    let kind = Kind::Q4K;
+    let blocks = blocks(kind, 300, 512, 3);
+    let (matrix, x) = (Matrix::new(kind, &blocks, 300, 512).unwrap(), noise(33 * 512, 4));
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| run(Path::best(), &[matrix], &x, 33))
+    };
+    assert_eq!(bits(&with(1)), bits(&with(3)));
+}
+
+#[test]
+fn sizes_that_disagree_are_errors() {
+    let blocks = blocks(Kind::Q4_0, 2, 32, 1);
+    assert!(Matrix::new(Kind::Q4_0, &blocks, 2, 64).is_err());
+    assert!(Matrix::new(Kind::Q4_0, &blocks, 2, 33).is_err());
+    assert!(Matrix::new(Kind::Q4_0, &blocks, usize::MAX, 32).is_err());
+    let matrix = Matrix::new(Kind::Q4_0, &blocks, 2, 32).unwrap();
+    Team::run(|team| {
+        assert!(matmul(team, &[matrix], &[0.0; 31], &mut [0.0; 2]).is_err());
+        assert!(matmul(team, &[matrix], &[0.0; 32], &mut [0.0; 3]).is_err());
+        matmul(team, &[], &[], &mut []).unwrap();
+    });
+}
+
+#[test]
+fn halves_widen_as_they_should() {
+    for bits in 0..=u16::MAX {
+        let (ours, theirs) = (crate::quant::scales::wide(bits), half::f16::from_bits(bits).to_f32());
+        assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}");
+    }
+}

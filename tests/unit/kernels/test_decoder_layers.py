@@ -1,0 +1,136 @@
+"""All layers in one call: what the layers one by one compute, to the bit the same in any company."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_models
+from ftkit import adapters
+from ftkit.kernels import decoder_layers as module
+from ftkit.kernels.decoder_layers import decoder_layers
+from ftkit.models import LoadedModel
+from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.decoder import Decoder
+from ftkit.nn.paged_cache import PagedCache
+
+pytestmark = pytest.mark.unit
+
+LENGTHS = (7, 1, 12, 1, 3)
+BLOCK = 4
+
+
+def cache_for(model: Decoder) -> PagedCache:
+    config = model.config
+    cache = PagedCache(
+        layers=config.layers,
+        key_value_heads=config.key_value_heads,
+        head_dim=config.head_dim,
+        page_count=40,
+        block_tokens=BLOCK,
+    )
+    cache.pool.zero_()
+    return cache
+
+
+def tables(sequences: list[int]) -> Tensor:
+    """Pages that belong to the numbered sequences alone: 8 each, in an order of their own."""
+    rows = [torch.randperm(8, generator=torch.Generator().manual_seed(n)) + 8 * n for n in sequences]
+    return torch.stack(rows).int()
+
+
+def steps(model: Decoder, chosen: list[int], adapter: list[int]) -> tuple[list[Tensor], Tensor]:
+    """The hidden states of the chosen sequences in a prompt and two tokens more, and the cache after it."""
+    cache, found = cache_for(model), []
+    starts = [0] * len(chosen)
+    for step in range(3):
+        counts = [LENGTHS[n] if step == 0 else 1 for n in chosen]
+        tokens = [
+            [(31 * n + 7 * (start + i)) % 97 for i in range(count)]
+            for n, start, count in zip(chosen, starts, counts, strict=True)
+        ]
+        batch = RaggedBatch.pack(tokens, adapter=[adapter[n] for n in chosen], starts=starts)
+        object.__setattr__(batch, "block_table", tables(chosen))
+        with torch.inference_mode():
+            found.append(model(batch, cache))
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
+    return found, cache.pages
+
+
+def model_of(variant: str, folder: Path, loras: int = 0) -> LoadedModel:
+    loaded = tiny_models.ours(tiny_models.peer(variant, torch.float32), folder, torch.float32)
+    for number in range(loras):
+        adapters.attach(loaded.model, "lora", {"rank": 3 + number, "alpha": 5.0}, seed=number, adapter_id=number)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in adapters.trainable(loaded.model, number).values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    loaded.model.eval()
+    return loaded
+
+
+def is_fused(model: Decoder) -> bool:
+    return module._fused_layers(model) is not None
+
+
+@pytest.mark.parametrize("loras", [0, 2])
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_equals_the_layers_one_by_one(
+    variant: str, loras: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(variant, tmp_path, loras).model
+    assert is_fused(model)
+    adapter = [0, -1, 1, 0, 1] if loras else [-1] * 5
+    fused, kept = steps(model, [0, 1, 2, 3, 4], adapter)
+    monkeypatch.setenv("FTKIT_KERNELS", "reference")
+    expected, kept_by_reference = steps(model, [0, 1, 2, 3, 4], adapter)
+    for ours, reference in zip(fused, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-5)  # float32, sums of about 50 in another order
+    torch.testing.assert_close(kept, kept_by_reference, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama biases", "qwen3 windows"])
+def test_a_sequence_is_the_same_bits_in_any_company(variant: str, tmp_path: Path) -> None:
+    model = model_of(variant, tmp_path, 2).model
+    adapter = [0, -1, 1, 0, 1]
+    together, _ = steps(model, [0, 1, 2, 3, 4], adapter)
+    ends = [list(itertools.accumulate([0, *LENGTHS])), list(range(6)), list(range(6))]
+    for n in range(5):
+        alone, _ = steps(model, [n], adapter)
+        for step in range(3):
+            assert torch.equal(alone[step], together[step][ends[step][n] : ends[step][n + 1]])
+
+
+def test_a_changed_model_is_seen(tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path, 2).model
+    adapter = [0, -1, 1, 0, 1]
+    before, _ = steps(model, [0, 1], adapter)
+    with torch.no_grad():  # in place, as training does
+        next(iter(adapters.trainable(model, 0).values())).mul_(3)
+    trained, _ = steps(model, [0, 1], adapter)
+    assert not torch.equal(before[0][:7], trained[0][:7])
+    assert torch.equal(before[0][7:], trained[0][7:])
+    layer: Any = model.layers[0]
+    layer.mlp.up_proj.weight = layer.mlp.up_proj.weight.replace_dense(layer.mlp.up_proj.weight.dense() * 2)
+    replaced, _ = steps(model, [0, 1], adapter)
+    assert not torch.equal(trained[0][7:], replaced[0][7:])
+    adapters.detach(model, 0)
+    base, _ = steps(model, [0, 1], [-1] * 5)
+    without, _ = steps(model, [0, 1], adapter)
+    assert torch.equal(base[0], without[0])
+
+
+def test_what_the_core_does_not_know_goes_one_by_one(tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path).model
+    assert decoder_layers.backends == ["fused", "reference"]
+    adapters.attach(model, "lora", {"rank": 2, "modules_to_save": ["norm"]}, seed=0, adapter_id=0)
+    model.eval()
+    if any(norm.adapters for norm in (model.layers[0].input_layernorm,)):  # type: ignore[union-attr]
+        assert not is_fused(model)
+    adapters.detach(model, 0)
+    assert is_fused(model)
+    half = tiny_models.ours(tiny_models.peer("llama", torch.float32), tmp_path / "half", torch.bfloat16).model
+    assert not is_fused(half)
