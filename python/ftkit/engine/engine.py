@@ -286,7 +286,7 @@ def launch(
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` leaves those of a GGUF file
-    in their blocks where the core multiplies with blocks, which answers the same to the bit. `options` are for `Engine`.
+    in their blocks where the core multiplies with blocks, which answers the same to the bit. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
