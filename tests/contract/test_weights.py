@@ -4,14 +4,21 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ftkit import plugins
 from ftkit._core import quant_formats
 from ftkit.errors import InputError
 from ftkit.nn.linear import DenseWeight, Weight
+from ftkit.quant._scheme import QuantizedWeight, Scheme
 from ftkit.quant.gguf import GgufWeight
 
 pytestmark = pytest.mark.contract
 
 ROWS, COLUMNS = 37, 512
+SCHEMES = [
+    f"{name}:{option}" if option else name
+    for name in plugins.names("quant")
+    for option in getattr(plugins.load("quant", name), "OPTIONS", ())
+]
 FORMATS = {name: (size, nbytes) for name, size, nbytes in quant_formats()}
 
 
@@ -22,16 +29,25 @@ def values() -> torch.Tensor:
     return made
 
 
+def scheme(kind: str) -> Scheme:
+    name, _, option = kind.partition(":")
+    found: Scheme = plugins.load("quant", name).scheme(option)
+    return found
+
+
 def held(kind: str, dtype: torch.dtype = torch.float32) -> Weight:
     """`values` in the format; `dense` is the weight of its first row's kind."""
     if kind == "dense":
         return DenseWeight(values().to(dtype))
+    if kind in SCHEMES:
+        held: Weight = scheme(kind).weight(values(), dtype)
+        return held
     size, nbytes = FORMATS[kind]
     empty = torch.zeros(ROWS, COLUMNS // size * nbytes, dtype=torch.uint8)
     return GgufWeight(empty, kind, dtype).replace_dense(values())
 
 
-@pytest.fixture(params=["dense", *FORMATS])
+@pytest.fixture(params=["dense", *FORMATS, *SCHEMES])
 def weight(request: pytest.FixtureRequest) -> Weight:
     return held(request.param)
 
@@ -65,7 +81,7 @@ def test_the_gradient_reaches_the_input_and_keeps_no_dense_matrix(weight: Weight
     y.backward(dy)
     assert x.grad is not None
     assert torch.equal(x.grad, dy @ weight.dense())
-    if isinstance(weight, GgufWeight):
+    if isinstance(weight, (GgufWeight, QuantizedWeight)):
         assert kept == []
 
 
@@ -83,11 +99,26 @@ def test_values_come_back_near_and_zeros_exactly(weight: Weight) -> None:
 
 
 def test_size_is_that_of_the_format(weight: Weight) -> None:
+    if isinstance(weight, QuantizedWeight):
+        count = ROWS * COLUMNS
+        expected = {
+            "nf4": count // 2 + 296 + 8 + 4,  # 296 blocks of 64, 2 of 256 blocks, one mean
+            "fp4": count // 2 + 296 + 8 + 4,
+            "int8": count + ROWS * 4,
+            "int8:32": count + count // 32 * 4,
+            "fp8_e4m3": count + ROWS * 4,
+            "int4_group": count // 2 + count // 64 * 4,
+            "int4_group:32": count // 2 + count // 32 * 4,
+            "int4_group:64": count // 2 + count // 64 * 4,
+            "int4_group:128": count // 2 + count // 128 * 4,
+        }
+        assert weight.nbytes == expected[weight.scheme.name]
+        return
     size, nbytes = FORMATS[weight.kind] if isinstance(weight, GgufWeight) else (1, 4)
     assert weight.nbytes == ROWS * COLUMNS // size * nbytes
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, *SCHEMES])
 def test_another_dtype_rounds_once(kind: str) -> None:
     half = held(kind, torch.bfloat16)
     assert torch.equal(half.dense(), held(kind).dense().to(torch.bfloat16))
@@ -95,7 +126,7 @@ def test_another_dtype_rounds_once(kind: str) -> None:
     assert half.matmul(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, *SCHEMES])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused(kind: str, wrong: float) -> None:
     bad = values()
@@ -107,3 +138,45 @@ def test_values_that_are_not_finite_are_refused(kind: str, wrong: float) -> None
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(InputError, match="whole blocks of 20 bytes, got 30"):
         GgufWeight(torch.zeros(2, 30, dtype=torch.uint8), "q4_1", torch.float32)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("sides", [(0, 512), (7, 0), (3, 97), (1, 1), (2, 96)])
+def test_sides_that_are_no_whole_groups_are_right_or_refused(kind: str, sides: tuple[int, int]) -> None:
+    name, _, option = kind.partition(":")
+    group = {"int8": int(option or 1), "int4_group": int(option or 64)}.get(name, 1)
+    dense = torch.randn(sides, generator=torch.Generator().manual_seed(2))
+    if sides[1] % group:
+        with pytest.raises(InputError, match=f"whole groups of {group}, got {sides[1]}"):
+            scheme(kind).weight(dense, torch.float32)
+        return
+    if not dense.numel():
+        with pytest.raises(InputError, match="expected a matrix with values"):
+            scheme(kind).weight(dense, torch.float32)
+        return
+    weight = scheme(kind).weight(dense, torch.float32)
+    assert weight.dense().shape == weight.shape == sides
+    assert {n: (tuple(p.shape), p.dtype) for n, p in weight.parts.items()} == scheme(kind).layout(sides)
+    assert (weight.dense() - dense).abs().max() < 0.6
+
+
+# the root mean square error on normal weights, in standard deviations: nf4 and fp4 as the literature has them
+NORMAL_ERROR = {"nf4": 0.093, "fp4": 0.125, "int8": 0.0085, "int8:32": 0.0055, "fp8_e4m3": 0.027, "int4_group": 0.088}
+NORMAL_ERROR |= {"int4_group:64": 0.088, "int4_group:32": 0.076, "int4_group:128": 0.1}
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_the_error_is_the_scheme_s(kind: str, size: float) -> None:
+    dense = size * torch.randn(64, 1024, generator=torch.Generator().manual_seed(7))
+    error = float((scheme(kind).weight(dense, torch.float32).dense() - dense).square().mean().sqrt()) / size
+    assert 0.75 * NORMAL_ERROR[kind] < error < NORMAL_ERROR[kind]
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_slabs_do_not_show(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scheme(kind).encode(values())
+    for module in ("_scheme", "_codebook"):
+        monkeypatch.setattr(f"ftkit.quant.{module}.SLAB", 2048)
+    cut = scheme(kind).encode(values())
+    assert all(torch.equal(whole[name].view(torch.uint8), cut[name].view(torch.uint8)) for name in whole)

@@ -35,7 +35,7 @@ _OPTIONS: dict[str, tuple[str, type, str]] = {
     "batch_rows": ("training.batch_rows", int, "Packed rows in a forward pass."),
     "evaluation_split": ("evaluation.split", float, "Share of the rows that is held out."),
     "evaluation_data": ("evaluation.path", str, "A file of held-out rows."),
-    "quant": ("model.quant", str, "none: dense; gguf: matrices stay as the GGUF file has them."),
+    "quant": ("model.quant", str, "How matrices are held: none, gguf, nf4, int8, … (ftkit list quant)."),
     "name": ("output.name", str, "The run's name."),
     "runs_dir": ("output.runs_dir", str, "The directory of runs (default: runs)."),
     "seed": ("training.seed", int, "Seed of order, first weights and dropout."),

@@ -17,8 +17,11 @@ def command(
     data: Annotated[Path | None, typer.Option(help="What is asked: a dataset, or a file of questions.")] = None,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model to compare with.")] = None,
     quant: Annotated[
-        str, typer.Option("--quant", help="none: dense; gguf: blocks stay as the file has them.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            "--quant", help="How matrices are held: none, gguf, nf4, … (ftkit list quant).", show_default=False
+        ),
+    ] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:

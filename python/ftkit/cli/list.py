@@ -62,8 +62,9 @@ def entries(room: str) -> dict[str, str]:
     from ftkit.errors import InputError, did_you_mean
 
     if room == "quant":
+        schemes = {name: plugins.describe("quant", name) for name in plugins.names("quant")}
         formats = sorted(_core.quant_formats())
-        return {name: f"{8 * size / values:.4g} bits a weight" for name, values, size in formats}
+        return schemes | {name: f"GGUF blocks, {8 * size / values:.4g} bits a weight" for name, values, size in formats}
     if room not in ROOMS:
         known = [*ROOMS, "quant"]
         raise InputError(f"list: expected one of {', '.join(known)}, got {room!r}", did_you_mean(room, known))

@@ -46,11 +46,19 @@ class ModelConfig:
         "float32", "what the model computes in; trained weights and the optimizer's state are float32 either way"
     )
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
-    quant: str = option("none", "how the frozen matrices are held: none (dense), or gguf: as the GGUF file stores them")
+    quant: str = option(
+        "none",
+        "how frozen matrices are held: none (dense), gguf (as the file has them), nf4, … (ftkit list quant)",
+    )
 
     def __post_init__(self) -> None:
         known = ["none", *plugins.names("quant")]
-        if self.quant not in known:
+        name, _, option = self.quant.partition(":")
+        if name not in known:
+            raise InputError(f"quant: expected one of {', '.join(known)}, got {self.quant!r}")
+        options = getattr(plugins.load("quant", name), "OPTIONS", ("",)) if name != "none" else ("",)
+        if option not in options or self.quant.endswith(":"):
+            known = [f"{name}:{allowed}" if allowed else name for allowed in options]
             raise InputError(f"quant: expected one of {', '.join(known)}, got {self.quant!r}")
 
 

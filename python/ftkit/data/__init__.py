@@ -4,7 +4,6 @@ A dataset is read, encoded and cached once; packing it into rows, holding a part
 are decided by the seed alone, so that a run can be stopped and continued at any batch.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from ftkit import _core
 from ftkit.config import DataConfig
+from ftkit.config.cache import cache_directory
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 
@@ -63,12 +63,6 @@ class Dataset:
             group=group,
             adapter=torch.zeros(sequences, dtype=torch.int32),
         )
-
-
-def cache_directory() -> Path:
-    """Where prepared data is kept: `$FTKIT_CACHE`, or `ftkit` in the user's cache directory."""
-    chosen = os.environ.get("FTKIT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftkit"
 
 
 def encode(

@@ -53,6 +53,11 @@ def merge(
     if shares == [1.0]:
         material = Material.of(loaded, 0)
     else:
+        if loaded.model.fingerprint is not None and "+" in loaded.model.fingerprint:
+            raise InputError(
+                f"merge: expected one adapter of weight 1 over a converted base, got weights {shares}",
+                "each adapter belongs to what its scheme made of the base; merge it alone first",
+            )
         base = loaded.model.tensors()
         edits = [number for number in range(len(chosen)) if loaded.model.attached[number].edits_base]
         if edits:

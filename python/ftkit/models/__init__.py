@@ -19,6 +19,7 @@ from torch import Tensor
 from ftkit import _core, plugins
 from ftkit.errors import InputError
 from ftkit.models._family import Family, family, family_of_gguf, family_of_hf
+from ftkit.models._quantized import STAY_DENSE, Converted, scheme_of
 from ftkit.models._source import Source, resolve
 from ftkit.models._texts import template_of, tokenizer_of
 from ftkit.models._weights import Gguf, Safetensors, Weights, read_json
@@ -83,38 +84,48 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    quant: str = DENSE,
+    quant: str | None = None,
 ) -> LoadedModel:
     """A model with its weights, frozen, in `dtype` on `device`.
 
-    `quant`: how its matrices are held, `none` for dense ones or a scheme in `ftkit.quant`. Raises InputError, with all
+    `quant`: how its matrices are held, `none` for dense ones or a scheme in `ftkit.quant`; not given, it is the one
+    that the base of a run was converted to, else `none`. Raises InputError, with all
     that is wrong, when weights are missing, superfluous, of another shape or not finite, and for a scheme that cannot
     hold this model.
     """
     place = source if isinstance(source, Source) else resolve(source)
+    quant = quant or place.quant or DENSE
     config, weights, owner = _open(place.path)
-    kinds = _formats(place.path, weights, quant)
+    names = _names(config, weights, owner)
+    kinds = _formats(place.path, config, weights, names, quant)
     if kinds and torch.device(device).type != "cpu":
         raise InputError(f"--quant {quant}: expected the device cpu, got {device}", "--quant none computes anywhere")
-    names = _names(config, weights, owner)
+    fingerprint = weights.fingerprint()
+    scheme = None if quant == DENSE else scheme_of(quant)
+    converted = None if scheme is None else Converted(scheme, fingerprint, place.path, dtype)
+    sides = dict(shapes(config))
     problems = _problems(config, weights, names)
     read: dict[str, Tensor] = {}
     kept: dict[str, Weight] = {}
     if not problems:
         for name, stored in names.items():
             try:
+                if stored in kinds and converted is not None:
+                    whole = functools.partial(_read, owner, config, weights, name, stored, torch.float32)
+                    kept[name] = converted.weight(name, (sides[name][0], sides[name][1]), whole)
+                    continue
                 if stored in kinds and isinstance(weights, Gguf):
                     kept[name] = _stored(quant, owner, config, name, weights.blocks(stored), kinds[stored], dtype)
                     continue
-                tensor = owner.of_gguf(config, name, weights.read(stored, dtype)) if _is_gguf(weights) else None
-                read[name] = (weights.read(stored, dtype) if tensor is None else tensor).to(device)
+                read[name] = _read(owner, config, weights, name, stored, dtype).to(device)
             except InputError as error:
                 problems.append(error.message)
     if problems:
         raise InputError(f"{place.path}: expected the weights of its configuration, got\n  " + "\n  ".join(problems))
     model = Decoder(config, Maker(lambda name, _: read.pop(name), config.norm_epsilon, kept.get)).eval()
     model.rotary.to(device)
-    model.fingerprint = weights.fingerprint()
+    # what a scheme makes of the weights is another base: an adapter makes up for its errors
+    model.fingerprint = fingerprint if scheme is None else f"{fingerprint}+{scheme.name}"
     return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
 
 
@@ -127,7 +138,7 @@ def build(
 ) -> Decoder:
     """A model of this configuration whose weights hold whatever memory held; no file is read.
 
-    `formats`: published name → block format of the matrices that `load` would hold as `quant` does.
+    `formats`: published name → format of the matrices that `load` would hold as `quant` does.
     """
     owner, sides, kinds = family(config.family), dict(shapes(config)), formats or {}
     rows = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
@@ -135,6 +146,10 @@ def build(
     def stored(name: str) -> Weight | None:
         if name not in kinds:
             return None
+        scheme = scheme_of(quant)
+        if scheme is not None:
+            empty: Weight = scheme.empty((sides[name][0], sides[name][1]), dtype)
+            return empty
         size, nbytes = rows[kinds[name]]
         blocks = torch.empty(sides[name][0], sides[name][1] // size * nbytes, dtype=torch.uint8)
         return _stored(quant, owner, config, name, blocks, kinds[name], dtype)
@@ -152,11 +167,12 @@ def config_of(source: str | Path | Source) -> DecoderConfig:
 
 
 def formats(source: str | Path | Source, quant: str) -> dict[str, str]:
-    """Published name → block format of the matrices that `load` holds as the scheme `quant` does; no tensor is read."""
+    """Published name → format of the matrices that `load` holds as the scheme `quant` does; no tensor is read."""
     place = source if isinstance(source, Source) else resolve(source)
     config, weights, owner = _open(place.path)
-    kinds = _formats(place.path, weights, quant)
-    return {name: kinds[stored] for name, stored in _names(config, weights, owner).items() if stored in kinds}
+    names = _names(config, weights, owner)
+    kinds = _formats(place.path, config, weights, names, quant)
+    return {name: kinds[stored] for name, stored in names.items() if stored in kinds}
 
 
 def save(loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -222,11 +238,15 @@ def _open(path: Path) -> tuple[DecoderConfig, Weights, Family]:
     return config, Safetensors(path), owner
 
 
-def _formats(path: Path, weights: Weights, quant: str) -> dict[str, str]:
-    """The file's name → block format of the matrices that are held as they are stored."""
+def _formats(
+    path: Path, config: DecoderConfig, weights: Weights, names: Mapping[str, str], quant: str
+) -> dict[str, str]:
+    """The file's name → block format, or scheme, of the matrices that are not held dense."""
     if quant == DENSE:
         return {}
-    plugins.load("quant", quant)  # an unknown name is an error of its own
+    if scheme_of(quant) is not None:
+        matrices = [name for name, shape in shapes(config) if len(shape) == 2 and name not in STAY_DENSE]
+        return {names[name]: quant for name in matrices}
     if not isinstance(weights, Gguf):
         raise InputError(f"--quant {quant}: expected a .gguf file, got {path}", f"ftkit export {path} --to gguf")
     return weights.formats
@@ -243,6 +263,12 @@ def _stored(
     ordered = owner.of_gguf(config, name, blocks)
     weight: Weight = plugins.load("quant", quant).GgufWeight(ordered, kind, dtype, mapped=ordered is blocks)
     return weight
+
+
+def _read(owner: Family, config: DecoderConfig, weights: Weights, name: str, stored: str, dtype: torch.dtype) -> Tensor:
+    """The weight `name` in its published order of rows."""
+    tensor = weights.read(stored, dtype)
+    return owner.of_gguf(config, name, tensor) if _is_gguf(weights) else tensor
 
 
 def _is_gguf(weights: Weights) -> bool:

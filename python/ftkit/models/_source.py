@@ -23,6 +23,8 @@ class Source:
     """The adapter that a run brings with it."""
     run: Path | None = None
     """The run's directory."""
+    quant: str | None = None
+    """The scheme that the run's base was converted to; its adapter belongs to what that made of the weights."""
 
 
 def resolve(name: str | Path, runs_dir: str | Path = "runs") -> Source:
@@ -61,7 +63,7 @@ def _run(folder: Path, name: str) -> Source:
     """A run: the base model of its configuration, and its adapter."""
     try:
         table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        source = table["model"]["source"]
+        source, quant = table["model"]["source"], str(table["model"].get("quant", "none"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}/config.toml: expected a run's model.source, got: {error}") from None
     adapter = folder / "adapter"
@@ -71,7 +73,8 @@ def _run(folder: Path, name: str) -> Source:
     if base.exists() and (base / "config.toml").is_file() and not (base / "config.json").exists():
         raise InputError(f"{folder}: expected a run on a base model, got one on the run {source!r}", "merge that first")
     found = resolve(base if base.exists() else str(source), folder.parent)
-    return Source(path=found.path, name=name, adapter=adapter, run=folder)
+    converted = None if quant in ("none", "gguf") else quant
+    return Source(path=found.path, name=name, adapter=adapter, run=folder, quant=converted)
 
 
 def _download(name: str) -> Path:

@@ -1,0 +1,139 @@
+"""What a scheme's file is made of, and the weight that holds its parts.
+
+A scheme that converts has `scheme(option) -> Scheme` and `OPTIONS`, what may follow its name and a colon, such as the
+`32` of `int8:32`. The parts of a matrix are plain tensors; `encode` makes them, `decode` gives W back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ftkit.errors import InputError
+
+Parts = Mapping[str, Tensor]
+Sides = tuple[int, int]
+
+SLAB = 1 << 22
+"""Values that are converted at a time: a multiple of every block, and little beside a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A way to hold a matrix in fewer bits."""
+
+    name: str
+    """As `--quant` takes it, option included."""
+    version: int
+    """Raised when `encode` gives other parts than before: what was kept on disk is made anew."""
+    layout: Callable[[Sides], dict[str, tuple[tuple[int, ...], torch.dtype]]]
+    """(out, in) → the parts' shapes and dtypes. Raises InputError for sides that the scheme cannot hold."""
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    """float W [out, in], finite → parts."""
+    decode: Callable[[Parts, Sides], Tensor]
+    """Parts → W, float32 [out, in]."""
+
+    def weight(self, dense: Tensor, dtype: torch.dtype) -> "QuantizedWeight":
+        """The weight that holds `dense` [out, in]. Raises InputError for values that are NaN or infinite, or none."""
+        if not dense.numel():
+            raise InputError(f"{self.name}: expected a matrix with values, got sides {tuple(dense.shape)}")
+        self.layout((dense.shape[0], dense.shape[1]))
+        return self.hold(self.encode(dense.detach()), (dense.shape[0], dense.shape[1]), dtype)
+
+    def hold(self, parts: Parts, shape: Sides, dtype: torch.dtype) -> "QuantizedWeight":
+        """The weight of these parts; `dtype` is what the model computes in."""
+        return QuantizedWeight(self, parts, shape, dtype)
+
+    def empty(self, shape: Sides, dtype: torch.dtype) -> "QuantizedWeight":
+        """A weight that holds whatever memory held."""
+        parts = {name: torch.empty(size, dtype=kind) for name, (size, kind) in self.layout(shape).items()}
+        return self.hold(parts, shape, dtype)
+
+
+class QuantizedWeight(nn.Module):
+    """W as a scheme's parts, decoded for the length of a product."""
+
+    def __init__(self, scheme: Scheme, parts: Parts, shape: Sides, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scheme, self.shape, self.dtype = scheme, shape, dtype
+        for name, part in parts.items():
+            self.register_buffer(name, part, persistent=False)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        return dict(self.named_buffers(recurse=False))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [rows, in] to [rows, out]."""
+        y: Tensor = _Matmul.apply(x, self)
+        return y
+
+    def matmul_transposed(self, dy: Tensor) -> Tensor:
+        """dy [rows, out] to [rows, in]."""
+        return dy @ self.dense()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
+        return self.dense().index_select(0, numbers)
+
+    def dense(self) -> Tensor:
+        """W [out, in], a new tensor."""
+        return self.scheme.decode(self.parts, self.shape).to(self.dtype)
+
+    def replace_dense(self, dense: Tensor) -> "QuantizedWeight":
+        """These values in the same scheme. Raises InputError for values that are NaN or infinite."""
+        return self.scheme.weight(dense, self.dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    """x Wᵀ that keeps nothing for the backward pass but the parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dense())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.weight.matmul_transposed(dy), None
+
+
+def finite(values: Tensor) -> Tensor:
+    """The same values. Raises InputError when one is NaN or infinite."""
+    # a sum is one pass; only where it isn't finite, or overflows, each value is looked at
+    if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        raise InputError(f"expected finite values, got {nan} NaN and {infinite} infinite of {values.numel()}")
+    return values
+
+
+def group_of(name: str, option: str, sizes: tuple[str, ...]) -> int:
+    """The group's size that an option says. Raises InputError for another than `sizes`."""
+    if option not in sizes:
+        known = ", ".join(f"{name}:{size}" for size in sizes)
+        raise InputError(f"quant: expected one of {known}, got {f'{name}:{option}'!r}")
+    return int(option)
+
+
+def whole_groups(name: str, shape: Sides, group: int) -> int:
+    """Groups in a row. Raises InputError when they don't divide it."""
+    if shape[1] % group:
+        raise InputError(f"{name}: expected rows of whole groups of {group}, got {shape[1]} values", "nf4 takes any")
+    return shape[1] // group
+
+
+def slabs(rows: int, columns: int) -> list[slice]:
+    """The rows in portions of about SLAB values."""
+    step = max(1, SLAB // max(columns, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

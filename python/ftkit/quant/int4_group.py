@@ -1,0 +1,86 @@
+"""4-bit integers with a half-precision scale and offset a group of 64, 32 or 128 along the input; 4.5 bits at 64.
+
+    w = d q + m,   q in 0..15
+
+The offset is a float, not an integer zero point: whatever is constant inside a group can be added to it. `int4_group`
+has groups of 64, `int4_group:32` and `int4_group:128` those sizes. Codes are the nearest ones under scale and offset
+as they are stored; both are refined by least squares, and the best of three refinements is kept.
+
+Source: group-wise asymmetric quantization as in Xu et al., QA-LoRA, 2023, arXiv 2309.14717.
+"""
+
+import torch
+from torch import Tensor
+
+from ftkit.errors import InputError
+from ftkit.quant._scheme import Parts, Scheme, Sides, finite, group_of, slabs, whole_groups
+
+OPTIONS = ("", "32", "64", "128")
+_HIGHEST = 15
+_REFINEMENTS = 3
+_LIMIT = torch.finfo(torch.float16).max
+
+
+def scheme(option: str = "") -> Scheme:
+    """The scheme with groups of 64, or of the size that the option says."""
+    group = group_of("int4_group", option or "64", OPTIONS[1:])
+
+    def encode(dense: Tensor) -> dict[str, Tensor]:
+        rows, columns = dense.shape
+        groups = whole_groups("int4_group", (rows, columns), group)
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        scales, offsets = (torch.empty(rows, groups, dtype=torch.float16) for _ in range(2))
+        for part in slabs(rows, columns):
+            values = finite(dense[part].float()).reshape(-1, group)
+            if values.numel() and float(values.abs().amax()) > _LIMIT / 2:
+                raise InputError(f"int4_group: expected weights of at most {_LIMIT / 2:g}, got {values.abs().amax():g}")
+            d, m = _fit(values)
+            numbers = _codes(values, d, m).to(torch.uint8).view(-1, columns)
+            codes[part] = numbers[:, ::2] << 4 | numbers[:, 1::2]
+            scales[part], offsets[part] = d.view(-1, groups), m.view(-1, groups)
+        return {"codes": codes, "scales": scales, "offsets": offsets}
+
+    def decode(parts: Parts, shape: Sides) -> Tensor:
+        codes = parts["codes"]
+        out = torch.empty(shape, device=codes.device)
+        out[:, ::2], out[:, 1::2] = codes >> 4, codes & 15
+        grouped = out.view(shape[0], -1, group)
+        grouped.mul_(parts["scales"].float().unsqueeze(2)).add_(parts["offsets"].float().unsqueeze(2))
+        return out
+
+    def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        groups = whole_groups("int4_group", shape, group)
+        return {
+            "codes": ((shape[0], shape[1] // 2), torch.uint8),
+            "scales": ((shape[0], groups), torch.float16),
+            "offsets": ((shape[0], groups), torch.float16),
+        }
+
+    name = f"int4_group:{option}" if option else "int4_group"
+    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode)
+
+
+def _fit(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The best scale and offset, [groups, 1] each, as half precision stores them, of values [groups, size]."""
+    least = values.amin(1, keepdim=True)
+    d, m = (values.amax(1, keepdim=True) - least) / _HIGHEST, least
+    best_d, best_m = d.half().float(), m.half().float()
+    best = torch.full_like(d, torch.inf)
+    for _ in range(1 + _REFINEMENTS):
+        d, m = d.half().float(), m.half().float()
+        codes = _codes(values, d, m)
+        error = (d * codes + m - values).square_().sum(1, keepdim=True)
+        better = error < best
+        best, best_d, best_m = (torch.where(better, a, b) for a, b in ((error, best), (d, best_d), (m, best_m)))
+        mean, middle = values.mean(1, keepdim=True), codes.mean(1, keepdim=True)
+        spread = (codes - middle).square().sum(1, keepdim=True)
+        slope = ((codes - middle) * (values - mean)).sum(1, keepdim=True) / spread.clamp(min=1e-9)
+        d = torch.where(spread > 0, slope, d)
+        m = mean - d * middle
+    return best_d, best_m
+
+
+def _codes(values: Tensor, d: Tensor, m: Tensor) -> Tensor:
+    """The nearest codes, as floats; 0 where the scale is 0."""
+    inverse = torch.where(d > 0, 1 / d, torch.zeros_like(d))
+    return ((values - m) * inverse).round_().clamp_(0, _HIGHEST)
