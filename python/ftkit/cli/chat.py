@@ -31,7 +31,8 @@ def command(
         Literal["ftkit", "llama-cpp"], typer.Option(help="llama-cpp: the same over llama.cpp.")
     ] = "ftkit",
     quant: Annotated[
-        str, typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks.")
+        str,
+        typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks."),
     ] = "auto",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,

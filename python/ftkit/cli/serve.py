@@ -35,7 +35,8 @@ def command(
         int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
     quant: Annotated[
-        str, typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks.")
+        str,
+        typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks."),
     ] = "auto",
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,

@@ -285,13 +285,14 @@ def launch(
     **options: Any,
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
-    default; the base model keeps its own name. `quant` is how its matrices are held: `auto` leaves those of a GGUF file
-    in their blocks where the core multiplies with blocks, which answers the same to the bit. `options`: of `Engine`.
+    default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
+    base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
+    which answers the same to the bit. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
         blocks = source.path.suffix == ".gguf" and torch.device(device).type == "cpu" and dtype == torch.float32
-        quant = "gguf" if blocks else "none"
+        quant = source.quant or ("gguf" if blocks else "none")
     _core.set_threads(torch.get_num_threads())
     engine = Engine(models.load(source, dtype=dtype, device=device, quant=quant), name=source.path.stem, **options)
     try:
