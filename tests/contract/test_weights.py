@@ -56,6 +56,7 @@ def test_products_are_those_of_the_dense_matrix(weight: Weight) -> None:
     generator = torch.Generator().manual_seed(5)
     x, dy = torch.randn(11, COLUMNS, generator=generator), torch.randn(11, ROWS, generator=generator)
     dense = weight.dense()
+    assert isinstance(weight, Weight)
     assert weight.shape == tuple(dense.shape) == (ROWS, COLUMNS)
     assert torch.equal(weight.matmul(x), functional.linear(x, dense))
     assert torch.equal(weight.matmul_transposed(dy), dy @ dense)

@@ -9,6 +9,8 @@ from torch import Tensor
 from ftkit import models
 from ftkit.config import RunConfig
 from ftkit.config.cache import cache_directory
+from ftkit.engine import launch
+from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
 from ftkit.merge import merge
 from ftkit.models import LoadedModel
@@ -120,3 +122,17 @@ def test_schemes_and_options_that_are_not_there_are_named(wrong: str) -> None:
 def test_they_are_refused_by_loading_too(wrong: str, smollm2: Path) -> None:
     with pytest.raises(InputError, match="expected"):
         models.load(smollm2, quant=wrong)
+
+
+def test_the_engine_answers_as_the_model(smollm2: Path) -> None:
+    """The core's fused layers leave schemes to the layers in Python."""
+    loaded = models.load(smollm2, quant="nf4")
+    row = list(loaded.tokenizer.encode_prompt("The capital of France is"))
+    start = len(row)
+    with torch.inference_mode():
+        for _ in range(5):
+            batch = RaggedBatch.pack([row])
+            row.append(int(loaded.model.head(loaded.model(batch))[-1].argmax()))
+    with launch(smollm2, quant="nf4") as engine:
+        answer = engine.generate("The capital of France is", Sampling(temperature=0, max_tokens=5))
+    assert answer.tokens == row[start:]

@@ -90,6 +90,10 @@ class QuantizedWeight(nn.Module):
         """W [out, in], a new tensor."""
         return self.scheme.decode(self.parts, self.shape).to(self.dtype)
 
+    def stored(self) -> tuple[str, Tensor] | None:
+        """None: the core reads GGUF's blocks only."""
+        return None
+
     def replace_dense(self, dense: Tensor) -> "QuantizedWeight":
         """These values in the same scheme. Raises InputError for values that are NaN or infinite."""
         return self.scheme.weight(dense, self.dtype)
