@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench._figures import line, smollm2
+from bench._figures import bandwidth, line, smollm2
 from ftkit import models
 from ftkit.engine import Engine, Sampling
 
@@ -35,7 +35,7 @@ def run() -> dict[str, Any]:
         f"tokens/s of transformers (one stream, float32, {torch.get_num_threads()} threads)",
         [ours for ours, _ in pairs],
         [peer for _, peer in pairs],
-        roof=_bandwidth() / read,
+        roof=bandwidth() / read,
     )
 
 
@@ -67,14 +67,3 @@ def _theirs(model: Any, prompt: list[int]) -> float:
     )
     # The first call brings the prompt.
     return (TOKENS - 1) / (times[-1] - times[1])
-
-
-def _bandwidth() -> float:
-    """Bytes a second that this process reads from memory, with torch's threads."""
-    block = torch.ones(128 << 20)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - start)
-    return block.nbytes / best

@@ -86,7 +86,7 @@ dispatched! {
 ///
 /// x = n ln 2 + r with |r| ≤ ln 2 / 2; eʳ by its Taylor polynomial of degree 7, 2ⁿ by the exponent's bits in two halves.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-104.0, 89.0);
     // adding and taking away 1.5 · 2²³ rounds to a whole number
     let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;

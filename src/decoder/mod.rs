@@ -5,15 +5,16 @@
 //! x ← x + down(silu(gate h) ⊙ up h),                 h = norm(x)
 //! ```
 //! Every row is computed by itself, in an order that depends on its own sequence alone (see [`crate::quant::matmul`] and
-//! [`crate::serve::attention`]), so a row's result is the same bits whatever else is in the batch.
+//! [`attention`]), so a row's result is the same bits whatever else is in the batch.
 
+pub mod attention;
 mod math;
 
 use std::sync::{Mutex, PoisonError};
 
+use self::attention::{Layout, Rows, paged_attention};
 use crate::error::{Error, Result};
 use crate::quant::matmul::{Matrix, matmul};
-use crate::serve::attention::{Layout, Rows, paged_attention};
 use crate::team::Team;
 
 /// A LoRA on a linear layer: y += scale (x Aᵀ) Bᵀ for the rows of its adapter.

@@ -6,23 +6,19 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use half::bf16;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::tensor::{Element, Memory};
+use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
-use crate::serve::attention::{self, Layout, Rows, Value};
 use crate::serve::models::Models;
 use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
-use crate::team::Team;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
     module.add_class::<Stream>()?;
     module.add_class::<Listener>()?;
-    module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
     module.add_function(wrap_pyfunction!(sampling_probabilities, module)?)?;
     Ok(())
 }
@@ -307,62 +303,4 @@ fn sampling_probabilities(
         sampler.accept(token)?;
     }
     Ok(sampler.probabilities(&logits)?)
-}
-
-#[pyfunction]
-#[pyo3(signature = (q, pages, block_table, cu_seqlens, positions, out, layer, scale, window = None))]
-#[allow(clippy::too_many_arguments)]
-fn paged_attention(
-    py: Python<'_>,
-    q: &Bound<'_, PyAny>,
-    pages: &Bound<'_, PyAny>,
-    block_table: &Bound<'_, PyAny>,
-    cu_seqlens: &Bound<'_, PyAny>,
-    positions: &Bound<'_, PyAny>,
-    out: &Bound<'_, PyAny>,
-    layer: usize,
-    scale: f32,
-    window: Option<usize>,
-) -> PyResult<()> {
-    let rows = [
-        Memory::<i32>::of("block_table", block_table)?,
-        Memory::<i32>::of("cu_seqlens", cu_seqlens)?,
-        Memory::<i32>::of("positions", positions)?,
-    ];
-    if pages.getattr("dtype")?.str()? == bf16::NAME {
-        typed::<bf16>(py, q, pages, &rows, out, layer, scale, window)
-    } else {
-        typed::<f32>(py, q, pages, &rows, out, layer, scale, window)
-    }
-}
-
-#[allow(clippy::too_many_arguments)]
-fn typed<T: Element + Value>(
-    py: Python<'_>,
-    q: &Bound<'_, PyAny>,
-    pages: &Bound<'_, PyAny>,
-    rows: &[Memory<i32>; 3],
-    out: &Bound<'_, PyAny>,
-    layer: usize,
-    scale: f32,
-    window: Option<usize>,
-) -> PyResult<()> {
-    let (q, pages, out) = (Memory::<T>::of("q", q)?, Memory::<T>::of("pages", pages)?, Memory::<T>::of("out", out)?);
-    let (&[_, heads, width], &[_, layers, 2, block_tokens, key_value_heads, head_dim]) =
-        (q.shape.as_slice(), pages.shape.as_slice())
-    else {
-        let message =
-            format!("expected q [T, H, D] and pages [P, L, 2, B, K, D], got {:?} and {:?}", q.shape, pages.shape);
-        return Err(Error::failure(message).into());
-    };
-    if width != head_dim {
-        return Err(Error::failure(format!("q: expected heads of {head_dim} numbers, got {width}")).into());
-    }
-    let layout = Layout { layer, layers, block_tokens, heads, key_value_heads, head_dim };
-    // SAFETY: the caller's tensors live during the call; `out` is given to be written and is new, the rest to be read.
-    let (rows, q, pages, out) = unsafe {
-        let rows = Rows { block_table: rows[0].slice(), cu_seqlens: rows[1].slice(), positions: rows[2].slice() };
-        (rows, q.slice(), pages.slice(), out.slice_mut())
-    };
-    Ok(py.detach(|| Team::run(|team| attention::paged_attention(team, q, pages, rows, layout, scale, window, out)))?)
 }

@@ -6,7 +6,6 @@
 //! Nothing here knows what a step does; the model is behind [`Step`], and callers are behind [`Sink`].
 
 mod answer;
-pub mod attention;
 pub mod constraint;
 mod engine;
 #[cfg(test)]

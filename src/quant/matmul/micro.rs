@@ -45,9 +45,9 @@ impl Path {
         *BEST.get_or_init(|| Self::all().pop().unwrap_or(Self::Portable))
     }
 
-    /// The products of up to [`ROWS`] rows with four, all of `columns` numbers.
+    /// The products of up to [`ROWS`] rows with four, all of `columns` numbers; panics where they have other lengths.
     #[inline]
-    pub(super) fn dots(self, x: &[f32], w: [&[f32]; 4], columns: usize, out: &mut [[f32; 4]; ROWS]) {
+    pub fn dots(self, x: &[f32], w: [&[f32]; 4], columns: usize, out: &mut [[f32; 4]; ROWS]) {
         let w = w.map(|w| &w[..columns]);
         let row = |t: usize| &x[t * columns..][..columns];
         match self {
@@ -94,7 +94,7 @@ impl Path {
 }
 
 /// Rows whose products with four rows fit into the widest processor's registers.
-pub(super) const ROWS: usize = 6;
+pub const ROWS: usize = 6;
 
 #[inline(always)]
 fn each<'a>(

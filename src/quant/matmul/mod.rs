@@ -10,8 +10,7 @@ use std::cell::RefCell;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use micro::Path;
-use micro::ROWS;
+pub use micro::{Path, ROWS};
 
 use super::Kind;
 use crate::error::{Error, Result};
