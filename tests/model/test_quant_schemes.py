@@ -51,7 +51,7 @@ def test_the_model_is_near_the_dense_one_and_smaller(quant: str, smollm2: Path, 
     assert loaded.fingerprint == f"{dense.fingerprint}+{quant}"
 
 
-def test_groups_of_32_hold_the_blocks_of_the_file_to_the_bit(smollm2: Path, dense: LoadedModel) -> None:
+def test_groups_of_32_find_the_numbers_of_the_file_again(smollm2: Path, dense: LoadedModel) -> None:
     """Q4_1's numbers are a scale, an offset and 4 bits, so converting finds them again."""
     loaded = models.load(smollm2, quant="int4_group:32")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.7.mlp.gate_proj"):
