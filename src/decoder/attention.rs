@@ -10,12 +10,9 @@
 //! Sums run over s in order, so a row's result depends on its own sequence and on nothing else in the batch, whatever
 //! the number of threads. Sums are in float32.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::Pod;
-
-use super::math::exp;
-use crate::quant::matmul::{Path, ROWS};
 
 use crate::team::Team;
 use crate::{Error, Result};
@@ -108,68 +105,37 @@ pub fn paged_attention<T: Value>(
     }
     let blocks = rows.block_table.len() / rows.cu_seqlens.len().saturating_sub(1).max(1);
     let group = layout.heads / layout.key_value_heads;
-    // Neighbouring rows of a sequence read the same keys: together as many queries as the products take at once.
-    let most = (ROWS / group).max(1);
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    for row in 0..sequence_of.len() {
-        match runs.last_mut() {
-            Some(run) if run.len() < most && sequence_of[run.start] == sequence_of[row] => run.end += 1,
-            _ => runs.push(row..row + 1),
-        }
-    }
-    let out = &Out(out.as_mut_ptr());
-    let task = |index: usize| {
-        let (run, head) = (runs[index / layout.key_value_heads].clone(), index % layout.key_value_heads);
-        let table = &rows.block_table[sequence_of[run.start] * blocks..][..blocks];
-        let span = |row: usize| {
-            let end = rows.positions[row] as usize + 1;
-            (window.map_or(0, |window| end.saturating_sub(window)), end)
-        };
-        let (heads, dim) = (head * group..(head + 1) * group, layout.head_dim);
-        let places: Vec<(usize, (usize, usize))> =
-            run.flat_map(|row| heads.clone().map(move |head| (row * width + head * dim, span(row)))).collect();
-        for places in places.chunks(ROWS) {
-            let mut queries = [0.0; ROWS * MOST_DIM];
-            for (query, (place, _)) in queries.chunks_exact_mut(dim).zip(places) {
-                query.iter_mut().zip(&q[*place..]).for_each(|(query, q)| *query = q.wide() * scale);
-            }
-            let spans: Vec<_> = places.iter().map(|&(_, span)| span).collect();
-            let mut sums = [0.0; ROWS * MOST_DIM];
-            attend(&queries[..places.len() * dim], pool, table, layout, head, &spans, &mut sums);
-            for (sum, (place, _)) in sums.chunks_exact(dim).zip(places) {
-                for (at, &sum) in sum.iter().enumerate() {
-                    // SAFETY: `place` is the beginning of a row's head in `out`, which is as long as q; a row's head
-                    // belongs to one task.
-                    unsafe { *out.at(place + at) = T::narrow(sum) };
-                }
-            }
-        }
+    // One task: a row's query heads that share a head of keys and values.
+    let task = |index: usize, out: &mut [T], scores: &mut Vec<f32>| {
+        let (row, head) = (index / layout.key_value_heads, index % layout.key_value_heads);
+        let table = &rows.block_table[sequence_of[row] * blocks..][..blocks];
+        let end = rows.positions[row] as usize + 1;
+        let span = (window.map_or(0, |window| end.saturating_sub(window)), end);
+        let q = &q[row * width + head * group * layout.head_dim..][..group * layout.head_dim];
+        attend(q, pool, table, layout, head, span, scale, out, scores);
     };
+    // Heads are dealt out in runs that take about as long; each run is one thread's, and so are its outputs.
     let work: usize = rows.positions.iter().map(|&position| position as usize + 1).sum::<usize>() * width;
-    let count = runs.len() * layout.key_value_heads;
-    if work < TASK {
-        (0..count).for_each(task);
-    } else {
-        team.each(count, &task);
+    let chunk = group * layout.head_dim;
+    let heads = out.len() / chunk;
+    let runs = (work / TASK).clamp(1, (8 * team.threads()).min(heads.max(1)));
+    let mut parts: Vec<Mutex<&mut [T]>> = Vec::with_capacity(runs);
+    let mut rest = out;
+    for run in 0..runs {
+        let (part, after) = rest.split_at_mut((heads * (run + 1) / runs - heads * run / runs) * chunk);
+        parts.push(Mutex::new(part));
+        rest = after;
     }
+    team.each(runs, &|run| {
+        let mut scores = Vec::new();
+        let mut part = parts[run].lock().unwrap_or_else(PoisonError::into_inner);
+        let first = heads * run / runs;
+        part.chunks_exact_mut(chunk).enumerate().for_each(|(index, out)| task(first + index, out, &mut scores));
+    });
     Ok(())
 }
 
-/// Where the tasks write, each to heads of rows of its own.
-struct Out<T>(*mut T);
-// SAFETY: tasks write disjoint elements (see there), and the slice behind outlives them.
-unsafe impl<T: Send> Sync for Out<T> {}
-
-impl<T> Out<T> {
-    /// Element `index`.
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
-/// The widest head.
-const MOST_DIM: usize = 512;
-/// Multiplications from which other threads are worth it: some microseconds.
+/// Multiplications that are worth a task of their own: some microseconds.
 const TASK: usize = 1 << 15;
 
 /// Checks every length and index, so that what follows cannot leave its slices. The sequence of each row.
@@ -177,11 +143,7 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     let wrong = |what: &str| Err(Error::failure(format!("paged attention: {what}")));
     let sizes = [layout.layers, layout.block_tokens, layout.heads, layout.key_value_heads, layout.head_dim];
     let page = sizes.iter().try_fold(2usize, |product, &size| product.checked_mul(size)).unwrap_or(0);
-    if page == 0
-        || layout.head_dim > MOST_DIM
-        || layout.layer >= layout.layers
-        || !layout.heads.is_multiple_of(layout.key_value_heads)
-    {
+    if page == 0 || layout.layer >= layout.layers || !layout.heads.is_multiple_of(layout.key_value_heads) {
         return wrong(&format!("expected sizes that agree, got {layout:?}"));
     }
     let expected = rows.positions.len() * layout.heads * layout.head_dim;
@@ -217,139 +179,117 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     Ok(sequence_of)
 }
 
-/// Up to [`ROWS`] queries `[n, head_dim]`, already scaled, of one head of keys and values: `sums` of the same shape.
+/// One row, the query heads of one head of keys and values.
+#[allow(clippy::too_many_arguments)]
 fn attend<T: Value>(
-    queries: &[f32],
+    q: &[T],
     pool: &[T],
     table: &[i32],
     layout: Layout,
     head: usize,
-    spans: &[(usize, usize)],
-    sums: &mut [f32],
+    span: (usize, usize),
+    scale: f32,
+    out: &mut [T],
+    scores: &mut Vec<f32>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    {
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         #[target_feature(enable = "avx2,fma")]
-        fn avx2<T: Value>(
-            queries: &[f32],
+        #[allow(clippy::too_many_arguments)]
+        fn wide<T: Value>(
+            q: &[T],
             pool: &[T],
             table: &[i32],
             layout: Layout,
             head: usize,
-            spans: &[(usize, usize)],
-            sums: &mut [f32],
+            span: (usize, usize),
+            scale: f32,
+            out: &mut [T],
+            scores: &mut Vec<f32>,
         ) {
-            body(queries, pool, table, layout, head, spans, sums);
+            body(q, pool, table, layout, head, span, scale, out, scores);
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the machine has the features that the function is compiled for, as was just asked.
-            return unsafe { avx2(queries, pool, table, layout, head, spans, sums) };
-        }
+        // SAFETY: the machine has the features that the function is compiled for, as was just asked.
+        return unsafe { wide(q, pool, table, layout, head, span, scale, out, scores) };
     }
-    body(queries, pool, table, layout, head, spans, sums);
+    body(q, pool, table, layout, head, span, scale, out, scores);
 }
 
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn body<T: Value>(
-    queries: &[f32],
+    q: &[T],
     pool: &[T],
     table: &[i32],
     layout: Layout,
     head: usize,
-    spans: &[(usize, usize)],
-    sums: &mut [f32],
+    (first, end): (usize, usize),
+    scale: f32,
+    out: &mut [T],
+    scores: &mut Vec<f32>,
 ) {
-    thread_local! {
-        static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
     let (dim, token, page) = (layout.head_dim, layout.token(), layout.page());
     let half = layout.block_tokens * token;
     let base = layout.layer * 2 * half + head * dim;
+    let group = q.len() / dim;
+    let count = end - first;
+    scores.clear();
+    scores.resize(group * count, 0.0);
+    let queries: Vec<f32> = q.iter().map(|value| value.wide() * scale).collect();
+    let mut sums = vec![0.0f32; group * dim];
     let place = |position: usize| {
         table[position / layout.block_tokens] as usize * page + base + position % layout.block_tokens * token
     };
-    let low = spans.iter().map(|span| span.0).min().unwrap_or(0);
-    let high = spans.iter().map(|span| span.1).max().unwrap_or(0);
-    let (count, path) = (high - low, Path::best());
-    SCORES.with_borrow_mut(|scores| {
-        scores.clear();
-        scores.resize(spans.len() * count, 0.0);
-        let (mut keys, mut found) = ([[0.0; MOST_DIM]; 4], [[0.0; 4]; ROWS]);
-        for position in (low..high).step_by(4) {
-            let kept = (high - position).min(4);
-            for (key, position) in keys.iter_mut().zip(position..position + kept) {
-                let stored = &pool[place(position)..][..dim];
-                key.iter_mut().zip(stored).for_each(|(key, stored)| *key = stored.wide());
-            }
-            path.dots(queries, keys.each_ref().map(|key| &key[..dim]), dim, &mut found);
-            for (scores, found) in scores.chunks_exact_mut(count).zip(&found) {
-                scores[position - low..][..kept].copy_from_slice(&found[..kept]);
+    for position in first..end {
+        let key = &pool[place(position)..][..dim];
+        for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(count)) {
+            scores[position - first] = dot(query, key);
+        }
+    }
+    for scores in scores.chunks_exact_mut(count) {
+        softmax(scores);
+    }
+    for position in first..end {
+        let value = &pool[place(position) + half..][..dim];
+        for (sum, scores) in sums.chunks_exact_mut(dim).zip(scores.chunks_exact(count)) {
+            let share = scores[position - first];
+            for (sum, value) in sum.iter_mut().zip(value) {
+                *sum += share * value.wide();
             }
         }
-        for (scores, span) in scores.chunks_exact_mut(count).zip(spans) {
-            softmax(&mut scores[span.0 - low..span.1 - low]);
-        }
-        // what all queries see, they go through together; what only some see, before and after that, one by one
-        let common =
-            spans.iter().map(|span| span.0).max().unwrap_or(0)..spans.iter().map(|span| span.1).min().unwrap_or(0);
-        let common = common.start..common.end.max(common.start);
-        for part in (0..dim).step_by(16) {
-            let value = |position: usize| {
-                let stored = &pool[place(position) + half + part..][..(dim - part).min(16)];
-                let mut wide = [0.0; 16];
-                wide.iter_mut().zip(stored).for_each(|(wide, stored)| *wide = stored.wide());
-                wide
-            };
-            let mut lanes = [[0.0f32; 16]; ROWS];
-            let one = |lanes: &mut [f32; 16], index: usize, positions: std::ops::Range<usize>| {
-                for position in positions {
-                    add(lanes, scores[index * count + position - low], &value(position));
-                }
-            };
-            for (index, (lanes, span)) in lanes.iter_mut().zip(spans).enumerate() {
-                one(lanes, index, span.0..common.start.min(span.1));
-            }
-            if spans.len() == ROWS {
-                for position in common.clone() {
-                    let value = value(position);
-                    for (index, lanes) in lanes.iter_mut().enumerate() {
-                        add(lanes, scores[index * count + position - low], &value);
-                    }
-                }
-            } else {
-                (0..spans.len()).for_each(|index| one(&mut lanes[index], index, common.clone()));
-            }
-            for (index, (lanes, span)) in lanes.iter_mut().zip(spans).enumerate() {
-                one(lanes, index, common.end.max(span.0)..span.1);
-            }
-            for (sum, lanes) in sums.chunks_exact_mut(dim).zip(&lanes[..spans.len()]) {
-                sum[part..].iter_mut().zip(lanes).for_each(|(sum, lane)| *sum = *lane);
-            }
-        }
-    });
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = T::narrow(sum);
+    }
 }
 
+/// In 16 lanes, added up in a fixed order.
 #[inline(always)]
-fn add(lanes: &mut [f32; 16], share: f32, value: &[f32; 16]) {
-    for lane in 0..16 {
-        lanes[lane] = share.mul_add(value[lane], lanes[lane]);
+fn dot<T: Value>(a: &[f32], b: &[T]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b.wide()).sum();
+    for (a, b) in a.zip(b) {
+        for lane in 0..16 {
+            lanes[lane] += a[lane] * b[lane].wide();
+        }
     }
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+    }
+    lanes[0] + rest
 }
 
 #[inline(always)]
 fn softmax(scores: &mut [f32]) {
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
     for score in scores.iter_mut() {
-        *score = exp(*score - largest);
+        *score = (*score - largest).exp();
+        sum += *score;
     }
-    let (whole, rest) = scores.as_chunks::<16>();
-    let mut lanes = [0.0f32; 16];
-    for scores in whole {
-        for lane in 0..16 {
-            lanes[lane] += scores[lane];
-        }
-    }
-    let sum = lanes.iter().sum::<f32>() + rest.iter().sum::<f32>();
     for score in scores.iter_mut() {
         *score /= sum;
     }
