@@ -8,6 +8,7 @@
 //! more than its task.
 
 use std::any::Any;
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -118,6 +119,33 @@ impl Team {
                 wait(&mut spins);
             }
         }
+    }
+}
+
+/// A slice that tasks write to at places of their own.
+pub struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    _slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: `write` promises that no two tasks write to one place, and nobody reads.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T: Copy> Shared<'a, T> {
+    /// Borrows the slice for as long as tasks write.
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), _slice: PhantomData }
+    }
+
+    /// Writes values from `at` on; panics where they have no room.
+    ///
+    /// # Safety
+    /// No other task writes to these places.
+    pub unsafe fn write(&self, at: usize, values: &[T]) {
+        assert!(at.checked_add(values.len()).is_some_and(|end| end <= self.len));
+        // SAFETY: there is room, and by the caller's promise nobody else's.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) };
     }
 }
 

@@ -10,11 +10,13 @@
 //! Sums run over s in order, so a row's result depends on its own sequence and on nothing else in the batch, whatever
 //! the number of threads. Sums are in float32.
 
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
 
 use bytemuck::Pod;
 
-use crate::team::Team;
+use super::math;
+use crate::quant::matmul::{Path, ROWS};
+use crate::team::{Shared, Team};
 use crate::{Error, Result};
 
 /// A number as the cache keeps it.
@@ -23,6 +25,8 @@ pub trait Value: Pod + Send + Sync {
     fn wide(self) -> f32;
     /// From float32, rounded to nearest.
     fn narrow(value: f32) -> Self;
+    /// Several as float32; `room` has as many numbers, and is used where they are not there already.
+    fn widen<'a>(values: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
 }
 
 impl Value for f32 {
@@ -34,6 +38,9 @@ impl Value for f32 {
     fn narrow(value: f32) -> Self {
         value
     }
+    fn widen<'a>(values: &'a [Self], _room: &'a mut [f32]) -> &'a [f32] {
+        values
+    }
 }
 
 impl Value for half::bf16 {
@@ -44,6 +51,10 @@ impl Value for half::bf16 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
         half::bf16::from_f32(value)
+    }
+    fn widen<'a>(values: &'a [Self], room: &'a mut [f32]) -> &'a [f32] {
+        room.iter_mut().zip(values).for_each(|(room, value)| *room = value.wide());
+        &room[..values.len()]
     }
 }
 
@@ -98,48 +109,50 @@ pub fn paged_attention<T: Value>(
     window: Option<usize>,
     out: &mut [T],
 ) -> Result<()> {
-    let width = layout.heads * layout.head_dim;
-    let sequence_of = check(q.len(), out.len(), pool.len(), rows, layout)?;
+    check(q.len(), out.len(), pool.len(), rows, layout)?;
     if window == Some(0) {
         return Err(Error::failure("paged attention: expected a window of at least 1 token, got 0"));
     }
     let blocks = rows.block_table.len() / rows.cu_seqlens.len().saturating_sub(1).max(1);
     let group = layout.heads / layout.key_value_heads;
-    // One task: a row's query heads that share a head of keys and values.
-    let task = |index: usize, out: &mut [T], scores: &mut Vec<f32>| {
-        let (row, head) = (index / layout.key_value_heads, index % layout.key_value_heads);
-        let table = &rows.block_table[sequence_of[row] * blocks..][..blocks];
-        let end = rows.positions[row] as usize + 1;
-        let span = (window.map_or(0, |window| end.saturating_sub(window)), end);
-        let q = &q[row * width + head * group * layout.head_dim..][..group * layout.head_dim];
-        attend(q, pool, table, layout, head, span, scale, out, scores);
-    };
-    // Heads are dealt out in runs that take about as long; each run is one thread's, and so are its outputs.
-    let work: usize = rows.positions.iter().map(|&position| position as usize + 1).sum::<usize>() * width;
-    let chunk = group * layout.head_dim;
-    let heads = out.len() / chunk;
-    let runs = (work / TASK).clamp(1, (8 * team.threads()).min(heads.max(1)));
-    let mut parts: Vec<Mutex<&mut [T]>> = Vec::with_capacity(runs);
-    let mut rest = out;
-    for run in 0..runs {
-        let (part, after) = rest.split_at_mut((heads * (run + 1) / runs - heads * run / runs) * chunk);
-        parts.push(Mutex::new(part));
-        rest = after;
+    let mut tasks = Vec::new();
+    for (sequence, ends) in rows.cu_seqlens.windows(2).enumerate() {
+        let ends = ends[0] as usize * group..ends[1] as usize * group;
+        for first in ends.clone().step_by(QUERIES) {
+            let queries = first..ends.end.min(first + QUERIES);
+            tasks.extend((0..layout.key_value_heads).map(|head| (sequence, queries.clone(), head)));
+        }
     }
-    team.each(runs, &|run| {
-        let mut scores = Vec::new();
-        let mut part = parts[run].lock().unwrap_or_else(PoisonError::into_inner);
-        let first = heads * run / runs;
-        part.chunks_exact_mut(chunk).enumerate().for_each(|(index, out)| task(first + index, out, &mut scores));
+    let out = Shared::new(out);
+    team.each(tasks.len(), &|index| {
+        let (sequence, queries, head) = &tasks[index];
+        let table = &rows.block_table[sequence * blocks..][..blocks];
+        let head = Head { pool, table, layout, head: *head };
+        // of a row, the query heads that share a head of keys and values stand side by side
+        let at = |query: usize| (query / group * layout.heads + head.head * group + query % group) * layout.head_dim;
+        let spans = queries.clone().map(|query| {
+            let end = rows.positions[query / group] as usize + 1;
+            (window.map_or(0, |window| end.saturating_sub(window)), end)
+        });
+        let scaled = queries.clone().flat_map(|query| q[at(query)..][..layout.head_dim].iter());
+        let scaled = scaled.map(|value| value.wide() * scale).collect::<Vec<_>>();
+        let found = head.attend(Path::best(), &scaled, &spans.collect::<Vec<_>>());
+        for (query, found) in queries.clone().zip(found.chunks_exact(layout.head_dim)) {
+            let found: Vec<T> = found.iter().map(|&value| T::narrow(value)).collect();
+            // SAFETY: each query of each head is one task's.
+            unsafe { out.write(at(query), &found) };
+        }
     });
     Ok(())
 }
 
-/// Multiplications that are worth a task of their own: some microseconds.
-const TASK: usize = 1 << 15;
+/// Queries of a task: enough that its keys are used often once they are in the cache.
+const QUERIES: usize = 8 * ROWS;
+/// Positions that are looked at together, by all queries of a task.
+const CHUNK: usize = 64;
 
-/// Checks every length and index, so that what follows cannot leave its slices. The sequence of each row.
-fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<Vec<usize>> {
+/// Checks every length and index, so that what follows cannot leave its slices.
+fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<()> {
     let wrong = |what: &str| Err(Error::failure(format!("paged attention: {what}")));
     let sizes = [layout.layers, layout.block_tokens, layout.heads, layout.key_value_heads, layout.head_dim];
     let page = sizes.iter().try_fold(2usize, |product, &size| product.checked_mul(size)).unwrap_or(0);
@@ -156,9 +169,9 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
         return wrong(&format!("expected a page table row for each of {sequences} sequences"));
     }
     let blocks = rows.block_table.len() / sequences.max(1);
-    let mut sequence_of = Vec::with_capacity(rows.positions.len());
+    let mut seen = 0;
     for (sequence, ends) in rows.cu_seqlens.windows(2).enumerate() {
-        if ends[0] as usize != sequence_of.len() || ends[1] < ends[0] || ends[1] as usize > rows.positions.len() {
+        if ends[0] as usize != seen || ends[1] < ends[0] || ends[1] as usize > rows.positions.len() {
             return wrong(&format!("expected rising cu_seqlens from 0 to {}, got {ends:?}", rows.positions.len()));
         }
         let positions = &rows.positions[ends[0] as usize..ends[1] as usize];
@@ -171,127 +184,98 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
         if let Some(page) = table.iter().find(|&&page| page < 0 || page as usize >= pages) {
             return wrong(&format!("expected pages below {pages}, got {page}"));
         }
-        sequence_of.resize(ends[1] as usize, sequence);
+        seen = ends[1] as usize;
     }
-    if sequence_of.len() != rows.positions.len() {
-        return wrong(&format!("expected cu_seqlens to end at {}, got {}", rows.positions.len(), sequence_of.len()));
+    if seen != rows.positions.len() {
+        return wrong(&format!("expected cu_seqlens to end at {}, got {}", rows.positions.len(), seen));
     }
-    Ok(sequence_of)
+    Ok(())
 }
 
-/// One row, the query heads of one head of keys and values.
-#[allow(clippy::too_many_arguments)]
-fn attend<T: Value>(
-    q: &[T],
-    pool: &[T],
-    table: &[i32],
+/// One head of one sequence's keys and values.
+struct Head<'a, T> {
+    pool: &'a [T],
+    table: &'a [i32],
     layout: Layout,
     head: usize,
-    span: (usize, usize),
-    scale: f32,
-    out: &mut [T],
-    scores: &mut Vec<f32>,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        #[target_feature(enable = "avx2,fma")]
-        #[allow(clippy::too_many_arguments)]
-        fn wide<T: Value>(
-            q: &[T],
-            pool: &[T],
-            table: &[i32],
-            layout: Layout,
-            head: usize,
-            span: (usize, usize),
-            scale: f32,
-            out: &mut [T],
-            scores: &mut Vec<f32>,
-        ) {
-            body(q, pool, table, layout, head, span, scale, out, scores);
-        }
-        // SAFETY: the machine has the features that the function is compiled for, as was just asked.
-        return unsafe { wide(q, pool, table, layout, head, span, scale, out, scores) };
-    }
-    body(q, pool, table, layout, head, span, scale, out, scores);
 }
 
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn body<T: Value>(
-    q: &[T],
-    pool: &[T],
-    table: &[i32],
-    layout: Layout,
-    head: usize,
-    (first, end): (usize, usize),
-    scale: f32,
-    out: &mut [T],
-    scores: &mut Vec<f32>,
-) {
-    let (dim, token, page) = (layout.head_dim, layout.token(), layout.page());
-    let half = layout.block_tokens * token;
-    let base = layout.layer * 2 * half + head * dim;
-    let group = q.len() / dim;
-    let count = end - first;
-    scores.clear();
-    scores.resize(group * count, 0.0);
-    let queries: Vec<f32> = q.iter().map(|value| value.wide() * scale).collect();
-    let mut sums = vec![0.0f32; group * dim];
-    let place = |position: usize| {
-        table[position / layout.block_tokens] as usize * page + base + position % layout.block_tokens * token
-    };
-    for position in first..end {
-        let key = &pool[place(position)..][..dim];
-        for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(count)) {
-            scores[position - first] = dot(query, key);
-        }
-    }
-    for scores in scores.chunks_exact_mut(count) {
-        softmax(scores);
-    }
-    for position in first..end {
-        let value = &pool[place(position) + half..][..dim];
-        for (sum, scores) in sums.chunks_exact_mut(dim).zip(scores.chunks_exact(count)) {
-            let share = scores[position - first];
-            for (sum, value) in sum.iter_mut().zip(value) {
-                *sum += share * value.wide();
+impl<T: Value> Head<'_, T> {
+    /// The sums `[queries, dim]` for queries `[queries, dim]`, already scaled, over their spans of positions.
+    fn attend(&self, path: Path, queries: &[f32], spans: &[(usize, usize)]) -> Vec<f32> {
+        let dim = self.layout.head_dim;
+        let low = spans.iter().map(|span| span.0).min().unwrap_or(0);
+        let high = spans.iter().map(|span| span.1).max().unwrap_or(0);
+        let count = high - low;
+        let mut scores = vec![0.0; spans.len() * count];
+        let mut wide = vec![0.0; CHUNK * dim];
+        let mut found = [[0.0; 4]; ROWS];
+        self.chunks(low..high, 0, &mut wide, |positions, keys| {
+            for (tile, (queries, spans)) in queries.chunks(ROWS * dim).zip(spans.chunks(ROWS)).enumerate() {
+                if spans.iter().all(|span| span.1 <= positions.start || span.0 >= positions.end) {
+                    continue;
+                }
+                for (four, keys) in keys.chunks(4).enumerate() {
+                    path.dots(queries, std::array::from_fn(|i| keys[i.min(keys.len() - 1)]), dim, &mut found);
+                    let at = positions.start - low + 4 * four;
+                    for (query, found) in found.iter().take(spans.len()).enumerate() {
+                        let scores = &mut scores[(tile * ROWS + query) * count + at..];
+                        scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
+                    }
+                }
             }
+        });
+        for (scores, &(first, end)) in scores.chunks_exact_mut(count).zip(spans) {
+            math::softmax(&mut scores[first - low..end - low]);
         }
+        let mut sums = vec![0.0; spans.len() * dim];
+        self.chunks(low..high, 1, &mut wide, |positions, values| {
+            let tiles = sums.chunks_mut(ROWS * dim).zip(spans.chunks(ROWS)).zip(scores.chunks(ROWS * count));
+            for ((sums, spans), shares) in tiles {
+                // what all queries see at once, and before and after that each what it sees alone
+                let (first, end) =
+                    spans.iter().fold((0, usize::MAX), |all, span| (all.0.max(span.0), all.1.min(span.1)));
+                let first = first.clamp(positions.start, positions.end);
+                let common = first..end.clamp(first, positions.end);
+                let part = |from: usize, to: usize| &values[from - positions.start..to - positions.start];
+                let alone = |sums: &mut [f32], from: usize, to: usize| {
+                    for (query, (sums, span)) in sums.chunks_exact_mut(dim).zip(spans).enumerate() {
+                        let (from, to) = (from.max(span.0), to.min(span.1));
+                        if from < to {
+                            path.weighted(&shares[query * count + from - low..], count, part(from, to), dim, sums);
+                        }
+                    }
+                };
+                alone(sums, positions.start, common.start);
+                path.weighted(&shares[common.start - low..], count, part(common.start, common.end), dim, sums);
+                alone(sums, common.end, positions.end);
+            }
+        });
+        sums
     }
-    for (out, sum) in out.iter_mut().zip(sums) {
-        *out = T::narrow(sum);
-    }
-}
 
-/// In 16 lanes, added up in a fixed order.
-#[inline(always)]
-fn dot<T: Value>(a: &[f32], b: &[T]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b.wide()).sum();
-    for (a, b) in a.zip(b) {
-        for lane in 0..16 {
-            lanes[lane] += a[lane] * b[lane].wide();
+    /// Calls `each` with runs of the positions and their keys (`side` 0) or values (1), in order.
+    fn chunks(
+        &self,
+        positions: Range<usize>,
+        side: usize,
+        wide: &mut [f32],
+        mut each: impl FnMut(Range<usize>, &[&[f32]]),
+    ) {
+        let Layout { layer, block_tokens, head_dim: dim, .. } = self.layout;
+        let (token, page) = (self.layout.token(), self.layout.page());
+        let base = (2 * layer + side) * block_tokens * token + self.head * dim;
+        let row = |position: usize| {
+            let start = self.table[position / block_tokens] as usize * page + base;
+            &self.pool[start + position % block_tokens * token..][..dim]
+        };
+        for start in positions.clone().step_by(CHUNK) {
+            let mut rows: [&[f32]; CHUNK] = [&[]; CHUNK];
+            let end = positions.end.min(start + CHUNK);
+            let found = rows.iter_mut().zip(wide.chunks_exact_mut(dim));
+            found.zip(start..end).for_each(|((found, wide), position)| *found = T::widen(row(position), wide));
+            each(start..end, &rows[..end - start]);
         }
-    }
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-    }
-    lanes[0] + rest
-}
-
-#[inline(always)]
-fn softmax(scores: &mut [f32]) {
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for score in scores.iter_mut() {
-        *score = (*score - largest).exp();
-        sum += *score;
-    }
-    for score in scores.iter_mut() {
-        *score /= sum;
     }
 }
 

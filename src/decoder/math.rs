@@ -82,6 +82,35 @@ dispatched! {
     }
 }
 
+dispatched! {
+    /// Scores of one query to shares that add up to 1, in place.
+    softmax(scores: &mut [f32]) {
+        let mut largest = [f32::NEG_INFINITY; 16];
+        let (whole, rest) = scores.as_chunks::<16>();
+        for scores in whole {
+            for lane in 0..16 {
+                largest[lane] = largest[lane].max(scores[lane]);
+            }
+        }
+        let largest = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut lanes = [0.0f32; 16];
+        let (whole, rest) = scores.as_chunks_mut::<16>();
+        for scores in whole {
+            for lane in 0..16 {
+                scores[lane] = exp(scores[lane] - largest);
+                lanes[lane] += scores[lane];
+            }
+        }
+        let mut sum = lanes.iter().sum::<f32>();
+        for score in rest {
+            *score = exp(*score - largest);
+            sum += *score;
+        }
+        let inverse = 1.0 / sum;
+        scores.iter_mut().for_each(|score| *score *= inverse);
+    }
+}
+
 /// eˣ within 2 units in the last place, without branches, so that it vectorizes; 0 below −87.3, ∞ never below 88.3.
 ///
 /// x = n ln 2 + r with |r| ≤ ln 2 / 2; eʳ by its Taylor polynomial of degree 7, 2ⁿ by the exponent's bits in two halves.

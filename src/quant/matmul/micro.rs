@@ -6,6 +6,9 @@
 //! Lanes are added up in halves: l and l + 8, then l and l + 4, l + 2, l + 1. What is left over behind the last 16 is
 //! summed in order and added last.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use super::super::Kind;
 
 /// Which instructions are used.
@@ -56,12 +59,66 @@ impl Path {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => each(row, x.len() / columns, out, |x| unsafe { x86::avx2_1x4(x, w) }),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => match x.len() / columns {
-                // SAFETY: the machine has the features (`all`), and all rows are as long as the first.
-                6 => *out = unsafe { x86::avx512::<6>(std::array::from_fn(row), w) },
-                // SAFETY: as above.
-                count => each(row, count, out, |x| unsafe { x86::avx512::<1>([x], w) }[0]),
-            },
+            Self::Avx512 => {
+                /// N rows at a time.
+                macro_rules! at_once {
+                    ($rows:literal) => {
+                        // SAFETY: the machine has the features (`all`), and all rows are as long as the first.
+                        out[..$rows].copy_from_slice(&unsafe { x86::avx512::<$rows>(std::array::from_fn(row), w) })
+                    };
+                }
+                match x.len() / columns {
+                    1 => at_once!(1),
+                    2 => at_once!(2),
+                    3 => at_once!(3),
+                    4 => at_once!(4),
+                    5 => at_once!(5),
+                    _ => at_once!(6),
+                }
+            }
+        }
+    }
+
+    /// sums[t] += Σ_s shares[t · stride + s] · values[s], in the order of s, fused; sums `[up to ROWS, width]`.
+    ///
+    /// Panics where lengths don't agree.
+    #[inline]
+    pub fn weighted(self, shares: &[f32], stride: usize, values: &[&[f32]], width: usize, sums: &mut [f32]) {
+        if width == 0 || values.is_empty() || sums.is_empty() {
+            return;
+        }
+        let count = sums.len() / width;
+        assert!(count <= ROWS && sums.len() == count * width && values.iter().all(|value| value.len() >= width));
+        assert!(shares.len() >= (count - 1) * stride + values.len());
+        /// The function for the number of rows.
+        #[cfg(target_arch = "x86_64")]
+        macro_rules! by_count {
+            ($name:ident) => {
+                // SAFETY: the machine has the features (`all`); lengths were checked.
+                unsafe {
+                    match count {
+                        1 => x86::$name::<1>(shares, stride, values, width, sums),
+                        2 => x86::$name::<2>(shares, stride, values, width, sums),
+                        3 => x86::$name::<3>(shares, stride, values, width, sums),
+                        4 => x86::$name::<4>(shares, stride, values, width, sums),
+                        5 => x86::$name::<5>(shares, stride, values, width, sums),
+                        _ => x86::$name::<6>(shares, stride, values, width, sums),
+                    }
+                }
+            };
+        }
+        match self {
+            Self::Portable => {
+                for (t, sums) in sums.chunks_exact_mut(width).enumerate() {
+                    for (share, value) in shares[t * stride..].iter().zip(values) {
+                        sums.iter_mut().zip(*value).for_each(|(sum, value)| *sum = share.mul_add(*value, *sum));
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => by_count!(avx2_weighted),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => by_count!(avx512_weighted),
         }
     }
 
@@ -125,93 +182,4 @@ fn portable(a: &[f32], b: &[f32]) -> f32 {
 #[inline(always)]
 fn rest(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0.0, |sum, (a, b)| a.mul_add(*b, sum))
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    #[allow(clippy::wildcard_imports)]
-    use std::arch::x86_64::*;
-
-    use super::super::super::Kind;
-    use super::rest;
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn avx2_dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) {
-        kind.dequantize_256(blocks, out);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    pub(super) fn avx512_dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) {
-        kind.dequantize_512(blocks, out);
-    }
-
-    /// The rows of `w` are as long as `x`.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn avx2_1x4(x: &[f32], w: [&[f32]; 4]) -> [f32; 4] {
-        let whole = x.len() / 16 * 16;
-        let mut sums = [[_mm256_setzero_ps(); 2]; 4];
-        for at in (0..whole).step_by(16) {
-            // SAFETY: at + 16 ≤ whole ≤ the length of every row.
-            unsafe {
-                let (a, b) = (_mm256_loadu_ps(x.as_ptr().add(at)), _mm256_loadu_ps(x.as_ptr().add(at + 8)));
-                for (sums, w) in sums.iter_mut().zip(&w) {
-                    sums[0] = _mm256_fmadd_ps(a, _mm256_loadu_ps(w.as_ptr().add(at)), sums[0]);
-                    sums[1] = _mm256_fmadd_ps(b, _mm256_loadu_ps(w.as_ptr().add(at + 8)), sums[1]);
-                }
-            }
-        }
-        let eights = sums.map(|[low, high]| _mm256_add_ps(low, high));
-        let fours = eights.map(|sum| _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum)));
-        let found = finish(fours);
-        std::array::from_fn(|r| found[r] + rest(&x[whole..], &w[r][whole..]))
-    }
-
-    /// Adds the lanes of four vectors: l and l + 2, then l and l + 1.
-    #[target_feature(enable = "avx")]
-    fn finish([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
-        let ab = _mm_add_ps(_mm_shuffle_ps::<0x44>(a, b), _mm_shuffle_ps::<0xee>(a, b));
-        let cd = _mm_add_ps(_mm_shuffle_ps::<0x44>(c, d), _mm_shuffle_ps::<0xee>(c, d));
-        let sums = _mm_add_ps(_mm_shuffle_ps::<0x88>(ab, cd), _mm_shuffle_ps::<0xdd>(ab, cd));
-        let mut found = [0.0; 4];
-        // SAFETY: room for four floats.
-        unsafe { _mm_storeu_ps(found.as_mut_ptr(), sums) };
-        found
-    }
-
-    /// The sums of four vectors of 16 lanes, as four lanes each in one 128-bit part of the result.
-    #[target_feature(enable = "avx512f")]
-    fn to_fours([a, b, c, d]: [__m512; 4]) -> __m512 {
-        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
-    }
-
-    /// All rows are as long as the first.
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn avx512<const ROWS: usize>(x: [&[f32]; ROWS], w: [&[f32]; 4]) -> [[f32; 4]; ROWS] {
-        let whole = x[0].len() / 16 * 16;
-        let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
-        for at in (0..whole).step_by(16) {
-            // SAFETY: at + 16 ≤ whole ≤ the length of every row.
-            unsafe {
-                let b = w.map(|w| _mm512_loadu_ps(w.as_ptr().add(at)));
-                for (sums, x) in sums.iter_mut().zip(&x) {
-                    let a = _mm512_loadu_ps(x.as_ptr().add(at));
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum = _mm512_fmadd_ps(a, b, *sum);
-                    }
-                }
-            }
-        }
-        std::array::from_fn(|t| {
-            let fours = to_fours(sums[t]);
-            let found = finish([
-                _mm512_castps512_ps128(fours),
-                _mm512_extractf32x4_ps::<1>(fours),
-                _mm512_extractf32x4_ps::<2>(fours),
-                _mm512_extractf32x4_ps::<3>(fours),
-            ]);
-            std::array::from_fn(|r| found[r] + rest(&x[t][whole..], &w[r][whole..]))
-        })
-    }
 }

@@ -14,7 +14,7 @@ pub use micro::{Path, ROWS};
 
 use super::Kind;
 use crate::error::{Error, Result};
-use crate::team::Team;
+use crate::team::{Shared, Team};
 
 /// Rows of the matrix that are dequantized together: a tile for many rows of x stays in the second cache, one for few in
 /// the first.
@@ -100,7 +100,7 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
     let tasks = (work / TASK).clamp(1, 4 * team.threads());
     let many = TILE_ROWS[usize::from(count >= MANY)];
     let rows = width.div_ceil(tasks).next_multiple_of(many);
-    let out = Out(y.as_mut_ptr());
+    let out = Shared::new(y);
     let task = |first: usize| {
         let mut begin = 0;
         for matrix in matrices {
@@ -121,11 +121,6 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Where the tasks of one product write, each to columns of its own.
-struct Out(*mut f32);
-// SAFETY: tasks write disjoint elements (`product`), and the slice behind outlives them.
-unsafe impl Sync for Out {}
-
 /// Some rows of a matrix with all rows of x: columns `at..` of y.
 #[allow(clippy::too_many_arguments)]
 fn product(
@@ -134,7 +129,7 @@ fn product(
     tile: std::ops::Range<usize>,
     x: &[f32],
     count: usize,
-    y: &Out,
+    y: &Shared<'_, f32>,
     at: usize,
     width: usize,
 ) {
@@ -143,12 +138,6 @@ fn product(
     }
     let (columns, rows) = (matrix.columns, tile.len());
     let blocks = &matrix.blocks[tile.start * matrix.row_bytes()..tile.end * matrix.row_bytes()];
-    let write = |t: usize, r: usize, value: f32| {
-        debug_assert!(t < count && at + r < width);
-        // SAFETY: y has count × width elements (checked by the caller), t < count, and column at + r < width belongs to
-        // this task alone.
-        unsafe { *y.0.add(t * width + at + r) = value };
-    };
     let each = |w: &[f32]| {
         let w_row = |r: usize| &w[r.min(rows - 1) * columns..][..columns];
         // some rows of x and four of W at a time are in the innermost cache
@@ -157,9 +146,9 @@ fn product(
             let x = &x[t * columns..count.min(t + ROWS) * columns];
             for r in (0..rows).step_by(4) {
                 path.dots(x, [w_row(r), w_row(r + 1), w_row(r + 2), w_row(r + 3)], columns, &mut found);
-                let kept = (rows - r).min(4);
                 for (i, found) in found.iter().take(count - t).enumerate() {
-                    found[..kept].iter().enumerate().for_each(|(j, &value)| write(t + i, r + j, value));
+                    // SAFETY: columns `at` to `at + rows` of y belong to this task alone.
+                    unsafe { y.write((t + i) * width + at + r, &found[..(rows - r).min(4)]) };
                 }
             }
         }

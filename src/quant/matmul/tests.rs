@@ -108,3 +108,30 @@ fn halves_widen_as_they_should() {
         assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}");
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn weighted_sums_have_the_same_bits_on_every_path(
+        count in 1usize..=ROWS,
+        values in 0usize..9,
+        more in 0usize..3,
+        width in 0usize..150,
+        seed: u64,
+    ) {
+        let stride = values + more;
+        let (shares, start) = (noise(count * stride, seed), noise(count * width, seed + 1));
+        let rows: Vec<Vec<f32>> = (0..values).map(|s| noise(width, seed + 2 + s as u64)).collect();
+        let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let expected: Vec<f32> = (0..count * width).map(|index| {
+            let (t, at) = (index / width, index % width);
+            rows.iter().enumerate().fold(start[index], |sum, (s, row)| shares[t * stride + s].mul_add(row[at], sum))
+        }).collect();
+        for path in Path::all() {
+            let mut found = start.clone();
+            path.weighted(&shares, stride, &rows, width, &mut found);
+            prop_assert_eq!(&found, &expected, "{:?}", path);
+        }
+    }
+}

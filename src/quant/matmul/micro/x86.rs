@@ -1,0 +1,219 @@
+//! The same on processors of x86-64.
+
+#[allow(clippy::wildcard_imports)]
+use std::arch::x86_64::*;
+
+use super::super::super::Kind;
+use super::rest;
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn avx2_dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) {
+    kind.dequantize_256(blocks, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+pub(super) fn avx512_dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) {
+    kind.dequantize_512(blocks, out);
+}
+
+/// The rows of `w` are as long as `x`.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn avx2_1x4(x: &[f32], w: [&[f32]; 4]) -> [f32; 4] {
+    let whole = x.len() / 16 * 16;
+    let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+    for at in (0..whole).step_by(16) {
+        // SAFETY: at + 16 ≤ whole ≤ the length of every row.
+        unsafe {
+            let (a, b) = (_mm256_loadu_ps(x.as_ptr().add(at)), _mm256_loadu_ps(x.as_ptr().add(at + 8)));
+            for (sums, w) in sums.iter_mut().zip(&w) {
+                sums[0] = _mm256_fmadd_ps(a, _mm256_loadu_ps(w.as_ptr().add(at)), sums[0]);
+                sums[1] = _mm256_fmadd_ps(b, _mm256_loadu_ps(w.as_ptr().add(at + 8)), sums[1]);
+            }
+        }
+    }
+    let eights = sums.map(|[low, high]| _mm256_add_ps(low, high));
+    let fours = eights.map(|sum| _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum)));
+    let found = finish(fours);
+    std::array::from_fn(|r| found[r] + rest(&x[whole..], &w[r][whole..]))
+}
+
+/// Adds the lanes of four vectors: l and l + 2, then l and l + 1.
+#[inline]
+#[target_feature(enable = "avx")]
+fn finish([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
+    let ab = _mm_add_ps(_mm_shuffle_ps::<0x44>(a, b), _mm_shuffle_ps::<0xee>(a, b));
+    let cd = _mm_add_ps(_mm_shuffle_ps::<0x44>(c, d), _mm_shuffle_ps::<0xee>(c, d));
+    let sums = _mm_add_ps(_mm_shuffle_ps::<0x88>(ab, cd), _mm_shuffle_ps::<0xdd>(ab, cd));
+    let mut found = [0.0; 4];
+    // SAFETY: room for four floats.
+    unsafe { _mm_storeu_ps(found.as_mut_ptr(), sums) };
+    found
+}
+
+/// The sums of four vectors of 16 lanes, as four lanes each in one 128-bit part of the result.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn to_fours([a, b, c, d]: [__m512; 4]) -> __m512 {
+    let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+    _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
+}
+
+/// All rows are as long as the first.
+#[target_feature(enable = "avx512f")]
+pub(super) fn avx512<const ROWS: usize>(x: [&[f32]; ROWS], w: [&[f32]; 4]) -> [[f32; 4]; ROWS] {
+    let whole = x[0].len() / 16 * 16;
+    let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
+    for at in (0..whole).step_by(16) {
+        // SAFETY: at + 16 ≤ whole ≤ the length of every row.
+        unsafe {
+            let b = w.map(|w| _mm512_loadu_ps(w.as_ptr().add(at)));
+            for (sums, x) in sums.iter_mut().zip(&x) {
+                let a = _mm512_loadu_ps(x.as_ptr().add(at));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = _mm512_fmadd_ps(a, b, *sum);
+                }
+            }
+        }
+    }
+    // a loop over values: whoever borrowed the sums would have them written to memory at each step above
+    let mut out = [[0.0; 4]; ROWS];
+    for ((out, sums), x) in out.iter_mut().zip(sums).zip(x) {
+        let fours = to_fours(sums);
+        *out = finish([
+            _mm512_castps512_ps128(fours),
+            _mm512_extractf32x4_ps::<1>(fours),
+            _mm512_extractf32x4_ps::<2>(fours),
+            _mm512_extractf32x4_ps::<3>(fours),
+        ]);
+        if whole < x.len() {
+            out.iter_mut().zip(w).for_each(|(out, w)| *out += rest(&x[whole..], &w[whole..]));
+        }
+    }
+    out
+}
+
+/// sums[t] += Σ_s shares[t · stride + s] · values[s] for ROWS rows of sums, all of them and all values `width` wide.
+///
+/// # Safety
+/// Every t · stride + s is inside `shares`, every value has `width` numbers, and sums ROWS × `width`.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn avx512_weighted<const ROWS: usize>(
+    shares: &[f32],
+    stride: usize,
+    values: &[&[f32]],
+    width: usize,
+    sums: &mut [f32],
+) {
+    let sums = sums.as_mut_ptr();
+    // SAFETY: the caller's promise; the steps end before `width`.
+    unsafe {
+        let mut at = 0;
+        while at + 64 <= width {
+            avx512_columns::<ROWS, 4>(shares, stride, values, width, sums.add(at), at);
+            at += 64;
+        }
+        while at + 16 <= width {
+            avx512_columns::<ROWS, 1>(shares, stride, values, width, sums.add(at), at);
+            at += 16;
+        }
+        last_columns::<ROWS>(shares, stride, values, width, sums, at);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512_columns<const ROWS: usize, const VECTORS: usize>(
+    shares: &[f32],
+    stride: usize,
+    values: &[&[f32]],
+    width: usize,
+    sums: *mut f32,
+    at: usize,
+) {
+    // SAFETY: the promise of the caller's caller, and 16 · VECTORS columns from `at` on exist.
+    unsafe {
+        let mut found = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        for (t, found) in found.iter_mut().enumerate() {
+            for (v, found) in found.iter_mut().enumerate() {
+                *found = _mm512_loadu_ps(sums.add(t * width + 16 * v));
+            }
+        }
+        for (s, value) in values.iter().enumerate() {
+            let value = value.as_ptr().add(at);
+            let value: [_; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(value.add(16 * v)));
+            for (t, found) in found.iter_mut().enumerate() {
+                let share = _mm512_set1_ps(*shares.as_ptr().add(t * stride + s));
+                for (found, value) in found.iter_mut().zip(value) {
+                    *found = _mm512_fmadd_ps(share, value, *found);
+                }
+            }
+        }
+        for (t, found) in found.iter().enumerate() {
+            for (v, found) in found.iter().enumerate() {
+                _mm512_storeu_ps(sums.add(t * width + 16 * v), *found);
+            }
+        }
+    }
+}
+
+/// The same on AVX2.
+///
+/// # Safety
+/// As for [`avx512_weighted`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn avx2_weighted<const ROWS: usize>(
+    shares: &[f32],
+    stride: usize,
+    values: &[&[f32]],
+    width: usize,
+    sums: &mut [f32],
+) {
+    let sums = sums.as_mut_ptr();
+    let whole = width / 16 * 16;
+    // SAFETY: the caller's promise; the steps end before `width`.
+    unsafe {
+        for at in (0..whole).step_by(16) {
+            let mut found = [[_mm256_setzero_ps(); 2]; ROWS];
+            for (t, found) in found.iter_mut().enumerate() {
+                *found = [0, 8].map(|v| _mm256_loadu_ps(sums.add(t * width + at + v)));
+            }
+            for (s, value) in values.iter().enumerate() {
+                let value = [0, 8].map(|v| _mm256_loadu_ps(value.as_ptr().add(at + v)));
+                for (t, found) in found.iter_mut().enumerate() {
+                    let share = _mm256_set1_ps(*shares.as_ptr().add(t * stride + s));
+                    found[0] = _mm256_fmadd_ps(share, value[0], found[0]);
+                    found[1] = _mm256_fmadd_ps(share, value[1], found[1]);
+                }
+            }
+            for (t, found) in found.iter().enumerate() {
+                _mm256_storeu_ps(sums.add(t * width + at), found[0]);
+                _mm256_storeu_ps(sums.add(t * width + at + 8), found[1]);
+            }
+        }
+        last_columns::<ROWS>(shares, stride, values, width, sums, whole);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "fma")]
+unsafe fn last_columns<const ROWS: usize>(
+    shares: &[f32],
+    stride: usize,
+    values: &[&[f32]],
+    width: usize,
+    sums: *mut f32,
+    from: usize,
+) {
+    for at in from..width {
+        for t in 0..ROWS {
+            // SAFETY: the promise of the caller's caller; at < width.
+            unsafe {
+                let sum = &mut *sums.add(t * width + at);
+                for (s, value) in values.iter().enumerate() {
+                    *sum = shares.get_unchecked(t * stride + s).mul_add(*value.get_unchecked(at), *sum);
+                }
+            }
+        }
+    }
+}
