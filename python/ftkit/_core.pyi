@@ -79,6 +79,19 @@ def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor) -> None:
     """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`."""
 
 @final
+class PackedMatrix:
+    """A matrix packed for products with activations rounded to 8 bits."""
+
+    @staticmethod
+    def of(kind: str, blocks: Tensor) -> PackedMatrix | None:
+        """Packs blocks uint8 [out, bytes of a row]; None for formats that aren't whole numbers."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+    def matmul(self, x: Tensor, out: Tensor) -> None:
+        """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]."""
+
+@final
 class DecoderLayers:
     """A decoder's layers over the memory of the model's tensors, for one forward pass without gradients a call."""
 
@@ -92,7 +105,8 @@ class DecoderLayers:
     ) -> DecoderLayers:
         """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
 
-        A linear layer: (format, blocks uint8 [out, bytes of a row], inputs, bias or None, [(adapter, A, B, scale)]).
+        A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix` or
+        (format, blocks uint8 [out, bytes of a row]).
         """
     def forward(
         self,

@@ -10,10 +10,11 @@
 pub mod attention;
 mod math;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attention::{Layout, Rows, paged_attention};
 use crate::error::{Error, Result};
+use crate::quant::int8::{self, Packed};
 use crate::quant::matmul::{Matrix, matmul};
 use crate::team::Team;
 
@@ -30,11 +31,36 @@ pub struct Lora<'a> {
     pub scale: f32,
 }
 
+/// The matrix of a linear layer.
+#[derive(Clone, Debug)]
+pub enum Weight<'a> {
+    /// Multiplied with x as it is.
+    Exact(Matrix<'a>),
+    /// Multiplied with x rounded to 8 bits.
+    Packed(Arc<Packed>),
+}
+
+impl Weight<'_> {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Exact(matrix) => matrix.rows(),
+            Self::Packed(packed) => packed.rows(),
+        }
+    }
+
+    fn columns(&self) -> usize {
+        match self {
+            Self::Exact(matrix) => matrix.columns(),
+            Self::Packed(packed) => packed.columns(),
+        }
+    }
+}
+
 /// A linear layer: y = x Wᵀ + b, and what adapters add.
 #[derive(Clone, Debug)]
 pub struct Linear<'a> {
     /// W `[out, in]`.
-    pub weight: Matrix<'a>,
+    pub weight: Weight<'a>,
     /// b `[out]`.
     pub bias: Option<&'a [f32]>,
     /// At most one an adapter.
@@ -238,10 +264,8 @@ fn slots(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
 
 /// The outputs of several layers of one input, side by side: y `[T, Σ out]`.
 fn apply(team: &Team, linears: &[Linear<'_>], x: &[f32], spans: &[(i32, usize, usize)], y: &mut [f32]) -> Result<()> {
-    // at most three layers share an input
-    let matrices: Vec<Matrix<'_>> = linears.iter().map(|linear| linear.weight).collect();
-    matmul(team, &matrices, x, y)?;
-    let width: usize = matrices.iter().map(Matrix::rows).sum();
+    let width: usize = linears.iter().map(|linear| linear.weight.rows()).sum();
+    multiply(team, linears, x, width, y)?;
     let mut begin = 0;
     for linear in linears {
         let (inputs, outputs) = (linear.weight.columns(), linear.weight.rows());
@@ -258,6 +282,33 @@ fn apply(team: &Team, linears: &[Linear<'_>], x: &[f32], spans: &[(i32, usize, u
             for (row, more) in (first..end).zip(more.chunks_exact(outputs)) {
                 add(&mut y[row * width + begin..][..outputs], more);
             }
+        }
+        begin += outputs;
+    }
+    Ok(())
+}
+
+/// The products alone: together where all matrices are of one sort, as they mostly are.
+fn multiply(team: &Team, linears: &[Linear<'_>], x: &[f32], width: usize, y: &mut [f32]) -> Result<()> {
+    let (mut exact, mut packed) = (Vec::new(), Vec::new());
+    for linear in linears {
+        match &linear.weight {
+            Weight::Exact(matrix) => exact.push(*matrix),
+            Weight::Packed(matrix) => packed.push(&**matrix),
+        }
+    }
+    match (exact.len(), packed.len()) {
+        (_, 0) => return matmul(team, &exact, x, y),
+        (0, _) => return int8::matmul(team, &packed, x, y),
+        _ => {}
+    }
+    let mut begin = 0;
+    for linear in linears {
+        let (inputs, outputs) = (linear.weight.columns(), linear.weight.rows());
+        let mut alone = vec![0.0; x.len() / inputs.max(1) * outputs];
+        multiply(team, std::slice::from_ref(linear), x, outputs, &mut alone)?;
+        for (y, alone) in y.chunks_exact_mut(width).zip(alone.chunks_exact(outputs)) {
+            y[begin..begin + outputs].copy_from_slice(alone);
         }
         begin += outputs;
     }

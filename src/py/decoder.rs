@@ -1,18 +1,22 @@
 //! Bindings of the `decoder` room and of the products with matrices of blocks.
 
+use std::sync::Arc;
+
 use half::bf16;
 use pyo3::prelude::*;
 
 use super::quant::kind_called;
 use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
-use crate::decoder::{Batch, Layer, Layers, Linear, Lora};
+use crate::decoder::{Batch, Layer, Layers, Linear, Lora, Weight};
 use crate::error::Error;
+use crate::quant::int8::{self, Packed};
 use crate::quant::matmul::{self, Matrix};
 use crate::team::{self, Team};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<DecoderLayers>()?;
+    module.add_class::<PackedMatrix>()?;
     module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
     module.add_function(wrap_pyfunction!(block_matmul, module)?)
@@ -45,14 +49,53 @@ fn block_matmul(
     Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[matrix], x, out)))?)
 }
 
-/// (format, blocks uint8 [out, bytes of a row], inputs, bias or None, [(adapter, A, B, scale)])
-type GivenLinear<'py> = (
-    String,
-    Bound<'py, PyAny>,
-    usize,
-    Option<Bound<'py, PyAny>>,
-    Vec<(i32, Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>,
-);
+/// A matrix packed for products with activations in 8 bits.
+#[pyclass(module = "ftkit._core", frozen)]
+struct PackedMatrix(Arc<Packed>);
+
+#[pymethods]
+impl PackedMatrix {
+    /// Packs blocks uint8 [out, bytes of a row]; None for formats that aren't whole numbers.
+    #[staticmethod]
+    fn of(py: Python<'_>, kind: &str, blocks: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        let kind = kind_called(kind)?;
+        let blocks = Memory::<u8>::of("blocks", blocks)?;
+        let &[rows, bytes] = blocks.shape.as_slice() else {
+            return Err(Error::failure(format!("expected a matrix of blocks, got {:?}", blocks.shape)).into());
+        };
+        // SAFETY: the caller's tensor lives during the call and is given to be read.
+        let slice = unsafe { blocks.slice() };
+        let columns = bytes / kind.block_bytes() * kind.block_size();
+        let packed = py.detach(|| Packed::new(kind, slice, rows, columns))?;
+        Ok(packed.map(|packed| Self(Arc::new(packed))))
+    }
+
+    /// Bytes that are held.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.nbytes()
+    }
+
+    /// Writes x Wᵀ to `out`: x float32 [T, in], rounded; out [T, out].
+    fn matmul(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
+        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
+        let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| int8::matmul(team, &[&*self.0], x, out)))?)
+    }
+}
+
+/// How a matrix is given.
+#[derive(FromPyObject)]
+enum GivenWeight<'py> {
+    Packed(Py<PackedMatrix>),
+    /// (format, blocks uint8 [out, bytes of a row])
+    Exact(String, Bound<'py, PyAny>),
+}
+
+/// (matrix, inputs, bias or None, [(adapter, A, B, scale)])
+type GivenLinear<'py> =
+    (GivenWeight<'py>, usize, Option<Bound<'py, PyAny>>, Vec<(i32, Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>);
 /// (norms, norms of heads, window, linear layers from q to down)
 type GivenLayer<'py> = (Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>, Option<usize>, Vec<GivenLinear<'py>>);
 
@@ -152,13 +195,17 @@ impl Keep {
         Ok(Matrix::new(crate::quant::Kind::F32, bytemuck::cast_slice(values), rows, columns)?)
     }
 
-    fn linear(&mut self, (kind, blocks, columns, bias, loras): GivenLinear<'_>) -> PyResult<Linear<'static>> {
+    fn linear(&mut self, (weight, columns, bias, loras): GivenLinear<'_>) -> PyResult<Linear<'static>> {
         let loras = loras
             .into_iter()
             .map(|(adapter, a, b, scale)| Ok(Lora { adapter, a: self.dense(&a)?, b: self.dense(&b)?, scale }));
         let loras = loras.collect::<PyResult<_>>()?;
         let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
-        Ok(Linear { weight: self.matrix(&kind, &blocks, columns)?, bias, loras })
+        let weight = match weight {
+            GivenWeight::Packed(packed) => Weight::Packed(packed.get().0.clone()),
+            GivenWeight::Exact(kind, blocks) => Weight::Exact(self.matrix(&kind, &blocks, columns)?),
+        };
+        Ok(Linear { weight, bias, loras })
     }
 
     fn layer(&mut self, (norms, head_norms, window, linears): GivenLayer<'_>) -> PyResult<Layer<'static>> {

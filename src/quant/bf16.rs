@@ -1,11 +1,14 @@
 //! BF16: the upper half of an f32, 8 bits of exponent and 7 of fraction.
 
+use super::int8::IntegerForm;
 use half::bf16;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 1;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 2;
+/// None: these are no whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> = None;
 
 /// w = bf16.
 #[inline(always)]

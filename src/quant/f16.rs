@@ -1,11 +1,14 @@
 //! F16: IEEE 754 half precision, 5 bits of exponent and 10 of fraction.
 
+use super::int8::IntegerForm;
 use half::f16;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 1;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 2;
+/// None: these are no whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> = None;
 
 /// w = f16.
 #[inline(always)]

@@ -1,9 +1,13 @@
 //! F32: values as they are.
 
+use super::int8::IntegerForm;
+
 /// Values in a block.
 pub(super) const BLOCK: usize = 1;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 4;
+/// None: these are no whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> = None;
 
 /// w = f32, little endian.
 #[inline(always)]

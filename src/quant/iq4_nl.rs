@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], codes [16] laid out as in Q4_0.
 
+use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search::{self, Codes};
 
@@ -12,6 +13,19 @@ pub(super) const BYTES: usize = 18;
 
 /// The values of the codes: closer together near zero, where most weights are.
 pub(super) const TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, narrow: false, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    scales[0] = half_at(block, 0);
+    for i in 0..16 {
+        codes[i] = TABLE[usize::from(block[2 + i] & 0x0f)] as u8 ^ 0x80;
+        codes[i + 16] = TABLE[usize::from(block[2 + i] >> 4)] as u8 ^ 0x80;
+    }
+}
 
 /// w = d t[q].
 #[inline(always)]

@@ -3,6 +3,7 @@
 //! Bytes: d [2], high 2 bits of the scales [2], low 4 bits of the scales [4], codes [128]: 16 bytes for 32 values, the
 //! first 16 in the low halves.
 
+use super::int8::IntegerForm;
 use super::iq4_nl::{TABLE, Table, code_of};
 use super::nested;
 use super::scales::half_at;
@@ -11,6 +12,25 @@ use super::scales::half_at;
 pub(super) const BLOCK: usize = 256;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 136;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, narrow: false, half: false, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let d = half_at(block, 0);
+    let high = u16::from_le_bytes([block[2], block[3]]);
+    for group in 0..8 {
+        let low = (block[4 + group / 2] >> (group % 2 * 4)) & 0x0f;
+        scales[group] = d * f32::from((low | (((high >> (group * 2)) & 3) as u8) << 4) as i8 - 32);
+        for i in 0..16 {
+            let byte = block[8 + group * 16 + i];
+            codes[group * 32 + i] = TABLE[usize::from(byte & 0x0f)] as u8 ^ 0x80;
+            codes[group * 32 + 16 + i] = TABLE[usize::from(byte >> 4)] as u8 ^ 0x80;
+        }
+    }
+}
 
 /// w = (d s) t[q].
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! The table of the formats: the one place that lists the files of this room.
 
+use super::int8::IntegerForm;
 use super::{bf16, f16, f32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 
 macro_rules! kinds {
@@ -62,6 +63,11 @@ macro_rules! kinds {
                     Self::Q4_1 => q4_1::dequantize_256(blocks, out),
                     other => other.dequantize(blocks, out),
                 }
+            }
+
+            /// How a block falls apart into whole numbers, for the formats that do.
+            pub(super) fn integer_form(self) -> Option<IntegerForm> {
+                match self { $(Self::$variant => $file::INTEGERS),* }
             }
 
             /// Writes values as whole blocks; ends with the shorter of the two. All values must be finite.

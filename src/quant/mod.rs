@@ -6,6 +6,7 @@
 mod bf16;
 mod f16;
 mod f32;
+pub mod int8;
 mod iq4_nl;
 mod iq4_xs;
 mod kind;

@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
+use super::int8::IntegerForm;
 #[cfg(target_arch = "x86_64")]
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
@@ -14,6 +15,19 @@ pub(super) const BYTES: usize = 18;
 
 /// What codes stand for.
 type Grid = search::Integers<-8, 7>;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 8, offsets: false, narrow: true, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    scales[0] = half_at(block, 0);
+    for i in 0..16 {
+        codes[i] = block[2 + i] & 0x0f;
+        codes[i + 16] = block[2 + i] >> 4;
+    }
+}
 
 /// w = d (q − 8).
 #[inline(always)]

@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
+use super::int8::IntegerForm;
 #[cfg(target_arch = "x86_64")]
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
@@ -11,6 +12,19 @@ use super::search;
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 20;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, narrow: true, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    (scales[0], offsets[0]) = (half_at(block, 0), half_at(block, 2));
+    for i in 0..16 {
+        codes[i] = block[4 + i] & 0x0f;
+        codes[i + 16] = block[4 + i] >> 4;
+    }
+}
 
 /// w = d q + m, the product rounded first.
 #[inline(always)]

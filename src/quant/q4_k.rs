@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], d' [2], scales and offsets [12], codes [128]: each 32 bytes hold 64 values, the first 32 in the low halves.
 
+use super::int8::IntegerForm;
 use super::nested;
 use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 
@@ -9,6 +10,22 @@ use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 pub(super) const BLOCK: usize = 256;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 144;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, narrow: true, half: false, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let (d, d_offset) = (half_at(block, 0), half_at(block, 2));
+    for group in 0..8 {
+        let (scale, offset) = scale_and_offset(&block[4..16], group);
+        (scales[group], offsets[group]) = (d * f32::from(scale), -(d_offset * f32::from(offset)));
+        for (code, byte) in codes[group * 32..].iter_mut().zip(&block[16 + group / 2 * 32..][..32]) {
+            *code = (byte >> (group % 2 * 4)) & 0x0f;
+        }
+    }
+}
 
 /// w = (d s) q − (d' m).
 #[inline(always)]

@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
+use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search;
 
@@ -12,6 +13,20 @@ pub(super) const BYTES: usize = 22;
 
 /// What codes stand for.
 type Grid = search::Integers<-16, 15>;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 16, offsets: false, narrow: false, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    scales[0] = half_at(block, 0);
+    let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+    for i in 0..16 {
+        codes[i] = block[6 + i] & 0x0f | ((high >> i & 1) as u8) << 4;
+        codes[i + 16] = block[6 + i] >> 4 | ((high >> (i + 16) & 1) as u8) << 4;
+    }
+}
 
 /// w = d (q − 16).
 #[inline(always)]

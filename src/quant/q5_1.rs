@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], m [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
+use super::int8::IntegerForm;
 use super::q5_0::pack_five_bits;
 use super::scales::{half_at, half_bytes};
 use super::search;
@@ -10,6 +11,20 @@ use super::search;
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 24;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, narrow: false, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    (scales[0], offsets[0]) = (half_at(block, 0), half_at(block, 2));
+    let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
+    for i in 0..16 {
+        codes[i] = block[8 + i] & 0x0f | ((high >> i & 1) as u8) << 4;
+        codes[i + 16] = block[8 + i] >> 4 | ((high >> (i + 16) & 1) as u8) << 4;
+    }
+}
 
 /// w = d q + m, the product rounded first.
 #[inline(always)]

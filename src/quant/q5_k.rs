@@ -3,6 +3,7 @@
 //! Bytes: d [2], d' [2], scales and offsets [12], fifth bits [32] (bit j of byte i for value 32 j + i), low 4 bits [128]
 //! laid out as in Q4_K.
 
+use super::int8::IntegerForm;
 use super::nested;
 use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 
@@ -10,6 +11,23 @@ use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 pub(super) const BLOCK: usize = 256;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 176;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, narrow: false, half: false, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let (d, d_offset) = (half_at(block, 0), half_at(block, 2));
+    for group in 0..8 {
+        let (scale, offset) = scale_and_offset(&block[4..16], group);
+        (scales[group], offsets[group]) = (d * f32::from(scale), -(d_offset * f32::from(offset)));
+        for (i, code) in codes[group * 32..][..32].iter_mut().enumerate() {
+            let low = block[48 + group / 2 * 32 + i] >> (group % 2 * 4) & 0x0f;
+            *code = low | (block[16 + i] >> group & 1) << 4;
+        }
+    }
+}
 
 /// w = (d s) q − (d' m).
 #[inline(always)]

@@ -4,6 +4,7 @@
 //! 0 to 63 in their low halves and 64 to 127 in their high ones; bits 2j, 2j + 1 of byte i of 32 hold the high bits of
 //! value 32 j + i.
 
+use super::int8::IntegerForm;
 use super::nested;
 use super::scales::half_at;
 use super::search::Integers;
@@ -12,6 +13,22 @@ use super::search::Integers;
 pub(super) const BLOCK: usize = 256;
 /// Bytes of a block.
 pub(super) const BYTES: usize = 210;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 16, zero: 32, offsets: false, narrow: false, half: false, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let d = half_at(block, 208);
+    for group in 0..16 {
+        scales[group] = d * f32::from(block[192 + group] as i8);
+    }
+    for (i, code) in codes.iter_mut().enumerate() {
+        let low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 0x0f;
+        *code = low | (block[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3) << 4;
+    }
+}
 
 /// w = (d s) q.
 #[inline(always)]

@@ -2,6 +2,7 @@
 //!
 //! Bytes: d [2], codes [32].
 
+use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search;
 
@@ -12,6 +13,18 @@ pub(super) const BYTES: usize = 34;
 
 /// What codes stand for.
 type Grid = search::Integers<-127, 127>;
+
+/// As whole numbers.
+pub(super) const INTEGERS: Option<IntegerForm> =
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, narrow: false, half: true, split });
+
+fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+    let Some(block) = block.first_chunk::<BYTES>() else { return };
+    scales[0] = half_at(block, 0);
+    for (code, byte) in codes.iter_mut().zip(&block[2..]) {
+        *code = byte ^ 0x80;
+    }
+}
 
 /// w = d q.
 #[inline(always)]

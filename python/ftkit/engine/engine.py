@@ -18,6 +18,7 @@ from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
 from ftkit.models import LoadedModel
 from ftkit.nn.paged_cache import PagedCache
+from ftkit.quant._packed import round_activations
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A raw text (special tokens are parsed), token ids, or the messages of a conversation."""
@@ -282,19 +283,24 @@ def launch(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quant: str = "auto",
+    fast_decode: bool = False,
     **options: Any,
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
     base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
-    which answers the same to the bit. `options`: of `Engine`.
+    which answers the same to the bit. `fast_decode`: activations are rounded to 8 bits where the matrices are whole
+    numbers, which is faster and answers a little otherwise. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
         blocks = source.path.suffix == ".gguf" and torch.device(device).type == "cpu" and dtype == torch.float32
         quant = source.quant or ("gguf" if blocks else "none")
     _core.set_threads(torch.get_num_threads())
-    engine = Engine(models.load(source, dtype=dtype, device=device, quant=quant), name=source.path.stem, **options)
+    loaded = models.load(source, dtype=dtype, device=device, quant=quant)
+    if fast_decode:
+        round_activations(loaded.model)
+    engine = Engine(loaded, name=source.path.stem, **options)
     try:
         if source.adapter is not None:
             engine.add_adapter(source.name, source.adapter)

@@ -95,7 +95,7 @@ def _weights(norms: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _linear(module: Any) -> tuple[Any, ...] | None:
-    """(format, blocks, inputs, bias, LoRAs) of a linear layer; None for one that the core doesn't know."""
+    """(matrix, inputs, bias, LoRAs) of a linear layer; None for one that the core doesn't know."""
     stored = module.weight.stored()
     if stored is None:
         return None
@@ -106,4 +106,4 @@ def _linear(module: Any) -> tuple[Any, ...] | None:
             return None
         loras.append((int(adapter_id), lora[0].detach(), lora[1].detach(), lora[2]))
     bias = None if module.bias is None else module.bias.detach()
-    return (*stored, module.shape[1], bias, loras)
+    return (stored, module.shape[1], bias, loras)

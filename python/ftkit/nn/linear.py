@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftkit._core import PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul
 from ftkit.nn.routes import Routes
 
@@ -42,8 +43,9 @@ class Weight(Protocol):
     def dense(self) -> Tensor:
         """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""
 
-    def stored(self) -> tuple[str, Tensor] | None:
-        """(format, blocks uint8 [out, bytes of a row]) as the core reads them; None where it doesn't."""
+    def stored(self) -> tuple[str, Tensor] | PackedMatrix | None:
+        """(format, blocks uint8 [out, bytes of a row]) or what was packed, as the core reads them; None where it
+        doesn't."""
 
     def replace_dense(self, dense: Tensor) -> "Weight":
         """A weight stored in the same way that holds `dense` as nearly as that way can."""

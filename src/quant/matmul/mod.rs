@@ -169,4 +169,4 @@ fn product(
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::quant) mod tests;

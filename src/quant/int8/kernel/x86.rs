@@ -1,0 +1,243 @@
+//! The same on processors of x86-64.
+
+#[allow(clippy::wildcard_imports)]
+use std::arch::x86_64::*;
+
+use super::super::{IntegerForm, STEP, TILE};
+use super::Inputs;
+
+/// Bytes ahead of what is used that are asked for: the processor by itself looks too short a way ahead.
+const AHEAD: usize = 2048;
+
+/// What a kernel needs to know of a tile and of T rows of x.
+struct Work<'a, const T: usize> {
+    integers: &'a IntegerForm,
+    tile: &'a [u8],
+    inputs: &'a Inputs<'a>,
+    /// Steps in a row.
+    steps: usize,
+    rows: [usize; T],
+}
+
+impl<const T: usize> Work<'_, T> {
+    /// The codes of row t from a step's column `k` on, four of them.
+    ///
+    /// # Safety
+    /// `step` < steps, k + 4 ≤ 32.
+    #[inline(always)]
+    unsafe fn four(&self, t: usize, step: usize, k: usize) -> i32 {
+        // SAFETY: the row is below the count, so its codes of this step exist.
+        unsafe {
+            let at = (self.rows[t] * self.steps + step) * STEP + k;
+            self.inputs.codes.as_ptr().add(at).cast::<i32>().read_unaligned()
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(&self, t: usize, step: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.inputs.scales.get_unchecked(self.rows[t] * self.steps + step) }
+    }
+
+    #[inline(always)]
+    unsafe fn start<const GROUPS: usize>(&self, t: usize, step: usize, group: usize) -> i32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.inputs.starts.get_unchecked((self.rows[t] * self.steps + step) * GROUPS + group) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum<const GROUPS: usize>(&self, t: usize, step: usize, group: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.inputs.sums.get_unchecked((self.rows[t] * self.steps + step) * GROUPS + group) }
+    }
+}
+
+/// The products of T rows of x, by their numbers.
+///
+/// # Safety
+/// The machine has the path's features; the tile and the inputs have the lengths that `Path::product` checks, and rows are
+/// below the inputs' count.
+pub(super) unsafe fn rows<const T: usize>(
+    use_vnni: bool,
+    integers: &IntegerForm,
+    tile: &[u8],
+    inputs: &Inputs<'_>,
+    columns: usize,
+    row: impl Fn(usize) -> usize,
+    out: &mut [[f32; TILE]; 8],
+) {
+    let work = Work { integers, tile, inputs, steps: columns / STEP, rows: std::array::from_fn::<_, T, _>(row) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (use_vnni, integers.narrow, integers.groups()) {
+            (true, true, 1) => vnni::<T, true, 1>(&work, out),
+            (true, true, _) => vnni::<T, true, 2>(&work, out),
+            (true, false, 1) => vnni::<T, false, 1>(&work, out),
+            (true, false, _) => vnni::<T, false, 2>(&work, out),
+            (false, true, 1) => avx2::<T, true, 1>(&work, out),
+            (false, true, _) => avx2::<T, true, 2>(&work, out),
+            (false, false, 1) => avx2::<T, false, 1>(&work, out),
+            (false, false, _) => avx2::<T, false, 2>(&work, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn vnni<const T: usize, const NARROW: bool, const GROUPS: usize>(
+    work: &Work<'_, T>,
+    out: &mut [[f32; TILE]; 8],
+) {
+    let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
+    let (half, offsets) = (work.integers.half, work.integers.offsets);
+    let mask = _mm512_set1_epi8(0x0f);
+    let mut sums = [_mm512_setzero_ps(); T];
+    for step in 0..work.steps {
+        // SAFETY: the tile has `steps` steps of these bytes, and the inputs as many for each row; prefetching beyond the
+        // end changes nothing.
+        unsafe {
+            let start = work.tile.as_ptr().add(step * bytes);
+            for line in (0..bytes).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+            }
+            let body = start.add(head);
+            let mut whole = [[_mm512_setzero_si512(); T]; GROUPS];
+            for (group, whole) in whole.iter_mut().enumerate() {
+                for (t, whole) in whole.iter_mut().enumerate() {
+                    *whole = _mm512_set1_epi32(work.start::<GROUPS>(t, step, group));
+                }
+            }
+            if NARROW {
+                for j in 0..4 {
+                    let both = _mm512_loadu_si512(body.add(64 * j).cast());
+                    let low = _mm512_and_si512(both, mask);
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
+                    for t in 0..T {
+                        let (a, b) = (work.four(t, step, 4 * j), work.four(t, step, 16 + 4 * j));
+                        whole[0][t] = _mm512_dpbusd_epi32(whole[0][t], low, _mm512_set1_epi32(a));
+                        whole[GROUPS - 1][t] = _mm512_dpbusd_epi32(whole[GROUPS - 1][t], high, _mm512_set1_epi32(b));
+                    }
+                }
+            } else {
+                for j in 0..8 {
+                    let codes = _mm512_loadu_si512(body.add(64 * j).cast());
+                    let group = j / 4 * (GROUPS - 1);
+                    for t in 0..T {
+                        let four = _mm512_set1_epi32(work.four(t, step, 4 * j));
+                        whole[group][t] = _mm512_dpbusd_epi32(whole[group][t], codes, four);
+                    }
+                }
+            }
+            let number = |index: usize| {
+                if half {
+                    _mm512_cvtph_ps(_mm256_loadu_si256(start.add(32 * index).cast()))
+                } else {
+                    _mm512_loadu_ps(start.add(64 * index).cast())
+                }
+            };
+            for (group, whole) in whole.iter().enumerate() {
+                let scale = number(group);
+                for t in 0..T {
+                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(work.scale(t, step)));
+                    sums[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole[t]), sums[t]);
+                }
+                if offsets {
+                    let offset = number(GROUPS + group);
+                    for t in 0..T {
+                        let sum = _mm512_set1_ps(work.sum::<GROUPS>(t, step, group));
+                        sums[t] = _mm512_fmadd_ps(offset, sum, sums[t]);
+                    }
+                }
+            }
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        // SAFETY: room for sixteen floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
+    work: &Work<'_, T>,
+    out: &mut [[f32; TILE]; 8],
+) {
+    let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
+    let (half, offsets) = (work.integers.half, work.integers.offsets);
+    // the products of two codes up to 127 fit into 16 bits; larger ones are taken with their sign
+    let signed = work.integers.zero == 128;
+    let (mask, ones) = (_mm256_set1_epi8(0x0f), _mm256_set1_epi16(1));
+    for side in 0..2 {
+        let mut sums = [_mm256_setzero_ps(); T];
+        for step in 0..work.steps {
+            // SAFETY: as in `vnni`; each load takes one side of 16 rows.
+            unsafe {
+                let start = work.tile.as_ptr().add(step * bytes);
+                for line in (0..bytes).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+                }
+                let body = start.add(head + 32 * side);
+                let mut whole = [[_mm256_setzero_si256(); T]; GROUPS];
+                for (group, whole) in whole.iter_mut().enumerate() {
+                    for (t, whole) in whole.iter_mut().enumerate() {
+                        let start = if signed { 0 } else { work.start::<GROUPS>(t, step, group) };
+                        *whole = _mm256_set1_epi32(start);
+                    }
+                }
+                if NARROW {
+                    for j in 0..4 {
+                        let both = _mm256_loadu_si256(body.add(64 * j).cast());
+                        let low = _mm256_and_si256(both, mask);
+                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        for t in 0..T {
+                            for (group, codes, k) in [(0, low, 0), (GROUPS - 1, high, 16)] {
+                                let four = _mm256_set1_epi32(work.four(t, step, k + 4 * j));
+                                let products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), ones);
+                                whole[group][t] = _mm256_add_epi32(whole[group][t], products);
+                            }
+                        }
+                    }
+                } else {
+                    for j in 0..8 {
+                        let codes = _mm256_loadu_si256(body.add(64 * j).cast());
+                        let true_codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                        let group = j / 4 * (GROUPS - 1);
+                        for t in 0..T {
+                            let four = _mm256_set1_epi32(work.four(t, step, 4 * j));
+                            let pairs = if signed {
+                                _mm256_maddubs_epi16(_mm256_abs_epi8(true_codes), _mm256_sign_epi8(four, true_codes))
+                            } else {
+                                _mm256_maddubs_epi16(codes, four)
+                            };
+                            whole[group][t] = _mm256_add_epi32(whole[group][t], _mm256_madd_epi16(pairs, ones));
+                        }
+                    }
+                }
+                let number = |index: usize| {
+                    if half {
+                        _mm256_cvtph_ps(_mm_loadu_si128(start.add(32 * index + 16 * side).cast()))
+                    } else {
+                        _mm256_loadu_ps(start.add(64 * index + 32 * side).cast())
+                    }
+                };
+                for (group, whole) in whole.iter().enumerate() {
+                    let scale = number(group);
+                    for t in 0..T {
+                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(work.scale(t, step)));
+                        sums[t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(whole[t]), sums[t]);
+                    }
+                    if offsets {
+                        let offset = number(GROUPS + group);
+                        for t in 0..T {
+                            let sum = _mm256_set1_ps(work.sum::<GROUPS>(t, step, group));
+                            sums[t] = _mm256_fmadd_ps(offset, sum, sums[t]);
+                        }
+                    }
+                }
+            }
+        }
+        for (out, sum) in out.iter_mut().zip(sums) {
+            // SAFETY: room for eight floats on each side.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * side), sum) };
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Products with activations rounded to 8 bits, in whole numbers: for serving, where one asks for them.
+//!
+//! ```text
+//! x_k ≈ s_b a_k,  a_k in −127..127,  s_b = max |x_k| / 127 over 32 values b
+//! w_k = d_g (c_k − z) + m_g over groups g of 16 or 32 values
+//! y = Σ_g (d_g s_b) Σ_k (c_k − z) a_k + m_g (s_b Σ_k a_k)
+//! ```
+//! The inner sums are whole numbers and exact; the outer one runs over the groups in order, fused. So a product is the
+//! same bits on every machine, on any number of threads and whatever rows are beside it, as the exact ones are
+//! ([`super::matmul`]), and it differs from those by the rounding of x alone.
+//!
+//! Matrices are packed for it once: 16 rows side by side, so that a vector holds four codes of each.
+
+mod kernel;
+
+use std::cell::RefCell;
+
+pub use kernel::Path;
+
+use super::Kind;
+use crate::error::{Error, Result};
+use crate::team::{Shared, Team};
+
+/// Rows that stand side by side.
+const TILE: usize = 16;
+/// Values of a row that stand together; x has one scale for them.
+const STEP: usize = 32;
+/// Multiplications that are worth a task of their own.
+const TASK: usize = 1 << 18;
+
+/// How a format's blocks fall apart into whole numbers: w = scale (code − zero) + offset.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct IntegerForm {
+    /// Values that share a scale and an offset: 16 or 32.
+    pub group: usize,
+    /// What stands for 0 when there are no offsets.
+    pub zero: u8,
+    /// Whether there are offsets.
+    pub offsets: bool,
+    /// Codes take 4 bits; otherwise 8.
+    pub narrow: bool,
+    /// Scales and offsets are numbers of half precision.
+    pub half: bool,
+    /// One block to its codes, and each group's scale and offset.
+    pub split: fn(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]),
+}
+
+impl IntegerForm {
+    fn groups(&self) -> usize {
+        STEP / self.group
+    }
+
+    fn number_bytes(&self) -> usize {
+        if self.half { 2 } else { 4 }
+    }
+
+    /// Bytes of 16 scales for each group of a step, and of as many offsets.
+    fn head_bytes(&self) -> usize {
+        self.groups() * TILE * self.number_bytes() * if self.offsets { 2 } else { 1 }
+    }
+
+    /// Bytes of 32 values of 16 rows.
+    fn step_bytes(&self) -> usize {
+        self.head_bytes() + TILE * STEP / if self.narrow { 2 } else { 1 }
+    }
+}
+
+/// W `[rows, columns]`, packed.
+///
+/// For each 16 rows (zeros where there are fewer) and each 32 columns: scales `[groups, 16]`, offsets `[groups, 16]` where
+/// there are any, then codes `[8, 16, 4]`: four of each row, then the next four. Of 4-bit codes, a byte of `[4, 16, 4]`
+/// holds one of the first 16 columns in its low half, and the one 16 columns on in its high half.
+#[derive(Debug)]
+pub struct Packed {
+    integers: IntegerForm,
+    rows: usize,
+    columns: usize,
+    bytes: Vec<Line>,
+}
+
+/// A line of the cache.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl Packed {
+    /// Packs blocks; `None` for a format that isn't whole numbers.
+    ///
+    /// # Errors
+    /// The bytes are not those of `rows` rows of whole blocks, or of rows that 32 doesn't divide.
+    pub fn new(kind: Kind, blocks: &[u8], rows: usize, columns: usize) -> Result<Option<Self>> {
+        let Some(integers) = kind.integer_form() else { return Ok(None) };
+        let row_bytes = columns / kind.block_size() * kind.block_bytes();
+        if !columns.is_multiple_of(kind.block_size()) || rows.checked_mul(row_bytes) != Some(blocks.len()) {
+            return Err(Error::failure(format!(
+                "{}: expected the blocks of {rows} rows of {columns} values, got {} bytes",
+                kind.name(),
+                blocks.len()
+            )));
+        }
+        let tile_bytes = columns / STEP * integers.step_bytes();
+        let mut lines = vec![Line([0; 64]); (rows.div_ceil(TILE) * tile_bytes).div_ceil(64)];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut lines);
+        if tile_bytes > 0 {
+            use rayon::prelude::*;
+            let tiles = bytes.par_chunks_exact_mut(tile_bytes).zip(blocks.par_chunks(TILE * row_bytes));
+            tiles.for_each(|(tile, rows)| pack_tile(kind, &integers, rows, row_bytes, tile));
+        }
+        Ok(Some(Self { integers, rows, columns, bytes: lines }))
+    }
+
+    /// Outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs of the product.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes that are held.
+    pub fn nbytes(&self) -> usize {
+        self.bytes.len() * 64
+    }
+
+    fn tile(&self, index: usize) -> &[u8] {
+        let bytes = self.columns / STEP * self.integers.step_bytes();
+        &bytemuck::cast_slice(&self.bytes)[index * bytes..][..bytes]
+    }
+}
+
+fn pack_tile(kind: Kind, integers: &IntegerForm, rows: &[u8], row_bytes: usize, tile: &mut [u8]) {
+    let (size, groups) = (kind.block_size(), integers.groups());
+    let mut codes = vec![0; size];
+    let (mut scales, mut offsets) = (vec![0.0; size / integers.group], vec![0.0; size / integers.group]);
+    for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+        for (b, block) in row.chunks_exact(kind.block_bytes()).enumerate() {
+            (integers.split)(block, &mut codes, &mut scales, &mut offsets);
+            let steps = tile[b * size / STEP * integers.step_bytes()..].chunks_exact_mut(integers.step_bytes());
+            let numbers = scales.chunks_exact(groups).zip(offsets.chunks_exact(groups));
+            for ((step, codes), (scales, offsets)) in steps.zip(codes.chunks_exact(STEP)).zip(numbers) {
+                let (head, body) = step.split_at_mut(integers.head_bytes());
+                let parts = if integers.offsets { vec![scales, offsets] } else { vec![scales] };
+                for (index, value) in parts.concat().into_iter().enumerate() {
+                    let at = (index * TILE + r) * integers.number_bytes();
+                    if integers.half {
+                        head[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes());
+                    } else {
+                        head[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                    }
+                }
+                for (k, &code) in codes.iter().enumerate() {
+                    if integers.narrow {
+                        body[k % 16 / 4 * 64 + r * 4 + k % 4] |= code << (k / 16 * 4);
+                    } else {
+                        body[k / 4 * 64 + r * 4 + k % 4] = code;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// x `[count, columns]` in 8 bits.
+#[derive(Debug, Default)]
+struct Rounded {
+    /// a `[count, columns]`.
+    codes: Vec<i8>,
+    /// s `[count, columns / 32]`.
+    scales: Vec<f32>,
+    /// Σ a over 16 values `[count, columns / 16]`.
+    sums: Vec<i32>,
+}
+
+impl Rounded {
+    fn fill(&mut self, team: &Team, x: &[f32], columns: usize) {
+        let count = x.len() / columns;
+        self.codes.resize(x.len(), 0);
+        self.scales.resize(x.len() / STEP, 0.0);
+        self.sums.resize(x.len() / 16, 0);
+        let codes = Shared::new(&mut self.codes);
+        let (scales, sums) = (Shared::new(&mut self.scales), Shared::new(&mut self.sums));
+        let run = (TASK / 16).div_ceil(columns);
+        team.each(count.div_ceil(run), &|task| {
+            let first = task * run * columns;
+            for (index, x) in x[first..x.len().min(first + run * columns)].as_chunks::<STEP>().0.iter().enumerate() {
+                let (found, scale, both) = kernel::round(x);
+                let at = first / STEP + index;
+                // SAFETY: each row of x is one task's.
+                unsafe {
+                    codes.write(at * STEP, &found);
+                    scales.write(at, &[scale]);
+                    sums.write(2 * at, &both);
+                }
+            }
+        });
+    }
+}
+
+/// y ≈ x Wᵀ for several matrices of the same inputs: x `[count, columns]`, y `[count, Σ rows]`, side by side.
+///
+/// # Errors
+/// Sizes that don't agree.
+pub fn matmul(team: &Team, matrices: &[&Packed], x: &[f32], y: &mut [f32]) -> Result<()> {
+    matmul_by(Path::best(), team, matrices, x, y)
+}
+
+/// [`matmul`] on a path of one's choice, which this machine must have.
+///
+/// # Errors
+/// Sizes that don't agree.
+pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &mut [f32]) -> Result<()> {
+    thread_local! {
+        static ROUNDED: RefCell<Rounded> = RefCell::default();
+    }
+    let width: usize = matrices.iter().map(|matrix| matrix.rows).sum();
+    let columns = matrices.first().map_or(0, |matrix| matrix.columns);
+    let count = x.len().checked_div(columns).unwrap_or(y.len() / width.max(1));
+    let same = matrices.iter().all(|matrix| matrix.columns == columns);
+    if !same || x.len() != count * columns || y.len() != count * width {
+        return Err(Error::failure(format!(
+            "matmul: expected rows of {columns} in and {width} out, got {} and {} numbers",
+            x.len(),
+            y.len()
+        )));
+    }
+    if columns == 0 {
+        y.fill(0.0);
+    }
+    if y.is_empty() || columns == 0 {
+        return Ok(());
+    }
+    ROUNDED.with_borrow_mut(|rounded| {
+        rounded.fill(team, x, columns);
+        let prepared: Vec<_> = matrices.iter().map(|matrix| kernel::Inputs::new(rounded, &matrix.integers)).collect();
+        // tiles of all matrices: (matrix, tile, its first column of y)
+        let mut tiles = Vec::with_capacity(width / TILE + matrices.len());
+        let mut begin = 0;
+        for (index, matrix) in matrices.iter().enumerate() {
+            tiles.extend((0..matrix.rows.div_ceil(TILE)).map(|tile| (index, tile, begin + tile * TILE)));
+            begin += matrix.rows;
+        }
+        let out = Shared::new(y);
+        let tasks = (count * width * columns / TASK).clamp(1, 4 * team.threads());
+        let run = tiles.len().div_ceil(tasks);
+        team.each(tiles.len().div_ceil(run), &|task| {
+            for &(index, tile, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
+                let (matrix, inputs) = (matrices[index], &prepared[index]);
+                let rows = (matrix.rows - tile * TILE).min(TILE);
+                path.product(&matrix.integers, matrix.tile(tile), inputs, columns, |t, found| {
+                    // SAFETY: these columns of y are this task's alone.
+                    unsafe { out.write(t * width + at, &found[..rows]) };
+                });
+            }
+        });
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
