@@ -1,5 +1,8 @@
 //! What happens to a row between the products, compiled for the machine that runs it.
 
+#[cfg(target_arch = "x86_64")]
+use crate::quant::matmul::Path;
+
 /// Compiles a function for each kind of processor as well, and calls the best; the arithmetic is the same.
 macro_rules! dispatched {
     ($(#[$doc:meta])* $name:ident($($arg:ident: $kind:ty),*) $body:block) => {
@@ -9,6 +12,14 @@ macro_rules! dispatched {
             fn body($($arg: $kind),*) $body
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($arg: $kind),*) {
+                    body($($arg),*);
+                }
+                if Path::best() == Path::Avx512 {
+                    // SAFETY: the machine has the features, as the path says.
+                    return unsafe { avx512($($arg),*) };
+                }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $kind),*) {
                     body($($arg),*);

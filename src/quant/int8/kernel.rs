@@ -167,18 +167,32 @@ pub(super) fn round(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
 
 #[inline(always)]
 fn round_body(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
-    let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-    let nan = x.iter().any(|x| x.is_nan());
+    let (mut lanes, mut nan) = ([0.0f32; 16], false);
+    for x in x.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = if x.abs() > *lane { x.abs() } else { *lane };
+            nan |= x.is_nan();
+        }
+    }
+    let mut largest = 0.0;
+    for lane in lanes {
+        largest = if lane > largest { lane } else { largest };
+    }
     // what is smaller than any activation that matters is 0; its inverse would be infinite
     let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
-    let whole = x.map(|x| (x * inverse).round_ties_even() as i32);
-    let (low, high) = whole.split_at(STEP / 2);
-    let scale = if nan {
-        f32::NAN
-    } else if inverse == 0.0 {
-        largest * 0.0
-    } else {
-        largest / 127.0
+    let (mut codes, mut sums) = ([0; STEP], [0; 2]);
+    for (half, sum) in sums.iter_mut().enumerate() {
+        for (code, x) in codes[half * 16..].iter_mut().zip(&x[half * 16..][..16]) {
+            // adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits
+            let whole = (x * inverse + 12_582_912.0).to_bits() as i32 - 12_582_912f32.to_bits() as i32;
+            *code = whole as i8;
+            *sum += i32::from(whole as i8);
+        }
+    }
+    let scale = match inverse {
+        _ if nan => f32::NAN,
+        0.0 => largest * 0.0,
+        _ => largest / 127.0,
     };
-    (whole.map(|a| a as i8), scale, [low.iter().sum(), high.iter().sum()])
+    (codes, scale, sums)
 }
