@@ -96,11 +96,11 @@ dispatched! {
 dispatched! {
     /// Scores of one query to shares that add up to 1, in place.
     softmax(scores: &mut [f32]) {
-        let mut largest = [f32::NEG_INFINITY; 16];
+        let mut largest = [f32::NEG_INFINITY; 16]; // NaN is passed over here, and comes back by its exponential
         let (whole, rest) = scores.as_chunks::<16>();
         for scores in whole {
             for lane in 0..16 {
-                largest[lane] = largest[lane].max(scores[lane]);
+                largest[lane] = if scores[lane] > largest[lane] { scores[lane] } else { largest[lane] };
             }
         }
         let largest = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
@@ -128,17 +128,18 @@ dispatched! {
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-104.0, 89.0);
-    // adding and taking away 1.5 · 2²³ rounds to a whole number
-    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits; casts would not vectorize
+    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let (n, whole) = (shifted - 12_582_912.0, shifted.to_bits() as i32 - 12_582_912f32.to_bits() as i32);
     let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4; // ln 2 in two parts, the first exact in few bits
     let mut sum = 1.0 / 5040.0;
     for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         sum = sum * r + factor;
     }
     // |n| ≤ 151, so both halves are exponents of normal numbers
-    let half = (n * 0.5) as i32;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    sum * power(half) * power(n as i32 - half)
+    let half = whole >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    sum * power(half) * power(whole.wrapping_sub(half))
 }
 
 #[cfg(test)]

@@ -152,47 +152,36 @@ fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, columns: u
 }
 
 /// 32 values in 8 bits: a, s, and Σ a over each half.
+#[inline]
 pub(super) fn round(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
-        #[target_feature(enable = "avx2")]
-        fn fast(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
-            round_body(x)
-        }
         // SAFETY: the machine has the feature.
-        return unsafe { fast(x) };
+        return unsafe { x86::round(x) };
     }
-    round_body(x)
+    round_portable(x)
 }
 
-#[inline(always)]
-fn round_body(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
-    let (mut lanes, mut nan) = ([0.0f32; 16], false);
-    for x in x.as_chunks::<16>().0 {
-        for (lane, x) in lanes.iter_mut().zip(x) {
-            *lane = if x.abs() > *lane { x.abs() } else { *lane };
-            nan |= x.is_nan();
-        }
+/// 127 / `largest`, and `largest` / 127; the first is 0 where there is nothing to round.
+#[inline]
+fn scales(largest: f32, nan: bool) -> (f32, f32) {
+    match largest {
+        _ if nan => (0.0, f32::NAN),
+        f32::INFINITY => (0.0, f32::NAN),
+        // what is smaller than any activation that matters is 0; its inverse would be infinite
+        _ if largest <= 1e-30 => (0.0, 0.0),
+        _ => (127.0 / largest, largest / 127.0),
     }
-    let mut largest = 0.0;
-    for lane in lanes {
-        largest = if lane > largest { lane } else { largest };
+}
+
+pub(super) fn round_portable(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
+    let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let (inverse, scale) = scales(largest, x.iter().any(|x| x.is_nan()));
+    if inverse == 0.0 {
+        return ([0; STEP], scale, [0; 2]);
     }
-    // what is smaller than any activation that matters is 0; its inverse would be infinite
-    let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
-    let (mut codes, mut sums) = ([0; STEP], [0; 2]);
-    for (half, sum) in sums.iter_mut().enumerate() {
-        for (code, x) in codes[half * 16..].iter_mut().zip(&x[half * 16..][..16]) {
-            // adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits
-            let whole = (x * inverse + 12_582_912.0).to_bits() as i32 - 12_582_912f32.to_bits() as i32;
-            *code = whole as i8;
-            *sum += i32::from(whole as i8);
-        }
-    }
-    let scale = match inverse {
-        _ if nan => f32::NAN,
-        0.0 => largest * 0.0,
-        _ => largest / 127.0,
-    };
-    (codes, scale, sums)
+    let codes = x.map(|x| (x * inverse).round_ties_even() as i8);
+    let (low, high) = codes.split_at(STEP / 2);
+    let sum = |codes: &[i8]| codes.iter().map(|&code| i32::from(code)).sum();
+    (codes, scale, [sum(low), sum(high)])
 }

@@ -85,6 +85,16 @@ fn rounding_is_to_the_nearest_of_255_numbers() {
     }
 }
 
+proptest! {
+    #[test]
+    fn rounding_is_the_same_on_every_machine(x in prop::array::uniform32(prop_oneof![
+        9 => -1e3f32..1e3, 1 => Just(0.0), 1 => any::<f32>(),
+    ])) {
+        let (found, expected) = (kernel::round(&x), kernel::round_portable(&x));
+        prop_assert_eq!((found.0, found.1.to_bits(), found.2), (expected.0, expected.1.to_bits(), expected.2));
+    }
+}
+
 #[test]
 fn sizes_that_do_not_agree_are_errors() {
     assert!(Packed::new(Kind::Q4_0, &[0; 17], 1, 32).is_err());
