@@ -9,10 +9,12 @@ import torch
 
 from ftkit import adapters, models
 from ftkit.config import RunConfig
+from ftkit.engine import Engine, Sampling, launch
 from ftkit.errors import InputError
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import sft
+from ftkit.quant._packed import PackedWeight, round_activations
 from ftkit.quant.gguf import GgufWeight
 from ftkit.train import run
 
@@ -106,3 +108,36 @@ def test_values_that_are_not_finite_and_other_files_are_refused(smollm2: Path, t
         models.load(damaged, quant="gguf")
     with pytest.raises(InputError, match="expected one of"):
         RunConfig.from_toml(None, {"model.source": "x", "data.path": "y", "model.quant": "ggufs"})
+
+
+def test_rounded_activations_hardly_move_the_answers_and_a_row_is_the_same_in_any_batch(
+    dense: LoadedModel, smollm2: Path
+) -> None:
+    text = (
+        "The river rises in the mountains, flows through three towns and ends in a lake. "
+        "Its water is cold in spring, and in autumn it carries leaves. " * 3
+    )
+    tokens = dense.tokenizer.encode(text)
+    loaded = models.load(smollm2, quant="gguf")
+    round_activations(loaded.model)
+    assert all(isinstance(linear.weight, PackedWeight) for linear in loaded.model.linears().values())
+    assert isinstance(loaded.model.embed_tokens.weight, GgufWeight)
+    batch = RaggedBatch.pack([tokens])
+    with torch.no_grad():
+        exact, rounded = (model.model.head(model.model(batch)).double().log_softmax(-1) for model in (dense, loaded))
+    kl = (exact.exp() * (exact - rounded)).sum(-1)
+    assert 0 < kl.mean() < 0.005
+    assert (exact.argmax(-1) == rounded.argmax(-1)).double().mean() > 0.95
+    with Engine(loaded, pool_bytes=64 << 20) as engine:
+        prompts = [tokens[:n] for n in (3, 40, 17, 60)]
+        greedy = Sampling(temperature=0.0, max_tokens=12, ignore_end=True, logprobs=0)
+        together = engine.generate_many(prompts, greedy)
+        for prompt, answer in zip(prompts, together, strict=True):
+            alone = engine.generate(prompt, greedy)
+            assert alone.tokens == answer.tokens
+            assert alone.logprobs == answer.logprobs
+
+
+def test_activations_are_rounded_only_where_weights_are_whole_numbers(smollm2: Path) -> None:
+    with pytest.raises(InputError, match="--fast-decode: expected matrices in blocks of whole numbers, got none"):
+        launch(smollm2, quant="none", fast_decode=True)

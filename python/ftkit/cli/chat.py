@@ -34,6 +34,9 @@ def command(
         str,
         typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks."),
     ] = "auto",
+    fast_decode: Annotated[
+        bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
+    ] = False,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,
 ) -> None:
@@ -61,7 +64,7 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-    answering, names = _engine(model, adapter or [], engine, runs_dir, quant)
+    answering, names = _engine(model, adapter or [], engine, runs_dir=runs_dir, quant=quant, fast_decode=fast_decode)
     first = names[0] if names else None
     try:
         from ftkit.cli._chat import Chat, one_shot
@@ -89,7 +92,7 @@ def _question() -> str:
     return text
 
 
-def _engine(model: str, adapters: list[str], engine: str, runs_dir: str, quant: str) -> tuple[Any, list[str]]:
+def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tuple[Any, list[str]]:
     """The engine, and the names of its adapters; the first is the one that answers."""
     from ftkit.errors import InputError
 
@@ -108,7 +111,7 @@ def _engine(model: str, adapters: list[str], engine: str, runs_dir: str, quant: 
             name, folder = (f"adapter-{number}" if len(adapters) > 1 else "adapter"), pair
         named[name] = folder
     print("loading …", file=sys.stderr, flush=True)
-    answering = launch(model, named, runs_dir=runs_dir, quant=quant)
+    answering = launch(model, named, **options)
     own = [answering.default] if answering.default != answering.name else []
     return answering, [*named, *own]
 

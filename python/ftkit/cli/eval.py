@@ -22,6 +22,9 @@ def command(
             "--quant", help="How matrices are held: none, gguf, nf4, … (ftkit list quant).", show_default=False
         ),
     ] = None,
+    fast_decode: Annotated[
+        bool, typer.Option("--fast-decode", help="Round activations to 8 bits, as chat and serve do with it.")
+    ] = False,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
@@ -33,14 +36,20 @@ def command(
 
       ftkit eval my-model --against model.gguf --data held-out.jsonl
 
+      ftkit eval model.gguf --fast-decode --against model.gguf --data held-out.jsonl
+
       ftkit eval my-run --suite keywords --data questions.jsonl
     """
     from ftkit import models, plugins
+    from ftkit.quant._packed import round_activations
 
     chosen = plugins.load("eval", suite)
     place = models.resolve(model, runs_dir)
     other = None if against is None else models.load(models.resolve(against, runs_dir))
-    table = chosen.evaluate(models.load(place, quant=quant), adapter or place.adapter, data, other)
+    loaded = models.load(place, quant=quant or ("gguf" if fast_decode and place.quant is None else None))
+    if fast_decode:
+        round_activations(loaded.model)
+    table = chosen.evaluate(loaded, adapter or place.adapter, data, other)
     if json:
         print_json(table)
         return

@@ -38,6 +38,9 @@ def command(
         str,
         typer.Option("--quant", help="none, gguf, nf4, … (ftkit list quant); auto: the run's, or the file's blocks."),
     ] = "auto",
+    fast_decode: Annotated[
+        bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
+    ] = False,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
@@ -81,6 +84,7 @@ def command(
         named,
         runs_dir=runs_dir,
         quant=quant,
+        fast_decode=fast_decode,
         context_tokens=context,
         pool_bytes=None if pool_mib is None else pool_mib << 20,
         max_sequences=max_sequences,

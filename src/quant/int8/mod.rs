@@ -42,8 +42,10 @@ pub(super) struct IntegerForm {
     /// Scales and offsets are numbers of half precision.
     pub half: bool,
     /// One block to its codes, and each group's scale and offset.
-    pub split: fn(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]),
+    pub split: Split,
 }
+
+type Split = fn(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]);
 
 impl IntegerForm {
     fn groups(&self) -> usize {
