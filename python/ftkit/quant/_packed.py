@@ -2,8 +2,8 @@
 
     y = x̂ Wᵀ,  x̂ = s a with a in -127..127 and one s = max |x| / 127 for 32 values
 
-W is what it was; only x is rounded, which is what llama.cpp always does. The core packs the codes of W once, 16 rows side
-by side: a second copy of the matrix, while the first stays in its file. Gradients go past it.
+W is what it was; only x is rounded, which is what llama.cpp always does. The core packs the codes of W once, 16 rows
+side by side: a second copy of the matrix, while the first stays in its file. Gradients go past it.
 """
 
 import torch
