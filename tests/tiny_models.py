@@ -50,10 +50,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def peer(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """transformers' model of a variant, with random weights, biases and norms."""
+GROUPED = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 16}
+"""Sizes that divide into groups of 32, for weights that are held so."""
+
+
+def peer(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, sizes: dict[str, Any] | None = None) -> Any:
+    """transformers' model of a variant, with random weights, biases and norms; `sizes` instead of the variant's."""
     name, changes = VARIANTS[variant]
-    sizes = {key: value for key, value in (_SIZES | changes).items() if value is not None or key == "sliding_window"}
+    sizes = {
+        key: value
+        for key, value in (_SIZES | changes | (sizes or {})).items()
+        if value is not None or key == "sliding_window"
+    }
     config = getattr(transformers, f"{name}Config")(**sizes)
     config._attn_implementation = "sdpa"  # the eager one computes the softmax in float32 whatever the dtype
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()

@@ -24,21 +24,26 @@ TARGETS = [[*row[1:], -100] for row in ROWS]
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 windows", "qwen3 biases"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of an untied model, and of two tied ones, one with biases."""
+    """The files of an untied model, and of two tied ones, one with biases; and of each with rows of whole groups."""
     path = tmp_path_factory.mktemp("model")
     tiny_models.peer(request.param).save_pretrained(path)
+    tiny_models.peer(request.param, sizes=tiny_models.GROUPED).save_pretrained(path / "grouped")
     return path
-
-
-@pytest.fixture
-def model(folder: Path) -> Decoder:
-    return models.load(folder, dtype=torch.float64).model
 
 
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def model(folder: Path, method: str) -> Decoder:
+    """Dense, or as the method needs it."""
+    scheme_for = getattr(plugins.load("adapters", method), "scheme_for", None)
+    if scheme_for is None:
+        return models.load(folder, dtype=torch.float64).model
+    return models.load(folder / "grouped", dtype=torch.float64, quant=scheme_for("a directory")).model
 
 
 def disturb(model: Decoder, adapter_id: int = 0, seed: int = 5) -> None:
@@ -80,6 +85,17 @@ def test_merged_does_the_same(model: Decoder, method: str) -> None:
     merged = adapters.merged(model, 0)
     adapters.detach(model, 0)
     equal(logits(_holding(model, merged), -1), expected)
+
+
+def test_what_merges_into_the_weights_own_format_is_what_is_merged(model: Decoder, method: str) -> None:
+    adapters.attach(model, method, {}, seed=3)
+    disturb(model)
+    merged = adapters.merged(model, 0)
+    for name, weight in adapters.merged_weights(model, 0).items():
+        base = model.linears()[name.removesuffix(".weight")].weight
+        assert torch.equal(weight.dense(), merged[name])
+        assert not torch.equal(base.dense(), merged[name])
+        assert (type(weight), weight.shape, weight.nbytes) == (type(base), base.shape, base.nbytes)
 
 
 def test_as_lora_does_the_same(model: Decoder, method: str) -> None:
@@ -182,6 +198,11 @@ def test_what_is_trained_counts_as_its_formula_says(model: Decoder, method: str)
     expected = {
         "lora": sum(16 * sum(linear.shape) for name, linear in model.linears().items() if name != "lm_head"),
         "full": sum(tensor.numel() for tensor in model.tensors().values()),
+        "qalora": sum(
+            16 * (linear.shape[0] + linear.shape[1] // 32)
+            for name, linear in model.linears().items()
+            if name != "lm_head"
+        ),
     }
     assert count == expected[method]
 

@@ -86,6 +86,35 @@ def test_the_gradient_reaches_the_input_and_keeps_no_dense_matrix(weight: Weight
         assert kept == []
 
 
+def test_blocks_of_a_file_hold_the_same_numbers(weight: Weight) -> None:
+    found = weight.blocks_of_file()
+    if isinstance(weight, GgufWeight) or (isinstance(weight, QuantizedWeight) and "int4" in weight.scheme.name):
+        assert found is not None
+    if found is not None:
+        kind, blocks = found
+        again = GgufWeight(blocks, kind, torch.float32).dense()
+        assert torch.equal(again.view(torch.int32), weight.dense().view(torch.int32))
+
+
+def test_offsets_are_what_is_added_to_each_group(weight: Weight) -> None:
+    offsets = weight.group_offsets()
+    kind = weight.kind if isinstance(weight, GgufWeight) else getattr(getattr(weight, "scheme", None), "name", "")
+    assert (offsets is not None) == (kind in ("q4_1", "q5_1") or kind.startswith("int4_group"))
+    if offsets is None:
+        return
+    before = weight.dense()
+    assert offsets.values.shape == (ROWS, COLUMNS // offsets.group)
+    change = torch.randn(offsets.values.shape, generator=torch.Generator().manual_seed(4)).half()
+    other = offsets.replace(change)
+    again = other.group_offsets()
+    assert again is not None
+    assert torch.equal(again.values, change)
+    assert other.nbytes == weight.nbytes
+    moved = (change.double() - offsets.values.double()).repeat_interleave(offsets.group, 1)
+    torch.testing.assert_close(other.dense().double(), before.double() + moved, rtol=1e-6, atol=1e-6)
+    assert torch.equal(weight.dense(), before)  # which keeps its own
+
+
 def test_values_come_back_near_and_zeros_exactly(weight: Weight) -> None:
     dense = weight.dense()
     assert dense.isfinite().all()

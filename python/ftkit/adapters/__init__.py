@@ -6,7 +6,9 @@
     adapters.load(model, Path("adapter"), 1)                 beside the first, for rows with adapter id 1
 
 A method's file has `Config`, `PEFT_TYPE`, `PEFT_KEYS` (parameter → the end of its key in a PEFT file), `attach`,
-`to_peft` and `of_peft`.
+`to_peft` and `of_peft`. It may have `scheme_for(source)`, how a base is held that no `--quant` is given for;
+`notices(model, config)`, what people should know of what was attached; and `PEFT_READS = False`, for files in PEFT's
+format that PEFT itself cannot use.
 """
 
 import dataclasses
@@ -22,9 +24,9 @@ from ftkit.adapters import _files
 from ftkit.config.fields import Problem, read, table_of
 from ftkit.errors import InputError
 from ftkit.nn.decoder import Decoder
-from ftkit.nn.linear import Linear
+from ftkit.nn.linear import Linear, Weight
 
-__all__ = ["Attached", "attach", "detach", "load", "merged", "save", "trainable"]
+__all__ = ["Attached", "attach", "detach", "load", "merged", "merged_weights", "notices", "save", "trainable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,25 @@ def merged(model: Decoder, adapter_id: int = 0) -> dict[str, Tensor]:
         elif head is not None and head.data_ptr() == embedding.data_ptr():
             del found["lm_head.weight"]
     return found
+
+
+def merged_weights(model: Decoder, adapter_id: int = 0) -> dict[str, Weight]:
+    """By published name, the merged matrices that the base's own way of storing holds to the bit."""
+    _known(model, adapter_id)
+    found: dict[str, Weight] = {}
+    for name, linear in model.linears().items():
+        adapter = linear.adapter(adapter_id)
+        weight = None if adapter is None else adapter.merged_weight(linear.weight)
+        if weight is not None:
+            found[f"{name}.weight"] = weight
+    return found
+
+
+def notices(model: Decoder, adapter_id: int = 0) -> list[str]:
+    """What people should know of how an adapter was attached."""
+    attached = _known(model, adapter_id)
+    told = getattr(plugins.load("adapters", attached.method), "notices", None)
+    return [] if told is None else list(told(model, attached.config))
 
 
 def save(

@@ -31,6 +31,10 @@ class Replacement(nn.Module):
         """The weight."""
         return self.weight.detach()
 
+    def merged_weight(self, weight: Weight) -> Weight | None:  # noqa: ARG002
+        """None: it is dense."""
+        return None
+
     def as_lora(self) -> tuple[Tensor, Tensor, float] | None:
         """Never: the difference has any rank."""
         return None

@@ -87,6 +87,10 @@ class Lora(nn.Module):
         delta = self.scale * (self.lora_B.detach() @ self.lora_A.detach())
         return (dense.to(delta.dtype) + delta).to(dense.dtype)
 
+    def merged_weight(self, weight: Weight) -> Weight | None:  # noqa: ARG002
+        """None: W's codes cannot hold it."""
+        return None
+
     def as_lora(self) -> tuple[Tensor, Tensor, float] | None:
         """A, B and s; None while dropout is at work."""
         return None if self.training and self.dropout else (self.lora_A, self.lora_B, self.scale)

@@ -46,7 +46,7 @@ def command(
     chosen = plugins.load("eval", suite)
     place = models.resolve(model, runs_dir)
     other = None if against is None else models.load(models.resolve(against, runs_dir))
-    loaded = models.load(place, quant=quant or ("gguf" if fast_decode and place.quant is None else None))
+    loaded = models.load(place, quant=quant or models.scheme_at_rest(place))
     if fast_decode:
         round_activations(loaded.model)
     table = chosen.evaluate(loaded, adapter or place.adapter, data, other)

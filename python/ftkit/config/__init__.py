@@ -48,7 +48,8 @@ class ModelConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     quant: str = option(
         "none",
-        "how frozen matrices are held: none (dense), gguf (as the file has them), nf4, … (ftkit list quant)",
+        "how frozen matrices are held: none (dense), gguf (as the file has them), nf4, … (ftkit list quant); "
+        "where it is not given, a method that needs a scheme decides",
     )
 
     def __post_init__(self) -> None:
@@ -219,6 +220,10 @@ class RunConfig:
             sections[name] = _read_choice(room, default, table.get(name, {}), name, problems)
         if problems:
             raise _error(problems, where, lines or {})
+        scheme_for = getattr(plugins.load("adapters", sections["method"].name), "scheme_for", None)
+        if scheme_for is not None and "quant" not in table["model"]:
+            model: ModelConfig = sections["model"]
+            sections["model"] = dataclasses.replace(model, quant=scheme_for(model.source))
         return cls(**sections)
 
     def table(self) -> dict[str, Any]:

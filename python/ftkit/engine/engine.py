@@ -294,8 +294,7 @@ def launch(
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
-        blocks = source.path.suffix == ".gguf" and torch.device(device).type == "cpu" and dtype == torch.float32
-        quant = source.quant or ("gguf" if blocks else "none")
+        quant = models.scheme_at_rest(source, device, dtype)
     _core.set_threads(torch.get_num_threads())
     loaded = models.load(source, dtype=dtype, device=device, quant=quant)
     if fast_decode:

@@ -1,11 +1,13 @@
 """What is exported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ftkit import adapters
 from ftkit.models import LoadedModel
+from ftkit.nn.decoder import Decoder
+from ftkit.nn.linear import DenseWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +20,42 @@ class Material:
     """Weights by their published names, the adapter merged in."""
     changed: frozenset[str]
     """Names of the weights that differ from those on disk."""
+    blocks: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """Name → (format, blocks) of GGUF that hold a changed weight to the bit, where there are such."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, adapter_id: int | None = None) -> "Material":
         """The model as it is, or with the adapter of that id."""
-        base = loaded.model.tensors()
+        model = loaded.model
+        converted = _converted(model)
+        weights = {f"{name}.weight": linear.weight for name, linear in model.linears().items() if name in converted}
+        changed = {f"{name}.weight" for name in converted}
         if adapter_id is None:
-            return cls(loaded=loaded, adapter_id=None, tensors=base, changed=frozenset())
-        tensors = adapters.merged(loaded.model, adapter_id)
-        changed = {name for name, tensor in tensors.items() if _differs(tensor, base.get(name))}
-        if loaded.model.attached[adapter_id].edits_base:
-            changed = set(tensors)
-        return cls(loaded=loaded, adapter_id=adapter_id, tensors=tensors, changed=frozenset(changed))
+            tensors = model.tensors()
+        else:
+            tensors = adapters.merged(model, adapter_id)
+            adapted = [name for name, layer in model.layers_by_name().items() if str(adapter_id) in layer.adapters]
+            own = adapters.merged_weights(model, adapter_id)
+            weights = {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in adapted}
+            weights |= own
+            changed |= {f"{name}.{kind}" for name in adapted for kind in ("weight", "bias")}
+            if model.config.tied_embeddings:  # a head of its own came out of a tied one
+                changed.add("lm_head.weight")
+            if model.attached[adapter_id].edits_base:
+                changed = set(tensors)
+        blocks = {name: blocks for name, weight in weights.items() if (blocks := weight.blocks_of_file()) is not None}
+        return cls(
+            loaded=loaded,
+            adapter_id=adapter_id,
+            tensors=tensors,
+            changed=frozenset(changed & tensors.keys()),
+            blocks=blocks,
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the adapter's merged matrices are all in `blocks`, so that a file can hold just what was trained."""
+        return bool(self.blocks) and self.changed <= self.blocks.keys()
 
     @property
     def template(self) -> str | None:
@@ -38,5 +64,10 @@ class Material:
         return None if template is None else template.source
 
 
-def _differs(tensor: Tensor, base: Tensor | None) -> bool:
-    return base is None or tensor.data_ptr() != base.data_ptr()
+def _converted(model: Decoder) -> set[str]:
+    """The layers that hold what a scheme made of the weights on disk."""
+    return {
+        name
+        for name, linear in model.linears().items()
+        if not isinstance(linear.weight, DenseWeight) and linear.weight.stored() is None
+    }

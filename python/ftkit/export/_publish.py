@@ -48,12 +48,12 @@ def export(
     Raises InputError for what cannot be exported, and GateError, leaving nothing, when what was written and read back
     does not answer as the live model does.
     """
-    target, kind = _target(to, kind)
+    target, _ = _target(to, kind)
     _check(target, out, overwrite)
     place = models.resolve(source, runs_dir)
     check_apart(out, [place.path, adapter or place.adapter])
     report(f"loading {place.path}")
-    loaded = models.load(place)
+    loaded = models.load(place, quant=models.scheme_at_rest(place))
     folder = adapter or place.adapter
     if folder is not None:
         adapters.load(loaded.model, folder, 0)
@@ -74,14 +74,17 @@ def publish(
 
     Raises as `export` does.
     """
+    if kind is None and material.exact and "source" in plugins.load("export", to).TYPES:
+        kind = "source"
     target, kind = _target(to, kind)
     _check(target, out, overwrite)
     with _staged(out) as staged:
         report(f"writing {to} {kind}")
         remarks = target.write(material, staged, kind)
         report("comparing with the live model")
-        # `source` keeps the format of what the adapter did not touch, so its bound is that of the coarsest formats
-        allowed = bounds("q2_k" if kind == "source" and material.changed else "f32" if kind == "source" else kind)
+        # `source` rounds what an adapter changed to the file's formats, so its bound is that of the coarsest ones
+        rounds = bool(material.changed) and not material.exact
+        allowed = bounds(kind if kind != "source" else "q2_k" if rounds else "f32")
         parity = compare(material.loaded, target.read_back(material, staged), allowed)
         if not parity.passed:
             raise GateError(

@@ -2,7 +2,9 @@
 
 Weights get the block formats of the type (see `_gguf_types`), and llama.cpp's names and layout. Metadata and tokenizer
 of a model that comes from a GGUF file are carried over as they are, and so are its blocks where format and weights are
-unchanged: exporting a file to its own type gives back the same bits. `--type source` keeps every tensor's format.
+unchanged: exporting a file to its own type gives back the same bits. `--type source` keeps every tensor as it is held:
+in the file's format, in the blocks that a scheme or an adapter's merge has for it, or in the fewest bytes of a float
+that hold its values.
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,8 @@ class _Planned:
     tensor: Tensor
     unchanged: bool
     """Whether the source file has the same blocks."""
+    blocks: Tensor | None = None
+    """The blocks, where the tensor is held in this format already."""
 
 
 def write(material: Material, out: Path, kind: str) -> list[str]:
@@ -48,7 +52,7 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     """
     path = material.loaded.path
     source = GgufFile(path) if path.is_file() else None
-    if kind == "source" and source is None:
+    if kind == "source" and source is None and not material.blocks:
         raise InputError("--type source: expected a model from a GGUF file, got one from safetensors", "name a type")
     plan = list(_plan(material, source, kind))
     entries = [(planned.name, tuple(planned.tensor.shape), planned.form) for planned in plan]
@@ -59,10 +63,12 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
             blocks = torch.empty(planned.tensor.numel() // size * nbytes, dtype=torch.uint8)
             source.read_blocks(planned.name, blocks)
             writer.write_blocks(planned.name, blocks)
+        elif planned.blocks is not None:
+            writer.write_blocks(planned.name, planned.blocks.cpu().contiguous())
         else:
             writer.write(planned.name, planned.tensor.detach().cpu().contiguous())
     writer.finish()
-    return _remarks(plan, kind)
+    return _remarks(material, plan, kind)
 
 
 def read_back(material: Material, out: Path) -> LoadedModel:
@@ -77,18 +83,34 @@ def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_P
     old = {name: (tuple(shape), form) for name, shape, form in source.tensors} if source else {}
     mixture = None if kind == "source" else _gguf_types.mixture(kind)
 
-    def planned(name: str, tensor: Tensor, changed: bool) -> _Planned:
+    def planned(name: str, tensor: Tensor, changed: bool, held: tuple[str, Tensor] | None = None) -> _Planned:
         shape = tuple(tensor.shape)
-        if mixture is None:
-            form = old[name][1] if name in old else "f32" if tensor.dim() < 2 else "f16"
-        else:
+        if mixture is not None:
             form = _gguf_types.block_format(name, shape, config.layers, mixture)
-        return _Planned(name=name, form=form, tensor=tensor, unchanged=not changed and old.get(name) == (shape, form))
+        elif held is not None:
+            form = held[0]
+        else:
+            form = old[name][1] if name in old else _float_that_holds(tensor)
+        blocks = held[1] if held is not None and held[0] == form else None
+        unchanged = not changed and old.get(name) == (shape, form)
+        return _Planned(name=name, form=form, tensor=tensor, unchanged=unchanged, blocks=blocks)
 
     for name, tensor in material.tensors.items():
-        yield planned(family.gguf_name(name), family.to_gguf(config, name, tensor), name in material.changed)
+        held = material.blocks.get(name)
+        if held is not None:
+            held = held[0], family.to_gguf(config, name, held[1])
+        yield planned(family.gguf_name(name), family.to_gguf(config, name, tensor), name in material.changed, held)
     if (factors := _gguf_architecture.rope_factors(config)) is not None:
         yield planned("rope_freqs.weight", factors, False)
+
+
+def _float_that_holds(tensor: Tensor) -> str:
+    """The smallest float format with exactly these values; f32 for vectors, which llama.cpp wants so."""
+    if tensor.dim() > 1:
+        for form, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                return form
+    return "f32"
 
 
 def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[Entry]:
@@ -111,14 +133,18 @@ def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[En
     ]
 
 
-def _remarks(plan: list[_Planned], kind: str) -> list[str]:
-    """Formats that differ from the type's because rows don't divide into its blocks."""
+def _remarks(material: Material, plan: list[_Planned], kind: str) -> list[str]:
+    """Formats that differ from the type's because rows don't divide into its blocks; blocks that were not kept."""
     if kind == "source":
         return []
+    remarks = []
     base = _gguf_types.mixture(kind).base
     size = _FORMATS[base][0]
     odd = [planned for planned in plan if planned.tensor.dim() > 1 and planned.tensor.shape[-1] % size != 0]
-    if not odd:
-        return []
-    forms = ", ".join(sorted({planned.form for planned in odd}))
-    return [f"{len(odd)} of {len(plan)} weights have rows that don't divide by {size}: {forms} for {base}"]
+    if odd:
+        forms = ", ".join(sorted({planned.form for planned in odd}))
+        remarks.append(f"{len(odd)} of {len(plan)} weights have rows that don't divide by {size}: {forms} for {base}")
+    rounded = len(material.blocks) - sum(planned.blocks is not None for planned in plan)
+    if rounded and base != "f32":
+        remarks.append(f"{rounded} weights were rounded again, to {base}; --type source keeps the blocks they are in")
+    return remarks

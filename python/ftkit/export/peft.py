@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ftkit import adapters, models
+from ftkit import adapters, models, plugins
 from ftkit.errors import InputError
 from ftkit.export._material import Material
 from ftkit.models import LoadedModel
@@ -20,12 +20,13 @@ def write(material: Material, out: Path, kind: str) -> list[str]:  # noqa: ARG00
     if material.adapter_id is None:
         raise InputError("--to peft: expected an adapter, got a model without one", "--adapter DIR, or name a run")
     loaded = material.loaded
-    adapters.save(loaded.model, material.adapter_id, out, loaded.fingerprint, loaded.name)
-    if not (out / "adapter_config.json").exists():
-        method = loaded.model.attached[material.adapter_id].method
+    method = loaded.model.attached[material.adapter_id].method
+    module = plugins.load("adapters", method)
+    if module.PEFT_TYPE is None or not getattr(module, "PEFT_READS", True):
         raise InputError(
             f"--to peft: expected a method that PEFT has, got {method!r}", "--to safetensors writes the merged model"
         )
+    adapters.save(loaded.model, material.adapter_id, out, loaded.fingerprint, loaded.name)
     return []
 
 

@@ -21,6 +21,9 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     """Writes the model to the directory `out`. Raises InputError for a weight that is too large for the type."""
     tensors = {name: _converted(name, tensor, kind) for name, tensor in material.tensors.items()}
     models.save(material.loaded, tensors, out)
+    if material.exact and kind != "f32":
+        forms = ", ".join(sorted({form for form, _ in material.blocks.values()}))
+        return [f"the matrices are held in {forms} and became {kind}; a .gguf file keeps them to the bit in their size"]
     return []
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import InputError
-from ftkit.export import Exported, Material, check_apart, publish
+from ftkit.export import Exported, Material, check_apart, gguf, publish
 
 __all__ = ["merge"]
 
@@ -29,7 +29,8 @@ def merge(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Exported:
-    """Merges adapters (the one that a run brings, when none is given) into a directory of safetensors.
+    """Merges adapters (the one that a run brings, when none is given) into a directory of safetensors, or into a GGUF
+    file when `out` ends so.
 
     One adapter of weight 1 is merged as it is trained; several are combined as `how` says. What was written is read
     back and compared with the live model. Raises InputError for what cannot be merged, and GateError, leaving nothing,
@@ -47,7 +48,8 @@ def merge(
         raise InputError(f"--weight: expected one for each of {len(chosen)} adapters, got {len(shares)}")
     check_apart(out, [place.path, *chosen])
     report(f"loading {place.path}")
-    loaded = models.load(place)
+    # one is merged into what its base is held as; several are summed as dense matrices
+    loaded = models.load(place, quant=models.scheme_at_rest(place) if shares == [1.0] else None)
     for number, folder in enumerate(chosen):
         adapters.load(loaded.model, folder, number)
     if shares == [1.0]:
@@ -68,6 +70,8 @@ def merge(
         material = Material(
             loaded=_with(loaded, made), adapter_id=None, tensors=loaded.model.tensors(), changed=frozenset(made)
         )
+    if out.suffix == gguf.SUFFIX:
+        return publish(material, out, to="gguf", kind=kind or "source", overwrite=overwrite, report=report)
     return publish(material, out, to="safetensors", kind=kind, overwrite=overwrite, report=report)
 
 

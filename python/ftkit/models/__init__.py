@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "resolve",
     "save",
+    "scheme_at_rest",
     "template_of",
     "tokenizer_of",
 ]
@@ -127,6 +128,13 @@ def load(
     # what a scheme makes of the weights is another base: an adapter makes up for its errors
     model.fingerprint = fingerprint if scheme is None else f"{fingerprint}+{scheme.name}"
     return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
+
+
+def scheme_at_rest(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """How a model's matrices are held where nothing is trained: as the run's base was, or a GGUF file's in their blocks
+    where the core multiplies with blocks, which gives the same to the bit."""
+    blocks = source.path.suffix == ".gguf" and torch.device(device).type == "cpu" and dtype == torch.float32
+    return source.quant or ("gguf" if blocks else DENSE)
 
 
 def build(

@@ -8,6 +8,8 @@
 each other.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,6 +19,18 @@ from torch.nn import functional
 from ftkit._core import PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul
 from ftkit.nn.routes import Routes
+
+
+@dataclass(frozen=True)
+class GroupOffsets:
+    """What a weight adds to each group of values in a row: W = scale · code + offset, the offsets stored apart."""
+
+    group: int
+    """Values in a group, along the input."""
+    values: Tensor
+    """float16 [out, in / group]; to be read, not written."""
+    replace: "Callable[[Tensor], Weight]"
+    """The weight with these offsets, and with its codes and scales as they are."""
 
 
 @runtime_checkable
@@ -46,6 +60,12 @@ class Weight(Protocol):
     def stored(self) -> tuple[str, Tensor] | PackedMatrix | None:
         """(format, blocks uint8 [out, bytes of a row]) or what was packed, as the core reads them; None where it
         doesn't."""
+
+    def blocks_of_file(self) -> tuple[str, Tensor] | None:
+        """(format, blocks) of GGUF that dequantize to `dense` to the bit; None for what has no codes of GGUF's."""
+
+    def group_offsets(self) -> GroupOffsets | None:
+        """The floats that are added to groups of values; None for a way of storing that has none."""
 
     def replace_dense(self, dense: Tensor) -> "Weight":
         """A weight stored in the same way that holds `dense` as nearly as that way can."""
@@ -92,6 +112,14 @@ class DenseWeight(nn.Module):
             return None
         return "f32", tensor.view(torch.uint8)
 
+    def blocks_of_file(self) -> tuple[str, Tensor] | None:
+        """None: floats have no codes."""
+        return None
+
+    def group_offsets(self) -> GroupOffsets | None:
+        """None: floats are one by one."""
+        return None
+
     def replace_dense(self, dense: Tensor) -> "DenseWeight":
         """A dense weight of these values."""
         return DenseWeight(dense.to(self.tensor.dtype))
@@ -108,6 +136,9 @@ class Adapter(Protocol):
 
     def merged(self, weight: Weight) -> Tensor:
         """The dense [out, in] that does what the adapter does on `weight`."""
+
+    def merged_weight(self, weight: Weight) -> Weight | None:
+        """`weight` stored as it is, with numbers that dequantize to `merged` to the bit; None where there are none."""
 
     def as_lora(self) -> tuple[Tensor, Tensor, float] | None:
         """(A [rank, in], B [out, rank], scale) with forward(x) = x Wᵀ + scale (x Aᵀ) Bᵀ right now, or None."""

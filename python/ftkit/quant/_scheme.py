@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftkit.errors import InputError
+from ftkit.nn.linear import GroupOffsets
 
 Parts = Mapping[str, Tensor]
 Sides = tuple[int, int]
@@ -36,6 +37,10 @@ class Scheme:
     """float W [out, in], finite → parts."""
     decode: Callable[[Parts, Sides], Tensor]
     """Parts → W, float32 [out, in]."""
+    group: int | None = None
+    """Values in a row that share one of the floats in a part called `offsets`, for a scheme with such a part."""
+    blocks: Callable[[Parts], tuple[str, Tensor]] | None = None
+    """Parts → the same numbers as (format, blocks uint8 [out, bytes of a row]) of GGUF, where one has them."""
 
     def weight(self, dense: Tensor, dtype: torch.dtype) -> "QuantizedWeight":
         """The weight that holds `dense` [out, in]. Raises InputError for values that are NaN or infinite, or none."""
@@ -93,6 +98,21 @@ class QuantizedWeight(nn.Module):
     def stored(self) -> tuple[str, Tensor] | None:
         """None: the core reads GGUF's blocks only."""
         return None
+
+    def blocks_of_file(self) -> tuple[str, Tensor] | None:
+        """The parts as GGUF's blocks, where one of its formats holds the same numbers."""
+        return None if self.scheme.blocks is None else self.scheme.blocks(self.parts)
+
+    def group_offsets(self) -> GroupOffsets | None:
+        """The scheme's offsets; a weight with others shares the remaining parts."""
+        if self.scheme.group is None:
+            return None
+        parts = self.parts
+
+        def replace(values: Tensor) -> "QuantizedWeight":
+            return self.scheme.hold(parts | {"offsets": values}, self.shape, self.dtype)
+
+        return GroupOffsets(self.scheme.group, parts["offsets"], replace)
 
     def replace_dense(self, dense: Tensor) -> "QuantizedWeight":
         """These values in the same scheme. Raises InputError for values that are NaN or infinite."""

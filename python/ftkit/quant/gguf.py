@@ -19,8 +19,11 @@ from torch.nn import functional
 from ftkit import _core
 from ftkit.errors import InputError
 from ftkit.kernels.block_matmul import block_matmul, dequantize
+from ftkit.nn.linear import GroupOffsets
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
+_OFFSETS = {"q4_1": 2, "q5_1": 2}
+"""The formats with a half-precision offset, and the byte of a block where it begins."""
 
 
 class GgufWeight(nn.Module):
@@ -39,6 +42,7 @@ class GgufWeight(nn.Module):
             raise InputError(f"{kind}: expected rows of whole blocks of {nbytes} bytes, got {blocks.shape[1]} bytes")
         self.kind, self.dtype = kind, dtype
         self.columns = blocks.shape[1] // nbytes * size
+        self._offsets: Tensor | None = None
         if mapped:
             self.blocks = blocks
         else:
@@ -76,6 +80,30 @@ class GgufWeight(nn.Module):
     def stored(self) -> tuple[str, Tensor] | None:
         """The blocks as they are."""
         return (self.kind, self.blocks) if self.blocks.device.type == "cpu" else None
+
+    def blocks_of_file(self) -> tuple[str, Tensor] | None:
+        """The blocks as they are."""
+        return self.kind, self.blocks
+
+    def group_offsets(self) -> GroupOffsets | None:
+        """The offsets of Q4_1's and Q5_1's blocks; a weight with others is a copy of the blocks."""
+        if self.kind not in _OFFSETS:
+            return None
+        size, nbytes = _FORMATS[self.kind]
+        start = _OFFSETS[self.kind]
+
+        def of(blocks: Tensor) -> Tensor:
+            return blocks.view(len(blocks), -1, nbytes)[..., start : start + 2].view(torch.float16).squeeze(2)
+
+        if self._offsets is None:  # viewed once: what counts a step's memory would take each view for the whole file
+            self._offsets = of(self.blocks)
+
+        def replace(values: Tensor) -> "GgufWeight":
+            blocks = self.blocks.clone()
+            of(blocks).copy_(values)
+            return GgufWeight(blocks, self.kind, self.dtype)
+
+        return GroupOffsets(size, self._offsets, replace)
 
     def replace_dense(self, dense: Tensor) -> "GgufWeight":
         """These values in the same format. Raises InputError for values that are not finite or too large for it."""

@@ -2,7 +2,8 @@
 
     w = d q + m,   q in 0..15
 
-The offset is a float, not an integer zero point: whatever is constant inside a group can be added to it. `int4_group`
+The offset is a float, not an integer zero point: whatever is constant inside a group can be added to it (`qalora` does
+so). GGUF's Q4_1 holds the same numbers, a group of 64 or 128 as blocks of 32 with one scale and offset. `int4_group`
 has groups of 64, `int4_group:32` and `int4_group:128` those sizes. Codes are the nearest ones under scale and offset
 as they are stored; both are refined by least squares, and the best of three refinements is kept.
 
@@ -18,6 +19,9 @@ from ftkit.quant._scheme import Parts, Scheme, Sides, finite, group_of, slabs, w
 OPTIONS = ("", "32", "64", "128")
 _HIGHEST = 15
 _REFINEMENTS = 3
+_BLOCK = 32
+"""Values in a block of Q4_1: half-precision scale and offset, then value i in the low, i + 16 in the high half of a
+byte."""
 _LIMIT = torch.finfo(torch.float16).max
 
 
@@ -56,8 +60,19 @@ def scheme(option: str = "") -> Scheme:
             "offsets": ((shape[0], groups), torch.float16),
         }
 
+    def blocks(parts: Parts) -> tuple[str, Tensor]:
+        rows, half = parts["codes"].shape
+        pairs = parts["codes"].view(rows, -1, _BLOCK // 2)
+        codes = torch.stack((pairs >> 4, pairs & 15), -1).view(rows, -1, _BLOCK)
+        found = torch.empty(rows, 2 * half // _BLOCK, 4 + _BLOCK // 2, dtype=torch.uint8, device=codes.device)
+        for place, part in ((0, parts["scales"]), (2, parts["offsets"])):
+            each = part.repeat_interleave(group // _BLOCK, 1).unsqueeze(2)
+            found[..., place : place + 2] = each.view(torch.uint8)
+        found[..., 4:] = codes[..., : _BLOCK // 2] | codes[..., _BLOCK // 2 :] << 4
+        return "q4_1", found.view(rows, -1)
+
     name = f"int4_group:{option}" if option else "int4_group"
-    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode)
+    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode, group=group, blocks=blocks)
 
 
 def _fit(values: Tensor) -> tuple[Tensor, Tensor]:

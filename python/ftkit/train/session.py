@@ -96,6 +96,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
         notices += _notices(evaluation, "evaluation")
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
+    notices += adapters.notices(loaded.model, ADAPTER)
     loaded.model.activation_checkpointing = training.activation_checkpointing
     loaded.model.train()
     parameters = adapters.trainable(loaded.model, ADAPTER)
