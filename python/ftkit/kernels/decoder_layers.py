@@ -4,9 +4,12 @@
 
 The `fused` backend computes all of them in one call into the core, where a small model's token takes less time than
 torch takes to start its operations. It needs float32 on the CPU, no gradients, and adapters that are LoRAs, and makes
-each row's result independent of the rest of the batch, to the bit.
+each row's result independent of the rest of the batch, to the bit. Where an adapter is no LoRA but merges into the
+weights' own format, the sequences of each adapter are computed in a call of their own, over its merged weights.
 """
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +35,8 @@ class _Fused:
 
     weights: list[tuple[dict[str, Any], Any]]
     adapters: dict[int, Any]
-    layers: _core.DecoderLayers | None
-    """None where the core cannot compute them."""
+    layers: dict[int | None, _core.DecoderLayers | None]
+    """Under all adapters (None), or under one or the base alone; None where the core cannot compute them."""
 
     def current(self, attached: dict[int, Any]) -> bool:
         """Whether the model still has these weights and adapters."""
@@ -41,16 +44,18 @@ class _Fused:
         return same and all(modules["weight"] is weight for modules, weight in self.weights)
 
 
-def _fused_layers(model: Any) -> _core.DecoderLayers | None:
+def _fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLayers | None:
     found: _Fused | None = getattr(model, "_fused", None)
     if found is None or not found.current(model.attached):
         found = _Fused(
             weights=[(linear._modules, linear.weight) for linear in model.linears().values()],
             adapters=dict(model.attached),
-            layers=_build(model),
+            layers={},
         )
         object.__setattr__(model, "_fused", found)  # no part of the module's state
-    return found.layers
+    if adapter_id not in found.layers:
+        found.layers[adapter_id] = _build(model, adapter_id)
+    return found.layers[adapter_id]
 
 
 def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
@@ -59,22 +64,40 @@ def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, 
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or pages.dtype != torch.float32:
         return False
-    return _fused_layers(model) is not None
+    if _fused_layers(model) is not None:
+        return True
+    return all(_fused_layers(model, adapter_id) is not None for adapter_id, _, _ in batch.routes.spans)
 
 
 @decoder_layers.backend("fused", _supports)
 def _run(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> Tensor:
     """All layers in the core."""
-    layers = _fused_layers(model)
-    assert layers is not None
     x = x.clone(memory_format=torch.contiguous_format)
     cos, sin = (angle.contiguous() for angle in angles)
     table = batch.block_table.contiguous()
-    layers.forward(x, cos, sin, batch.positions, batch.cu_seqlens, table, cache.pages, list(batch.routes.spans))
+    layers, spans = _fused_layers(model), list(batch.routes.spans)
+    if layers is not None:
+        layers.forward(x, cos, sin, batch.positions, batch.cu_seqlens, table, cache.pages, spans)
+        return x
+    ends = list(itertools.accumulate(batch.lengths, initial=0))
+    for adapter_id, start, end in spans:
+        layers = _fused_layers(model, adapter_id)
+        assert layers is not None
+        first, last = bisect.bisect_left(ends, start), bisect.bisect_right(ends, end) - 1
+        layers.forward(
+            x[start:end],
+            cos[start:end],
+            sin[start:end],
+            batch.positions[start:end],
+            batch.cu_seqlens[first : last + 1] - start,
+            table[first:last],
+            cache.pages,
+            [(adapter_id, 0, end - start)],
+        )
     return x
 
 
-def _build(model: Any) -> _core.DecoderLayers | None:
+def _build(model: Any, adapter_id: int | None) -> _core.DecoderLayers | None:
     config = model.config
     layers = []
     for layer in model.layers:
@@ -82,7 +105,7 @@ def _build(model: Any) -> _core.DecoderLayers | None:
         head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         modules = (*attention.linears(), *feed_forward.linears())
-        linears = [linear for module in modules if (linear := _linear(module)) is not None]
+        linears = [linear for module in modules if (linear := _linear(module, adapter_id)) is not None]
         if len(linears) < len(modules) or any(norm.adapters for norm in (*norms, *head_norms)):
             return None
         window = config.window(attention.layer)
@@ -94,13 +117,23 @@ def _weights(norms: Sequence[nn.Module]) -> list[Tensor]:
     return [norm.weight.detach() for norm in norms]  # type: ignore[operator]
 
 
-def _linear(module: Any) -> tuple[Any, ...] | None:
-    """(matrix, inputs, bias, LoRAs) of a linear layer; None for one that the core doesn't know."""
-    stored = module.weight.stored()
+def _linear(module: Any, only: int | None) -> tuple[Any, ...] | None:
+    """(matrix, inputs, bias, LoRAs) of a linear layer under all adapters or `only` one; None for one that the core
+    doesn't know."""
+    weight = module.weight
+    under = {key: adapter for key, adapter in module.adapters.items() if only is None or key == str(only)}
+    for key, adapter in list(under.items()) if only is not None else ():
+        # what is still trained changes in place, and a merged weight would not
+        frozen = not any(parameter.requires_grad for parameter in adapter.parameters())
+        merged = adapter.merged_weight(weight) if frozen and adapter.bias is None else None
+        if merged is not None:
+            weight = merged
+            del under[key]
+    stored = weight.stored()
     if stored is None:
         return None
     loras = []
-    for adapter_id, adapter in module.adapters.items():
+    for adapter_id, adapter in under.items():
         lora = adapter.as_lora()
         if lora is None or adapter.bias is not None or lora[0].dtype != torch.float32:
             return None

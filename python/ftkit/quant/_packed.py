@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ftkit._core import PackedMatrix
 from ftkit.errors import InputError
 from ftkit.nn.decoder import Decoder
-from ftkit.nn.linear import Weight
+from ftkit.nn.linear import GroupOffsets, Weight
 
 
 class PackedWeight(nn.Module):
@@ -56,6 +56,15 @@ class PackedWeight(nn.Module):
         """What was packed."""
         return self.packed
 
+    def blocks_of_file(self) -> tuple[str, Tensor] | None:
+        """The exact weight's."""
+        return self.exact.blocks_of_file()
+
+    def group_offsets(self) -> GroupOffsets | None:
+        """The exact weight's; with others it is packed anew."""
+        found = self.exact.group_offsets()
+        return found and GroupOffsets(found.group, found.values, lambda values: _packed(found.replace(values)))
+
     def replace_dense(self, dense: Tensor) -> Weight:
         """A weight of these values, not packed."""
         return self.exact.replace_dense(dense)
@@ -65,13 +74,17 @@ def round_activations(model: Decoder) -> None:
     """Packs every linear layer's matrix that is whole numbers. Raises InputError where none is."""
     count = 0
     for linear in model.linears().values():
-        stored = linear.weight.stored()
-        packed = PackedMatrix.of(*stored) if isinstance(stored, tuple) else None
-        if packed is not None:
-            linear.weight = PackedWeight(linear.weight, packed)
-            count += 1
+        exact, linear.weight = linear.weight, _packed(linear.weight)
+        count += linear.weight is not exact
     if not count:
         raise InputError(
             "--fast-decode: expected matrices in blocks of whole numbers, got none",
             "a .gguf file of a type such as q4_1 or q8_0 has them: ftkit export MODEL --to gguf --type q8_0",
         )
+
+
+def _packed(weight: Weight) -> Weight:
+    """The weight, packed where it is whole numbers."""
+    stored = weight.stored()
+    packed = PackedMatrix.of(*stored) if isinstance(stored, tuple) else None
+    return weight if packed is None else PackedWeight(weight, packed)

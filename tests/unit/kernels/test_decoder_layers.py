@@ -16,6 +16,7 @@ from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder
 from ftkit.nn.paged_cache import PagedCache
+from ftkit.quant.gguf import GgufWeight
 
 pytestmark = pytest.mark.unit
 
@@ -134,3 +135,41 @@ def test_what_the_core_does_not_know_goes_one_by_one(tmp_path: Path) -> None:
     assert is_fused(model)
     half = tiny_models.ours(tiny_models.peer("llama", torch.float32), tmp_path / "half", torch.bfloat16).model
     assert not is_fused(half)
+
+
+def test_an_adapter_that_moves_blocks_is_computed_apart_and_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tiny_models.peer("llama biases", torch.float32, sizes=tiny_models.GROUPED)
+    model = tiny_models.ours(theirs, tmp_path, torch.float32).model
+    for name, linear in model.linears().items():
+        if name != "lm_head":
+            empty = torch.zeros(linear.shape[0], linear.shape[1] // 32 * 20, dtype=torch.uint8)
+            linear.weight = GgufWeight(empty, "q4_1", torch.float32).replace_dense(linear.weight.dense())
+    for number, method in enumerate(("qalora", "lora", "qalora")):
+        adapters.attach(model, method, {}, seed=number, adapter_id=number)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapters.trainable(model, number).values():
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    model.eval()
+    adapter = [0, -1, 1, 0, 2]
+    assert not is_fused(model)
+    assert module._fused_layers(model, 0) is None, "what is trained changes in place"
+    for number in (0, 2):
+        for parameter in adapters.trainable(model, number).values():
+            parameter.requires_grad_(False)
+    adapters.attach(model, "lora", {}, seed=0, adapter_id=3)  # a change, so that the core's view is made anew
+    together, kept = steps(model, [0, 1, 2, 3, 4], adapter)
+    assert all(module._fused_layers(model, number) is not None for number in (-1, 0, 1, 2))
+    ends = [list(itertools.accumulate([0, *LENGTHS])), list(range(6)), list(range(6))]
+    for n in range(5):
+        alone, _ = steps(model, [n], adapter)
+        for step in range(3):
+            assert torch.equal(alone[step], together[step][ends[step][n] : ends[step][n + 1]])
+    monkeypatch.setenv("FTKIT_KERNELS", "reference")
+    expected, kept_by_reference = steps(model, [0, 1, 2, 3, 4], adapter)
+    for ours, reference in zip(together, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(kept, kept_by_reference, rtol=2e-4, atol=2e-5)
+    base, _ = steps(model, [0, 1], [-1] * 5)
+    assert (base[0][:7] - expected[0][:7]).abs().max() > 0.1
