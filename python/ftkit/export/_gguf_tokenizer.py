@@ -29,6 +29,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _RULES: dict[tuple[str, ...], str] = {
     ("gpt2",): "gpt-2",
     ("digits", "gpt2"): "smollm",
+    (r"\p{N}", "gpt2"): "smollm",  # as ftkit writes that rule when it comes from a GGUF file
     (f"{_CASELESS_ENDINGS}|{_WORDS}|\\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}",): "llama-bpe",
     (f"{_CASELESS_ENDINGS}|{_WORDS}|\\p{{N}}|{_SYMBOLS}|{_SPACES}",): "qwen2",
     (f"{_CASED_WORDS[0]}|{_CASED_WORDS[1]}|\\p{{N}}|{_SYMBOLS_OR_PATHS}|{_SPACES}",): "tekken",
