@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftkit.errors import InputError
 from ftkit.export import _gguf_architecture, _gguf_tokenizer
-from ftkit.models import family_of_hf
+from ftkit.models import family_of_hf, tokenizer_of
 from ftkit.nn.decoder import DecoderConfig
 
 pytestmark = pytest.mark.unit
@@ -186,3 +186,9 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     made = [tokenizer.token_to_id("".join(pair)) for pair in document["model"]["merges"]]
     assert [scores[number] for number in made] == sorted((scores[number] for number in made), reverse=True)
     assert max(scores[number] for number in range(len(scores)) if number not in made) < min(scores[m] for m in made)
+
+
+def test_what_ftkit_writes_of_the_real_tokenizer_has_its_rule_again(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer_of(smollm2).save(tmp_path, None)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert _gguf_tokenizer.word_rule(document, tmp_path) == "smollm"
