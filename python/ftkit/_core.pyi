@@ -92,6 +92,30 @@ class PackedMatrix:
         """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]."""
 
 @final
+class CodedMatrix:
+    """A matrix of codes into a table, with a number for each group of a row: w = table[code] · scale (+ offset)."""
+
+    def __new__(
+        cls,
+        codes: Tensor,
+        table: Tensor | None,
+        shape: tuple[int, int],
+        group: int,
+        scales: Tensor,
+        nested: tuple[Tensor, Tensor, float] | None = None,
+        offsets: Tensor | None = None,
+    ) -> CodedMatrix:
+        """Over the tensors' memory. codes: uint8, 4 bits each (the first in the high half) into a table of 16, or 8
+        into one of 256; without a table they are whole numbers with sign. scales, offsets: float32 or float16, one for
+        each group of the flattened matrix. nested: (map [256], greatest of each 256 groups, mean), and scales are codes
+        into the map: map[code] · greatest + mean.
+        """
+    def matmul(self, x: Tensor, out: Tensor) -> None:
+        """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]."""
+    def dequantize(self, out: Tensor) -> None:
+        """Writes W to `out`, float32 [out, in]."""
+
+@final
 class DecoderLayers:
     """A decoder's layers over the memory of the model's tensors, for one forward pass without gradients a call."""
 
@@ -105,8 +129,8 @@ class DecoderLayers:
     ) -> DecoderLayers:
         """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
 
-        A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix` or
-        (format, blocks uint8 [out, bytes of a row]).
+        A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix`, a
+        `CodedMatrix`, or (format, blocks uint8 [out, bytes of a row]).
         """
     def forward(
         self,

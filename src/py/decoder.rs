@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 use pyo3::prelude::*;
 
 use super::quant::kind_called;
@@ -10,6 +10,7 @@ use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
 use crate::decoder::{Batch, Layer, Layers, Linear, Lora, Weight};
 use crate::error::Error;
+use crate::quant::coded::{Numbers, Table};
 use crate::quant::int8::{self, Packed};
 use crate::quant::matmul::{self, Matrix};
 use crate::team::{self, Team};
@@ -17,6 +18,7 @@ use crate::team::{self, Team};
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<DecoderLayers>()?;
     module.add_class::<PackedMatrix>()?;
+    module.add_class::<CodedMatrix>()?;
     module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
     module.add_function(wrap_pyfunction!(block_matmul, module)?)
@@ -85,10 +87,76 @@ impl PackedMatrix {
     }
 }
 
+/// A matrix of codes into a table, over the memory of tensors.
+#[pyclass(module = "ftkit._core", frozen)]
+struct CodedMatrix {
+    /// Borrows from the tensors that `_tensors` keeps.
+    matrix: Matrix<'static>,
+    _tensors: Vec<Py<PyAny>>,
+}
+
+#[pymethods]
+impl CodedMatrix {
+    #[new]
+    #[pyo3(signature = (codes, table, shape, group, scales, nested = None, offsets = None))]
+    fn new(
+        codes: &Bound<'_, PyAny>,
+        table: Option<&Bound<'_, PyAny>>,
+        shape: (usize, usize),
+        group: usize,
+        scales: &Bound<'_, PyAny>,
+        nested: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>, f32)>,
+        offsets: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let mut keep = Keep(Vec::new());
+        let codes = keep.memory::<u8>("codes", codes)?.0;
+        let table = match table {
+            None => Table::Signed,
+            Some(table) => {
+                let table = keep.vector(table)?;
+                match (<&[f32; 16]>::try_from(table), <&[f32; 256]>::try_from(table)) {
+                    (Ok(table), _) => Table::Four(table),
+                    (_, Ok(table)) => Table::Eight(table),
+                    _ => return Err(Error::failure(format!("table: expected 16 or 256, got {}", table.len())).into()),
+                }
+            }
+        };
+        let scales = match nested {
+            None => keep.numbers(scales)?,
+            Some((map, greatest, mean)) => {
+                let map = keep.vector(&map)?;
+                let map = map.try_into().map_err(|_| Error::failure("map: expected 256 numbers, got others"))?;
+                let codes = keep.memory::<u8>("scales", scales)?.0;
+                Numbers::Nested { codes, map, greatest: keep.vector(&greatest)?, mean }
+            }
+        };
+        let offsets = offsets.map(|offsets| keep.numbers(offsets)).transpose()?;
+        let matrix = Matrix::coded(table, codes, shape.0, shape.1, group, scales, offsets)?;
+        Ok(Self { matrix, _tensors: keep.0 })
+    }
+
+    /// Writes x Wᵀ to `out`: x float32 [T, in], out [T, out].
+    fn matmul(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
+        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
+        let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[self.matrix], x, out)))?)
+    }
+
+    /// Writes W to `out`, float32 [out, in].
+    fn dequantize(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let out = Memory::<f32>::of("out", out)?;
+        // SAFETY: the caller's tensor lives during the call and is new and given to be written.
+        let out = unsafe { out.slice_mut() };
+        Ok(py.detach(|| Team::run(|team| self.matrix.dequantize(team, out)))?)
+    }
+}
+
 /// How a matrix is given.
 #[derive(FromPyObject)]
 enum GivenWeight<'py> {
     Packed(Py<PackedMatrix>),
+    Coded(Py<CodedMatrix>),
     /// (format, blocks uint8 [out, bytes of a row])
     Exact(String, Bound<'py, PyAny>),
 }
@@ -182,6 +250,14 @@ impl Keep {
         Ok(self.memory("weight", tensor)?.0)
     }
 
+    /// Numbers in float32 or in half precision.
+    fn numbers(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Numbers<'static>> {
+        if tensor.getattr("dtype")?.str()? == f16::NAME {
+            return Ok(Numbers::Half(self.memory("numbers", tensor)?.0));
+        }
+        Ok(Numbers::Plain(self.vector(tensor)?))
+    }
+
     fn matrix(&mut self, kind: &str, blocks: &Bound<'_, PyAny>, columns: usize) -> PyResult<Matrix<'static>> {
         let (bytes, shape) = self.memory::<u8>("blocks", blocks)?;
         Ok(Matrix::new(kind_called(kind)?, bytes, shape.first().copied().unwrap_or(0), columns)?)
@@ -203,6 +279,11 @@ impl Keep {
         let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
         let weight = match weight {
             GivenWeight::Packed(packed) => Weight::Packed(packed.get().0.clone()),
+            GivenWeight::Coded(coded) => {
+                let matrix = coded.get().matrix;
+                self.0.push(coded.into_any());
+                Weight::Exact(matrix)
+            }
             GivenWeight::Exact(kind, blocks) => Weight::Exact(self.matrix(&kind, &blocks, columns)?),
         };
         Ok(Linear { weight, bias, loras })

@@ -4,6 +4,7 @@
 //! those of llama.cpp's reference to the bit: the same products, rounded in the same order.
 
 mod bf16;
+pub mod coded;
 mod f16;
 mod f32;
 pub mod int8;
@@ -43,7 +44,7 @@ pub fn dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) -> Result<()> {
     blocks
         .par_chunks(TASK_VALUES / kind.block_size() * kind.block_bytes())
         .zip(out.par_chunks_mut(TASK_VALUES))
-        .for_each(|(blocks, out)| kind.dequantize(blocks, out));
+        .for_each(|(blocks, out)| matmul::Path::best().dequantize(kind, blocks, out));
     Ok(())
 }
 

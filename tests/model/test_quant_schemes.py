@@ -15,6 +15,7 @@ from ftkit.errors import InputError
 from ftkit.merge import merge
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.linear import DenseWeight
 from ftkit.quant._scheme import QuantizedWeight
 from ftkit.train import run
 
@@ -136,3 +137,17 @@ def test_the_engine_answers_as_the_model(smollm2: Path) -> None:
     with launch(smollm2, quant="nf4") as engine:
         answer = engine.generate("The capital of France is", Sampling(temperature=0, max_tokens=5))
     assert answer.tokens == row[start:]
+
+
+def test_the_core_answers_from_the_parts_what_it_answers_from_the_dense_matrices(smollm2: Path) -> None:
+    greedy = Sampling(temperature=0.0, max_tokens=8, ignore_end=True, logprobs=0)
+    with launch(smollm2, quant="nf4", pool_bytes=64 << 20) as engine:
+        model = engine.loaded.model
+        found = engine.generate("The river rises in", greedy)
+        fused = model.__dict__["_fused"].layers
+        assert fused is not None
+        for linear in model.linears().values():
+            linear.weight = DenseWeight(linear.weight.dense())
+        expected = engine.generate("The river rises in", greedy)
+        assert model.__dict__["_fused"].layers is not fused
+    assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftkit._core import PackedMatrix
+from ftkit._core import CodedMatrix, PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul
 from ftkit.nn.routes import Routes
 
@@ -57,9 +57,9 @@ class Weight(Protocol):
     def dense(self) -> Tensor:
         """W as a plain tensor [out, in] in the dtype that the model computes in; to be read, not written."""
 
-    def stored(self) -> tuple[str, Tensor] | PackedMatrix | None:
-        """(format, blocks uint8 [out, bytes of a row]) or what was packed, as the core reads them; None where it
-        doesn't."""
+    def stored(self) -> tuple[str, Tensor] | CodedMatrix | PackedMatrix | None:
+        """What the core multiplies with: (format, blocks uint8 [out, bytes of a row]), or its own; None for what it
+        doesn't take."""
 
     def blocks_of_file(self) -> tuple[str, Tensor] | None:
         """(format, blocks) of GGUF that dequantize to `dense` to the bit; None for what has no codes of GGUF's."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ftkit.kernels.coded_matmul import Coded, Nested
 from ftkit.quant._scheme import SLAB, Parts, Scheme, Sides, finite
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -46,7 +47,6 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
     table /= table.abs().max()
     order = table.argsort(stable=True)
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # [256, 2]: what a byte stands for
 
     def encode(dense: Tensor) -> dict[str, Tensor]:
         flat = dense.reshape(-1)
@@ -71,18 +71,17 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
         nested, greatest = _encode_scales(scales - mean)
         return {"codes": codes, "scales": nested, "scale_scales": greatest, "scale_mean": mean.view(1)}
 
-    def decode(parts: Parts, shape: Sides) -> Tensor:
-        count = shape[0] * shape[1]
-        codes, device = parts["codes"], parts["codes"].device
-        scales = functional.embedding(parts["scales"].int(), dynamic_map().to(device).view(-1, 1)).view(-1)
-        greatest = parts["scale_scales"].repeat_interleave(NESTED_BLOCK)[: len(scales)]
-        scales = scales * greatest + parts["scale_mean"]
-        out = functional.embedding(codes.int(), pairs.to(device)).view(-1)[:count]
-        whole = count - count % BLOCK
-        out[:whole].view(-1, BLOCK).mul_(scales[: whole // BLOCK].view(-1, 1))
-        if whole < count:
-            out[whole:].mul_(scales[-1])
-        return out.view(shape)
+    def coded(parts: Parts, shape: Sides) -> Coded:
+        device = parts["codes"].device
+        nested = Nested(map=dynamic_map().to(device), greatest=parts["scale_scales"], mean=parts["scale_mean"])
+        return Coded(
+            shape=shape,
+            codes=parts["codes"],
+            table=table.to(device),
+            group=BLOCK,
+            scales=parts["scales"],
+            nested=nested,
+        )
 
     def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         count = shape[0] * shape[1]
@@ -94,7 +93,7 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
             "scale_mean": ((1,), torch.float32),
         }
 
-    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode)
+    return Scheme(name=name, version=1, layout=layout, encode=encode, coded=coded)
 
 
 def dynamic_map() -> Tensor:

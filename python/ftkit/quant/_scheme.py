@@ -1,7 +1,7 @@
 """What a scheme's file is made of, and the weight that holds its parts.
 
 A scheme that converts has `scheme(option) -> Scheme` and `OPTIONS`, what may follow its name and a colon, such as the
-`32` of `int8:32`. The parts of a matrix are plain tensors; `encode` makes them, `decode` gives W back.
+`32` of `int8:32`. The parts of a matrix are plain tensors; `encode` makes them, `coded` says what they mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ftkit._core import CodedMatrix
 from ftkit.errors import InputError
+from ftkit.kernels.coded_matmul import Coded, coded_dense, coded_matmul
 from ftkit.nn.linear import GroupOffsets
 
 Parts = Mapping[str, Tensor]
@@ -35,8 +37,8 @@ class Scheme:
     """(out, in) → the parts' shapes and dtypes. Raises InputError for sides that the scheme cannot hold."""
     encode: Callable[[Tensor], dict[str, Tensor]]
     """float W [out, in], finite → parts."""
-    decode: Callable[[Parts, Sides], Tensor]
-    """Parts → W, float32 [out, in]."""
+    coded: Callable[[Parts, Sides], Coded]
+    """Parts and (out, in) → what they mean."""
     group: int | None = None
     """Values in a row that share one of the floats in a part called `offsets`, for a scheme with such a part."""
     blocks: Callable[[Parts], tuple[str, Tensor]] | None = None
@@ -74,12 +76,19 @@ class QuantizedWeight(nn.Module):
         return dict(self.named_buffers(recurse=False))
 
     @property
+    def coded(self) -> Coded:
+        """What the parts mean."""
+        return self.scheme.coded(self.parts, self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the parts."""
         return sum(part.nbytes for part in self.parts.values())
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
+        if not torch.is_grad_enabled():
+            return coded_matmul(x, self.coded)
         y: Tensor = _Matmul.apply(x, self)
         return y
 
@@ -93,11 +102,11 @@ class QuantizedWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """W [out, in], a new tensor."""
-        return self.scheme.decode(self.parts, self.shape).to(self.dtype)
+        return coded_dense(self.coded).to(self.dtype)
 
-    def stored(self) -> tuple[str, Tensor] | None:
-        """None: the core reads GGUF's blocks only."""
-        return None
+    def stored(self) -> CodedMatrix | None:
+        """The core's view of the parts; None for what it doesn't take."""
+        return self.coded.core() if self.dtype == torch.float32 else None
 
     def blocks_of_file(self) -> tuple[str, Tensor] | None:
         """The parts as GGUF's blocks, where one of its formats holds the same numbers."""

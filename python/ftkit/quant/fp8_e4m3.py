@@ -11,6 +11,7 @@ Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv 2209.054
 import torch
 from torch import Tensor
 
+from ftkit.kernels.coded_matmul import Coded
 from ftkit.quant._scheme import Parts, Scheme, Sides, finite, slabs
 
 OPTIONS = ("",)
@@ -31,10 +32,10 @@ def scheme(option: str = "") -> Scheme:  # noqa: ARG001
             codes[part] = (values / scales[part]).clamp_(-_GREATEST, _GREATEST).to(torch.float8_e4m3fn)
         return {"codes": codes, "scales": scales}
 
-    def decode(parts: Parts, shape: Sides) -> Tensor:  # noqa: ARG001
-        return parts["codes"].float().mul_(parts["scales"])
+    def coded(parts: Parts, shape: Sides) -> Coded:
+        return Coded(shape=shape, codes=parts["codes"], table=None, group=shape[1], scales=parts["scales"])
 
     def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"codes": (shape, torch.float8_e4m3fn), "scales": ((shape[0], 1), torch.float32)}
 
-    return Scheme(name="fp8_e4m3", version=1, layout=layout, encode=encode, decode=decode)
+    return Scheme(name="fp8_e4m3", version=1, layout=layout, encode=encode, coded=coded)

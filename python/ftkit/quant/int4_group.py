@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ftkit.errors import InputError
+from ftkit.kernels.coded_matmul import Coded
 from ftkit.quant._scheme import Parts, Scheme, Sides, finite, group_of, slabs, whole_groups
 
 OPTIONS = ("", "32", "64", "128")
@@ -44,13 +45,10 @@ def scheme(option: str = "") -> Scheme:
             scales[part], offsets[part] = d.view(-1, groups), m.view(-1, groups)
         return {"codes": codes, "scales": scales, "offsets": offsets}
 
-    def decode(parts: Parts, shape: Sides) -> Tensor:
-        codes = parts["codes"]
-        out = torch.empty(shape, device=codes.device)
-        out[:, ::2], out[:, 1::2] = codes >> 4, codes & 15
-        grouped = out.view(shape[0], -1, group)
-        grouped.mul_(parts["scales"].float().unsqueeze(2)).add_(parts["offsets"].float().unsqueeze(2))
-        return out
+    def coded(parts: Parts, shape: Sides) -> Coded:
+        table = torch.arange(_HIGHEST + 1, dtype=torch.float32, device=parts["codes"].device)
+        scales, offsets = parts["scales"], parts["offsets"]
+        return Coded(shape=shape, codes=parts["codes"], table=table, group=group, scales=scales, offsets=offsets)
 
     def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         groups = whole_groups("int4_group", shape, group)
@@ -72,7 +70,7 @@ def scheme(option: str = "") -> Scheme:
         return "q4_1", found.view(rows, -1)
 
     name = f"int4_group:{option}" if option else "int4_group"
-    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode, group=group, blocks=blocks)
+    return Scheme(name=name, version=1, layout=layout, encode=encode, coded=coded, group=group, blocks=blocks)
 
 
 def _fit(values: Tensor) -> tuple[Tensor, Tensor]:

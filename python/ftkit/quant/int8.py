@@ -10,6 +10,7 @@ Source: row-wise scales as in Dettmers et al., LLM.int8(), 2022, arXiv 2208.0733
 import torch
 from torch import Tensor
 
+from ftkit.kernels.coded_matmul import Coded
 from ftkit.quant._scheme import Parts, Scheme, Sides, finite, group_of, slabs, whole_groups
 
 OPTIONS = ("", "32")
@@ -34,12 +35,11 @@ def scheme(option: str = "") -> Scheme:
             codes[part] = (values / scales[part].unsqueeze(2)).round_().to(torch.int8).view(-1, columns)
         return {"codes": codes, "scales": scales}
 
-    def decode(parts: Parts, shape: Sides) -> Tensor:
-        codes = parts["codes"].float().view(shape[0], groups(shape), -1)
-        return codes.mul_(parts["scales"].unsqueeze(2)).view(shape)
+    def coded(parts: Parts, shape: Sides) -> Coded:
+        return Coded(shape=shape, codes=parts["codes"], table=None, group=block or shape[1], scales=parts["scales"])
 
     def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"codes": (shape, torch.int8), "scales": ((shape[0], groups(shape)), torch.float32)}
 
     name = f"int8:{block}" if block else "int8"
-    return Scheme(name=name, version=1, layout=layout, encode=encode, decode=decode)
+    return Scheme(name=name, version=1, layout=layout, encode=encode, coded=coded)

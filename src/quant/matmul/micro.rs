@@ -10,6 +10,7 @@
 mod x86;
 
 use super::super::Kind;
+use super::super::coded::Coded;
 
 /// Which instructions are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,9 +136,23 @@ impl Path {
         let _ = (next, most);
     }
 
+    /// The values of coded rows from `first` on.
+    #[inline]
+    pub(in crate::quant) fn decode(self, coded: &Coded<'_>, first: usize, out: &mut [f32]) {
+        match self {
+            Self::Portable => coded.dequantize(first, out),
+            // SAFETY: the machine has the features (`all`).
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { coded.dequantize_256(first, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { coded.dequantize_512(first, out) },
+        }
+    }
+
     /// The values of blocks.
     #[inline]
-    pub(super) fn dequantize(self, kind: Kind, blocks: &[u8], out: &mut [f32]) {
+    pub(in crate::quant) fn dequantize(self, kind: Kind, blocks: &[u8], out: &mut [f32]) {
         match self {
             Self::Portable => kind.dequantize(blocks, out),
             // SAFETY: the machine has the features (`all`).

@@ -7,12 +7,14 @@
 mod micro;
 
 use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
 
 pub use micro::{Path, ROWS};
 
 use super::Kind;
+use super::coded::{Coded, Numbers, Table};
 use crate::error::{Error, Result};
 use crate::team::{Shared, Team};
 
@@ -24,13 +26,19 @@ const MANY: usize = 8;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 17;
 
-/// W `[rows, columns]` in blocks, row by row.
+/// W `[rows, columns]`, row by row.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
-    kind: Kind,
-    blocks: &'a [u8],
+    stored: Stored<'a>,
     rows: usize,
     columns: usize,
+}
+
+/// How W is stored.
+#[derive(Clone, Copy, Debug)]
+enum Stored<'a> {
+    Blocks(Kind, &'a [u8]),
+    Coded(Coded<'a>),
 }
 
 impl<'a> Matrix<'a> {
@@ -46,7 +54,23 @@ impl<'a> Matrix<'a> {
                 blocks.len()
             )));
         }
-        Ok(Self { kind, blocks, rows, columns })
+        Ok(Self { stored: Stored::Blocks(kind, blocks), rows, columns })
+    }
+
+    /// # Errors
+    /// Lengths that don't agree (see [`Coded::new`]).
+    #[allow(clippy::too_many_arguments)]
+    pub fn coded(
+        table: Table<'a>,
+        codes: &'a [u8],
+        rows: usize,
+        columns: usize,
+        group: usize,
+        scales: Numbers<'a>,
+        offsets: Option<Numbers<'a>>,
+    ) -> Result<Self> {
+        let coded = Coded::new(table, codes, rows, columns, group, scales, offsets)?;
+        Ok(Self { stored: Stored::Coded(coded), rows, columns })
     }
 
     /// Outputs of the product.
@@ -59,8 +83,44 @@ impl<'a> Matrix<'a> {
         self.columns
     }
 
-    fn row_bytes(&self) -> usize {
-        self.columns / self.kind.block_size() * self.kind.block_bytes()
+    /// What is read of the rows from `first` to `end`.
+    fn bytes(&self, first: usize, end: usize) -> &'a [u8] {
+        let (bytes, row) = match self.stored {
+            Stored::Blocks(kind, blocks) => (blocks, self.columns / kind.block_size() * kind.block_bytes()),
+            Stored::Coded(coded) => (coded.codes(), coded.row_bytes()),
+        };
+        &bytes[(first * row).min(bytes.len())..(end * row).min(bytes.len())]
+    }
+
+    /// The values of rows from `first` on, as many as `out` has room for.
+    fn values(&self, path: Path, first: usize, out: &mut [f32]) {
+        match self.stored {
+            Stored::Blocks(kind, _) => {
+                path.dequantize(kind, self.bytes(first, first + out.len() / self.columns.max(1)), out);
+            }
+            Stored::Coded(coded) => path.decode(&coded, first, out),
+        }
+    }
+
+    /// All values `[rows, columns]`, in parallel.
+    ///
+    /// # Errors
+    /// `out` has room for more or less.
+    pub fn dequantize(&self, team: &Team, out: &mut [f32]) -> Result<()> {
+        if out.len() != self.rows * self.columns {
+            return Err(Error::failure(format!(
+                "expected room for {} values, got {}",
+                self.rows * self.columns,
+                out.len()
+            )));
+        }
+        let rows = (TASK / self.columns.max(1)).max(1);
+        let parts: Vec<_> = out.chunks_mut((rows * self.columns).max(1)).map(Mutex::new).collect();
+        team.each(parts.len(), &|index| {
+            let mut part = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
+            self.values(Path::best(), index * rows, &mut part);
+        });
+        Ok(())
     }
 }
 
@@ -137,7 +197,6 @@ fn product(
         static BUFFER: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
     let (columns, rows) = (matrix.columns, tile.len());
-    let blocks = &matrix.blocks[tile.start * matrix.row_bytes()..tile.end * matrix.row_bytes()];
     let each = |w: &[f32]| {
         let w_row = |r: usize| &w[r.min(rows - 1) * columns..][..columns];
         // some rows of x and four of W at a time are in the innermost cache
@@ -156,13 +215,14 @@ fn product(
     if rows == 0 {
         return;
     }
-    match (matrix.kind, bytemuck::try_cast_slice(blocks)) {
-        (Kind::F32, Ok(values)) => each(values),
+    let bytes = matrix.bytes(tile.start, tile.end);
+    match (matrix.stored, bytemuck::try_cast_slice(bytes)) {
+        (Stored::Blocks(Kind::F32, _), Ok(values)) => each(values),
         _ => BUFFER.with_borrow_mut(|buffer| {
             buffer.resize((rows * columns).div_ceil(16), Line::zeroed());
             let values = &mut bytemuck::cast_slice_mut(buffer)[..rows * columns];
-            path.prefetch(matrix.blocks.get(tile.end * matrix.row_bytes()..).unwrap_or_default(), blocks.len());
-            path.dequantize(matrix.kind, blocks, values);
+            path.prefetch(matrix.bytes(tile.end, matrix.rows), bytes.len());
+            matrix.values(path, tile.start, values);
             each(values);
         }),
     }

@@ -1,0 +1,90 @@
+"""Training over quantized weights: a LoRA step of SmolLM2-135M against the step over dense weights, and the products of
+a layer over nf4, forward and backward, against bitsandbytes' on the CPU.
+
+Rank 16 on all linear layers, float32, AdamW, one ragged batch of rows of 256 tokens; sides take turns in one process.
+The products against bitsandbytes are those of one decoder layer's seven matrices for 1,024 tokens.
+"""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench._figures import line, smollm2
+from ftkit import adapters, models
+from ftkit.nn.batch import RaggedBatch
+from ftkit.objectives import sft
+from ftkit.quant.nf4 import scheme
+
+ROUNDS = 3
+SCHEMES = ("gguf", "nf4", "int4_group", "int8")
+ROWS, LENGTH = 8, 256
+TOKENS = 1024
+
+
+def run() -> list[dict[str, Any]]:
+    """Tokens a second of a step over each scheme, and of a layer's products."""
+    sides = {name: _step(name) for name in ("none", *SCHEMES)}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(ROUNDS + 1):
+        for name, step in sides.items():
+            start = time.perf_counter()
+            step(number)
+            if number:  # the first warms up
+                rates[name].append(ROWS * LENGTH / (time.perf_counter() - start))
+    found = [line(f"train step, {name}", "tokens/s of dense", rates[name], rates["none"]) for name in SCHEMES]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        print("quantized_step: bitsandbytes left out, it is not installed (uv sync --group test)", file=sys.stderr)
+        return found
+    ours, theirs = _products()
+    return [*found, line("products of a layer, nf4", "tokens/s of bitsandbytes", ours, theirs)]
+
+
+def _step(quant: str) -> Callable[[int], None]:
+    model = models.load(smollm2(), quant=quant).model
+    adapters.attach(model, "lora", {"rank": 16}, seed=0)
+    model.train()
+    optimizer = torch.optim.AdamW(adapters.trainable(model).values(), lr=1e-4)
+
+    def step(number: int) -> None:
+        rows = [[1000 + (number * 7919 + row * 31 + at * 17) % 40000 for at in range(LENGTH)] for row in range(ROWS)]
+        batch = RaggedBatch.pack(rows, targets=[[*row[1:], -100] for row in rows], adapter=0)
+        optimizer.zero_grad()
+        found = sft.loss(model, batch)
+        (found.sum.sum() / (ROWS * (LENGTH - 1))).backward()
+        optimizer.step()
+
+    return step
+
+
+def _products() -> tuple[list[float], list[float]]:
+    import bitsandbytes.functional as peer
+    from bitsandbytes import matmul_4bit
+
+    linears = models.load(smollm2()).model.linears()
+    dense = [linear.weight.dense() for name, linear in linears.items() if name.startswith("model.layers.3.")]
+    weights = [scheme("").weight(values, torch.float32) for values in dense]
+    states = [peer.quantize_4bit(values, quant_type="nf4", compress_statistics=True) for values in dense]
+    inputs = [torch.randn(TOKENS, values.shape[1]) for values in dense]
+
+    def ours(x: Tensor, at: int) -> Tensor:
+        return weights[at].matmul(x)
+
+    def theirs(x: Tensor, at: int) -> Tensor:
+        y: Tensor = matmul_4bit(x, states[at][0].t(), quant_state=states[at][1])
+        return y
+
+    rates: tuple[list[float], list[float]] = ([], [])
+    for number in range(ROUNDS + 1):
+        for products, found in zip((ours, theirs), rates, strict=True):
+            start = time.perf_counter()
+            for at, values in enumerate(inputs):
+                x = values.clone().requires_grad_()
+                products(x, at).sum().backward()
+            if number:
+                found.append(TOKENS / (time.perf_counter() - start))
+    return rates

@@ -1,0 +1,161 @@
+"""Matrices of codes into a table, with a scale and perhaps an offset for each group: dequantized, or multiplied.
+
+    w = table[code] · scale_g (+ offset_g)
+
+What schemes convert to is described by `Coded`, whatever they are called, so the operations know none of them. The
+`cpu` backend (in the core) takes rows of whole groups; a product without gradients dequantizes a few rows at a time
+into the processor's cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ftkit import _core
+from ftkit.kernels import operation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    """How codes of 8 bits stand for scales: map[code] · greatest + mean, a greatest for each 256 of them."""
+
+    map: Tensor
+    """float32 [256]"""
+    greatest: Tensor
+    """float32 [⌈groups / 256⌉]"""
+    mean: Tensor
+    """float32 [1]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """W [out, in]; groups go over the flattened matrix, and the last one may be short."""
+
+    shape: tuple[int, int]
+    """(out, in)"""
+    codes: Tensor
+    """uint8, two codes a byte, the first in the high half; or [out, in] in a type of 8 bits that is its own table."""
+    table: Tensor | None
+    """float32 [16]: what 4-bit codes mean."""
+    group: int
+    """Values that share a scale."""
+    scales: Tensor
+    """float32 or float16 [groups], in any shape; codes uint8 [groups] where they are nested."""
+    nested: Nested | None = None
+    offsets: Tensor | None = None
+    """float32 or float16 [groups], in any shape."""
+
+    def core(self) -> _core.CodedMatrix | None:
+        """The core's view of it; None for what the core doesn't take."""
+        return _matrix(*_arguments(self)) if _takes(self) else None
+
+
+@operation
+def coded_dense(coded: Coded) -> Tensor:
+    """W, float32 [out, in], a new tensor."""
+    count = coded.shape[0] * coded.shape[1]
+    if coded.table is None:
+        out = coded.codes.float().view(-1)
+    else:
+        table = coded.table.to(coded.codes.device)
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # [256, 2]: what a byte stands for
+        out = functional.embedding(coded.codes.view(-1).int(), pairs).view(-1)[:count]
+    whole = count - count % coded.group
+    scales = _scales(coded)
+    out[:whole].view(-1, coded.group).mul_(scales[: whole // coded.group].unsqueeze(1))
+    if whole < count:
+        out[whole:].mul_(scales[-1])
+    if coded.offsets is not None:
+        out.view(-1, coded.group).add_(coded.offsets.float().view(-1, 1))
+    return out.view(coded.shape)
+
+
+def _scales(coded: Coded) -> Tensor:
+    """float32 [groups]"""
+    if coded.nested is None:
+        return coded.scales.float().view(-1)
+    codes, nested = coded.scales, coded.nested
+    found = functional.embedding(codes.int(), nested.map.to(codes.device).view(-1, 1)).view(-1)
+    return found * nested.greatest.repeat_interleave(256)[: len(codes)] + nested.mean
+
+
+@operation
+def coded_matmul(x: Tensor, coded: Coded) -> Tensor:
+    """x [rows, in] to x Wᵀ [rows, out] in x's dtype; without gradients."""
+    return functional.linear(x, coded_dense(coded).to(x.dtype))
+
+
+def _takes(coded: Coded) -> bool:
+    return coded.codes.device.type == "cpu" and not coded.shape[1] % coded.group and coded.group % 2 == 0
+
+
+@coded_dense.backend("cpu", _takes)
+def _dense(coded: Coded) -> Tensor:
+    out: Tensor = torch.ops.ftkit.coded_dense(*_arguments(coded))
+    return out
+
+
+@coded_matmul.backend("cpu", lambda x, coded: x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded))
+def _product(x: Tensor, coded: Coded) -> Tensor:
+    y: Tensor = torch.ops.ftkit.coded_matmul(x, *_arguments(coded))
+    return y
+
+
+def _arguments(coded: Coded) -> tuple[Any, ...]:
+    nested = coded.nested
+    more = (None, None, None) if nested is None else (nested.map, nested.greatest, nested.mean)
+    return (*coded.shape, coded.codes, coded.table, coded.group, coded.scales, *more, coded.offsets)
+
+
+_library = torch.library.Library("ftkit", "FRAGMENT")
+_SIGNATURE = (
+    "int rows, int columns, Tensor codes, Tensor? table, int group, Tensor scales, "
+    "Tensor? map, Tensor? greatest, Tensor? mean, Tensor? offsets"
+)
+_library.define(f"coded_dense({_SIGNATURE}) -> Tensor")
+_library.define(f"coded_matmul(Tensor x, {_SIGNATURE}) -> Tensor")
+
+
+def _matrix(
+    rows: int,
+    columns: int,
+    codes: Tensor,
+    table: Tensor | None,
+    group: int,
+    scales: Tensor,
+    map: Tensor | None,
+    greatest: Tensor | None,
+    mean: Tensor | None,
+    offsets: Tensor | None,
+) -> _core.CodedMatrix:
+    nested = None
+    if map is not None and greatest is not None and mean is not None:
+        nested = (map, greatest, float(mean))
+    if table is None and codes.dtype != torch.int8:
+        table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return _core.CodedMatrix(codes.view(torch.uint8), table, (rows, columns), group, scales, nested, offsets)
+
+
+def _run_dense(rows: int, columns: int, *rest: Any) -> Tensor:
+    out = torch.empty(rows, columns)
+    _matrix(rows, columns, *rest).dequantize(out)
+    return out
+
+
+def _run_matmul(x: Tensor, rows: int, *rest: Any) -> Tensor:
+    out = x.new_empty(x.shape[0], rows)
+    _matrix(rows, *rest).matmul(x.contiguous(), out)
+    return out
+
+
+_library.impl("coded_dense", _run_dense, "CPU")
+_library.impl("coded_matmul", _run_matmul, "CPU")
+torch.library.register_fake(
+    "ftkit::coded_dense",
+    lambda rows, columns, codes, *_: codes.new_empty((rows, columns), dtype=torch.float32),
+    lib=_library,
+)
+torch.library.register_fake("ftkit::coded_matmul", lambda x, rows, *_: x.new_empty(x.shape[0], rows), lib=_library)
