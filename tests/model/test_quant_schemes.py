@@ -144,10 +144,10 @@ def test_the_core_answers_from_the_parts_what_it_answers_from_the_dense_matrices
     with launch(smollm2, quant="nf4", pool_bytes=64 << 20) as engine:
         model = engine.loaded.model
         found = engine.generate("The river rises in", greedy)
-        fused = model.__dict__["_fused"].layers
+        fused = model.__dict__["_fused"].layers[None]
         assert fused is not None
         for linear in model.linears().values():
             linear.weight = DenseWeight(linear.weight.dense())
         expected = engine.generate("The river rises in", greedy)
-        assert model.__dict__["_fused"].layers is not fused
+        assert model.__dict__["_fused"].layers[None] is not fused
     assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
