@@ -7,7 +7,7 @@ from torch import Tensor
 from ftkit import adapters
 from ftkit.models import LoadedModel
 from ftkit.nn.decoder import Decoder
-from ftkit.nn.linear import DenseWeight
+from ftkit.quant._scheme import QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,4 @@ class Material:
 
 def _converted(model: Decoder) -> set[str]:
     """The layers that hold what a scheme made of the weights on disk."""
-    return {
-        name
-        for name, linear in model.linears().items()
-        if not isinstance(linear.weight, DenseWeight) and linear.weight.stored() is None
-    }
+    return {name for name, linear in model.linears().items() if isinstance(linear.weight, QuantizedWeight)}
