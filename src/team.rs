@@ -4,11 +4,13 @@
 //! would take longer than the loops. So the helpers are woken once a step, and wait for the next loop with their eyes
 //! open. They yield the processor when the wait gets long, and leave when the step ends: an idle engine takes none.
 //!
-//! Loops are cut into tasks that are handed out one by one, so a thread that is held up, or comes late, holds up no
-//! more than its task.
+//! Loops are cut into tasks. Each thread has a range of them of its own, so that threads that keep pace share no line of
+//! the cache but to begin and to end; a thread that is done takes what is left of the others' ranges, so one that is
+//! held up, or comes late, holds up no more than its task.
 
 use std::any::Any;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -24,13 +26,12 @@ pub fn set_threads(count: usize) {
 /// Rounds of waiting before the processor is offered to others: some tens of microseconds.
 const SPINS: u32 = 4096;
 
+/// Tasks a thread, where there is work for more: enough to even out threads of unequal speed.
+const TASKS_A_THREAD: usize = 4;
+
 /// The threads of one piece of work. The one that made it gives out loops, the others help.
 pub struct Team {
-    threads: usize,
-    /// The number of the current loop, and in the low half how many of its tasks nobody has taken.
-    ticket: AtomicU64,
-    /// Tasks of the current loop that are done.
-    done: AtomicUsize,
+    seats: Vec<Seat>,
     /// The current loop; only whoever took a task of it looks at it.
     job: AtomicPtr<Job<'static>>,
     over: AtomicBool,
@@ -40,48 +41,92 @@ pub struct Team {
 
 struct Job<'a>(&'a (dyn Fn(usize) + Sync));
 
+/// What belongs to one thread, on lines of the cache that the others seldom touch.
+#[derive(Default)]
+struct Seat {
+    open: Apart<AtomicU64>,
+    /// Tasks that this thread has done since the team was made; nobody else writes it.
+    done: Apart<AtomicUsize>,
+}
+
+/// On lines of the cache of its own; processors fetch them in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// The tasks of a thread's range that nobody has taken, and the number of their loop, in one word.
+#[derive(Clone, Copy)]
+struct Open(u64);
+
+impl Open {
+    const BITS: u32 = 20;
+    /// Tasks that a loop may have.
+    const MOST: usize = (1 << Self::BITS) - 1;
+
+    fn new(number: u64, tasks: Range<usize>) -> Self {
+        Self(number << (2 * Self::BITS) | (tasks.start as u64) << Self::BITS | tasks.end as u64)
+    }
+
+    fn number(self) -> u64 {
+        self.0 >> (2 * Self::BITS)
+    }
+
+    fn tasks(self) -> Range<usize> {
+        let part = |word: u64| (word & Self::MOST as u64) as usize;
+        part(self.0 >> Self::BITS)..part(self.0)
+    }
+}
+
 impl Team {
     /// Runs `work` with helpers from the pool of threads.
     pub fn run<R>(work: impl FnOnce(&Self) -> R) -> R {
         let most = MOST.load(Ordering::Relaxed);
         let threads = rayon::current_num_threads().min(if most == 0 { usize::MAX } else { most });
         let team = Self {
-            threads,
-            ticket: AtomicU64::new(0),
-            done: AtomicUsize::new(0),
+            seats: (0..threads).map(|_| Seat::default()).collect(),
             job: AtomicPtr::new(std::ptr::null_mut()),
             over: AtomicBool::new(false),
             panic: Mutex::new(None),
         };
         rayon::in_place_scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|_| team.help());
+            let team = &team;
+            for helper in 1..threads {
+                scope.spawn(move |_| team.help(helper));
             }
             // also when `work` panics: the scope waits for the helpers
-            let _end = End(&team);
-            work(&team)
+            let _end = End(team);
+            work(team)
         })
     }
 
     /// Threads that may be at work.
     pub fn threads(&self) -> usize {
-        self.threads
+        self.seats.len()
+    }
+
+    /// How many tasks to cut `work` into, of which `least` is worth waking up for: one, or as many for each thread.
+    pub fn tasks(&self, work: usize, least: usize) -> usize {
+        let threads = self.threads();
+        if work < least { 1 } else { threads * (work / (least * threads)).clamp(1, TASKS_A_THREAD) }
     }
 
     /// Calls `task` with 0 to `count` − 1, each once, in any order, on any of the threads; returns when all are done.
     pub fn each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
-        if self.threads == 1 || count < 2 {
+        let threads = self.threads();
+        if threads == 1 || count < 2 || count > Open::MOST {
             return (0..count).for_each(task);
         }
-        let Ok(open) = u32::try_from(count) else { return (0..count).for_each(task) };
         let job = Job(task);
-        self.done.store(0, Ordering::Relaxed);
+        let before = self.done();
         self.job.store(std::ptr::from_ref(&job).cast_mut().cast(), Ordering::Relaxed);
-        let number = (self.ticket.load(Ordering::Relaxed) >> 32) + 1;
-        self.ticket.store(number << 32 | u64::from(open), Ordering::Release);
-        while self.take() {}
+        let number = Open(self.seats[0].open.0.load(Ordering::Relaxed)).number() + 1;
+        for (index, seat) in self.seats.iter().enumerate().rev() {
+            let tasks = count * index / threads..count * (index + 1) / threads;
+            seat.open.0.store(Open::new(number, tasks).0, Ordering::Release);
+        }
+        self.work(0);
         let mut spins = 0;
-        while self.done.load(Ordering::Acquire) < count {
+        while self.done() - before < count {
             wait(&mut spins);
         }
         if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
@@ -89,34 +134,58 @@ impl Team {
         }
     }
 
-    /// Does one task that is open; `false` when there is none.
-    fn take(&self) -> bool {
-        let ticket = self.ticket.load(Ordering::Acquire);
-        let open = ticket & u64::from(u32::MAX);
-        if open == 0 {
-            return false;
-        }
-        if self.ticket.compare_exchange(ticket, ticket - 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            return true; // somebody was faster; there may be more
-        }
-        // SAFETY: the exchange succeeded, so a task of the current loop is ours, and `each` doesn't return, and its job
-        // doesn't go, before that task is counted as done. The pointer was stored before the ticket.
-        let job = unsafe { &*self.job.load(Ordering::Relaxed) };
-        let outcome = catch_unwind(AssertUnwindSafe(|| (job.0)((open - 1) as usize)));
-        if let Err(panic) = outcome {
-            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
-        }
-        self.done.fetch_add(1, Ordering::Release);
-        true
+    /// Tasks that all threads have done.
+    fn done(&self) -> usize {
+        self.seats.iter().map(|seat| seat.done.0.load(Ordering::Acquire)).sum()
     }
 
-    fn help(&self) {
-        let mut spins = 0;
+    /// Does the tasks of a thread's own range from the front, then those that are left of the others' from the back.
+    fn work(&self, thread: usize) {
+        let threads = self.threads();
+        let mut count = 0;
+        for other in (thread..threads).chain(0..thread) {
+            while let Some(task) = self.take(other, other == thread) {
+                count += 1;
+                // SAFETY: the task is ours, so `each` doesn't return, and its job doesn't go, before it is counted as
+                // done. The pointer was stored before the range.
+                let job = unsafe { &*self.job.load(Ordering::Relaxed) };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.0)(task))) {
+                    *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                }
+            }
+        }
+        let done = &self.seats[thread].done.0;
+        done.store(done.load(Ordering::Relaxed) + count, Ordering::Release);
+    }
+
+    /// A task of a range that nobody has taken.
+    fn take(&self, seat: usize, front: bool) -> Option<usize> {
+        let open = &self.seats[seat].open.0;
+        let mut found = Open(open.load(Ordering::Acquire));
+        loop {
+            let Range { start, end } = found.tasks();
+            if start >= end {
+                return None;
+            }
+            let (task, rest) = if front { (start, start + 1..end) } else { (end - 1, start..end - 1) };
+            let rest = Open::new(found.number(), rest);
+            match open.compare_exchange(found.0, rest.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(task),
+                Err(other) => found = Open(other),
+            }
+        }
+    }
+
+    fn help(&self, thread: usize) {
+        let (mut seen, mut spins) = (0, 0);
         while !self.over.load(Ordering::Acquire) {
-            if self.take() {
-                spins = 0;
-            } else {
+            // ranges only shrink, so after one round nothing is left of a loop
+            let number = Open(self.seats[thread].open.0.load(Ordering::Acquire)).number();
+            if number == seen {
                 wait(&mut spins);
+            } else {
+                (seen, spins) = (number, 0);
+                self.work(thread);
             }
         }
     }
@@ -146,6 +215,17 @@ impl<'a, T: Copy> Shared<'a, T> {
         assert!(at.checked_add(values.len()).is_some_and(|end| end <= self.len));
         // SAFETY: there is room, and by the caller's promise nobody else's.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) };
+    }
+
+    /// The places from `range.start` to `range.end`, to be written; panics where there are no such.
+    ///
+    /// # Safety
+    /// No other task has these places while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: they are inside, and by the caller's promise nobody else's.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 

@@ -122,16 +122,21 @@ class DecoderLayers:
     def __new__(
         cls,
         layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], int | None, Sequence[tuple[Any, ...]]]],
+        head: tuple[Tensor, tuple[Any, ...]] | None,
         heads: int,
         key_value_heads: int,
         head_dim: int,
         epsilon: float,
     ) -> DecoderLayers:
         """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
+        The head: (the last norm, a linear layer).
 
         A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix`, a
         `CodedMatrix`, or (format, blocks uint8 [out, bytes of a row]).
         """
+    @property
+    def has_head(self) -> bool:
+        """Whether logits can be asked for."""
     def forward(
         self,
         x: Tensor,
@@ -142,10 +147,12 @@ class DecoderLayers:
         block_table: Tensor,
         pages: Tensor,
         spans: Sequence[tuple[int, int, int]],
+        logits: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Computes x float32 [T, d] through all layers, in place; keys and values go to `pages`.
 
-        `spans`: (adapter, first row, row after the last).
+        `spans`: (adapter, first row, row after the last). `logits`: rows of x, i32 and rising, and where their logits
+        go, float32 [rows, vocabulary].
         """
 
 def quant_formats() -> list[tuple[str, int, int]]:

@@ -10,13 +10,14 @@
 pub mod attention;
 mod math;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
 
 use self::attention::{Layout, Rows, paged_attention};
 use crate::error::{Error, Result};
 use crate::quant::int8::{self, Packed};
 use crate::quant::matmul::{Matrix, matmul};
-use crate::team::Team;
+use crate::team::{Shared, Team};
 
 /// A LoRA on a linear layer: y += scale (x Aᵀ) Bᵀ for the rows of its adapter.
 #[derive(Clone, Copy, Debug)]
@@ -86,10 +87,20 @@ pub struct Layer<'a> {
     pub down: Linear<'a>,
 }
 
+/// What turns hidden states into logits.
+#[derive(Clone, Debug)]
+pub struct Head<'a> {
+    /// The weight of the last norm `[d]`.
+    pub norm: &'a [f32],
+    /// From the width of the model to the vocabulary.
+    pub linear: Linear<'a>,
+}
+
 /// All layers and their sizes.
 #[derive(Debug)]
 pub struct Layers<'a> {
     layers: Vec<Layer<'a>>,
+    head: Option<Head<'a>>,
     width: usize,
     inner: usize,
     heads: usize,
@@ -116,22 +127,34 @@ impl<'a> Layers<'a> {
     /// Sizes that don't agree.
     pub fn new(
         layers: Vec<Layer<'a>>,
+        head: Option<Head<'a>>,
         heads: usize,
         key_value_heads: usize,
         head_dim: usize,
         epsilon: f32,
     ) -> Result<Self> {
         let (width, inner) = layers.first().map_or((0, 0), |layer| (layer.norms[0].len(), layer.down.weight.columns()));
-        let made = Self { layers, width, inner, heads, key_value_heads, head_dim, epsilon };
+        let made = Self { layers, head, width, inner, heads, key_value_heads, head_dim, epsilon };
         made.layers.iter().enumerate().try_for_each(|(index, layer)| {
             made.check(layer).map_err(|error| Error::failure(format!("layer {index}: {}", error.message)))
         })?;
+        if let Some(head) = &made.head {
+            check_linear(&head.linear, head.linear.weight.rows(), width)?;
+            if head.norm.len() != width {
+                return Err(Error::failure(format!("head: expected a norm of {width}, got {}", head.norm.len())));
+            }
+        }
         if key_value_heads == 0 || !heads.is_multiple_of(key_value_heads) || !head_dim.is_multiple_of(2) {
             return Err(Error::failure(format!(
                 "expected heads in groups and of even width, got {heads}, {key_value_heads} and {head_dim}"
             )));
         }
         Ok(made)
+    }
+
+    /// Whether there is a head.
+    pub fn has_head(&self) -> bool {
+        self.head.is_some()
     }
 
     fn check(&self, layer: &Layer<'_>) -> Result<()> {
@@ -147,16 +170,7 @@ impl<'a> Layers<'a> {
             (up, self.inner, self.width),
             (&layer.down, self.width, self.inner),
         ] {
-            let right = linear.weight.rows() == outputs
-                && linear.weight.columns() == inputs
-                && linear.bias.is_none_or(|bias| bias.len() == outputs)
-                && linear.loras.iter().all(|lora| {
-                    let rank = lora.a.rows();
-                    lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == rank
-                });
-            if !right {
-                return Err(Error::failure(format!("expected a linear layer from {inputs} to {outputs}, got another")));
-            }
+            check_linear(linear, outputs, inputs)?;
         }
         let norms = layer.norms.iter().all(|norm| norm.len() == self.width);
         if !norms || layer.head_norms.iter().flatten().any(|norm| norm.len() != self.head_dim) {
@@ -198,42 +212,120 @@ impl<'a> Layers<'a> {
             head_dim: self.head_dim,
         };
         let slots = slots(batch.rows, layout, pool.len())?;
-        let mut h = vec![0.0; count * self.width];
+        let (mut h, mut more) = (vec![0.0; count * self.width], vec![0.0; count * self.width]);
         let mut qkv = vec![0.0; count * (q + 2 * kv)];
         let (mut queries, mut mixed) = (vec![0.0; count * q], vec![0.0; count * q]);
         let mut gate_up = vec![0.0; count * 2 * self.inner];
         let mut acted = vec![0.0; count * self.inner];
+        if let Some(first) = self.layers.first() {
+            self.add_and_norm(team, None, Some(first.norms[0]), x, &mut h);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
             layout.layer = index;
-            math::rms_norm(x, layer.norms[0], self.epsilon, &mut h);
             apply(team, &layer.qkv, &h, batch.spans, &mut qkv)?;
+            self.turn(team, layer, batch, &mut qkv, &mut queries);
             let half_page = layout.block_tokens * kv;
-            for (row, (parts, queries)) in qkv.chunks_exact_mut(q + 2 * kv).zip(queries.chunks_exact_mut(q)).enumerate()
-            {
-                let (heads, values) = parts.split_at_mut(q + kv);
+            for (parts, slot) in qkv.chunks_exact(q + 2 * kv).zip(&slots) {
+                let at = slot + index * 2 * half_page;
+                pool[at..at + kv].copy_from_slice(&parts[q..q + kv]);
+                pool[at + half_page..at + half_page + kv].copy_from_slice(&parts[q + kv..]);
+            }
+            let scale = (self.head_dim as f32).powf(-0.5);
+            paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
+            apply(team, std::slice::from_ref(&layer.o), &mixed, batch.spans, &mut more)?;
+            self.add_and_norm(team, Some(&more), Some(layer.norms[1]), x, &mut h);
+            apply(team, &layer.gate_up, &h, batch.spans, &mut gate_up)?;
+            swiglu(team, self.inner, &gate_up, &mut acted);
+            apply(team, std::slice::from_ref(&layer.down), &acted, batch.spans, &mut more)?;
+            let next = self.layers.get(index + 1).map(|next| next.norms[0]);
+            self.add_and_norm(team, Some(&more), next, x, &mut h);
+        }
+        Ok(())
+    }
+
+    /// x ← x + more, then h = norm(x) by the weight of a norm.
+    fn add_and_norm(&self, team: &Team, more: Option<&[f32]>, norm: Option<&[f32]>, x: &mut [f32], h: &mut [f32]) {
+        let (count, width) = (x.len() / self.width.max(1), self.width);
+        let (all_x, all_h) = (Shared::new(x), Shared::new(h));
+        by_rows(team, count, &|rows| {
+            let places = rows.start * width..rows.end * width;
+            // SAFETY: each row is one task's.
+            let (x, h) = unsafe { (all_x.part(places.clone()), all_h.part(places.clone())) };
+            if let Some(more) = more {
+                add(x, &more[places]);
+            }
+            if let Some(norm) = norm {
+                math::rms_norm(x, norm, self.epsilon, h);
+            }
+        });
+    }
+
+    /// Norms the heads of queries and keys where there are such norms, and rotates them; queries go to a place of their own.
+    fn turn(&self, team: &Team, layer: &Layer<'_>, batch: Batch<'_>, qkv: &mut [f32], queries: &mut [f32]) {
+        let (q, kv) = (self.heads * self.head_dim, self.key_value_heads * self.head_dim);
+        let (width, half) = (q + 2 * kv, self.head_dim / 2);
+        let count = batch.rows.positions.len();
+        let (all, all_queries) = (Shared::new(qkv), Shared::new(queries));
+        by_rows(team, count, &|rows| {
+            for row in rows {
+                // SAFETY: each row is one task's.
+                let heads = unsafe { all.part(row * width..row * width + q + kv) };
                 if let Some([q_norm, k_norm]) = layer.head_norms {
                     math::norm_heads(&mut heads[..q], q_norm, self.epsilon);
                     math::norm_heads(&mut heads[q..], k_norm, self.epsilon);
                 }
-                let angles = row * self.head_dim / 2..(row + 1) * self.head_dim / 2;
+                let angles = row * half..(row + 1) * half;
                 math::rotate(heads, self.head_dim, &batch.cos[angles.clone()], &batch.sin[angles]);
-                queries.copy_from_slice(&heads[..q]);
-                let at = slots[row] + index * 2 * half_page;
-                pool[at..at + kv].copy_from_slice(&heads[q..]);
-                pool[at + half_page..at + half_page + kv].copy_from_slice(values);
+                // SAFETY: as above.
+                unsafe { all_queries.write(row * q, &heads[..q]) };
             }
-            let scale = (self.head_dim as f32).powf(-0.5);
-            paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
-            apply(team, std::slice::from_ref(&layer.o), &mixed, batch.spans, &mut h)?;
-            add(x, &h);
-            math::rms_norm(x, layer.norms[1], self.epsilon, &mut h);
-            apply(team, &layer.gate_up, &h, batch.spans, &mut gate_up)?;
-            swiglu(team, self.inner, &gate_up, &mut acted);
-            apply(team, std::slice::from_ref(&layer.down), &acted, batch.spans, &mut h)?;
-            add(x, &h);
-        }
-        Ok(())
+        });
     }
+
+    /// The logits `[rows, vocabulary]` of some rows of hidden states `x` `[T, d]`, as [`Layers::forward`] leaves them.
+    ///
+    /// # Errors
+    /// Layers that were made without a head, sizes that don't agree, or rows that don't rise within `x`.
+    pub fn logits(
+        &self,
+        team: &Team,
+        spans: &[(i32, usize, usize)],
+        rows: &[i32],
+        x: &[f32],
+        logits: &mut [f32],
+    ) -> Result<()> {
+        let head = self.head.as_ref().ok_or_else(|| Error::failure("logits: expected a head, got none"))?;
+        let vocabulary = head.linear.weight.rows();
+        let inside = rows.iter().all(|&row| row >= 0 && (row as usize) < x.len() / self.width.max(1));
+        if !inside || !rows.is_sorted() || logits.len() != rows.len() * vocabulary {
+            return Err(Error::failure(format!(
+                "logits: expected {} rising rows of {vocabulary}, got {rows:?} and room for {}",
+                rows.len(),
+                logits.len()
+            )));
+        }
+        let chosen: Vec<f32> =
+            rows.iter().flat_map(|&row| &x[row as usize * self.width..][..self.width]).copied().collect();
+        let mut h = vec![0.0; chosen.len()];
+        math::rms_norm(&chosen, head.norm, self.epsilon, &mut h);
+        let before = |end: usize| rows.partition_point(|&row| (row as usize) < end);
+        let spans: Vec<_> = spans.iter().map(|&(adapter, first, end)| (adapter, before(first), before(end))).collect();
+        apply(team, std::slice::from_ref(&head.linear), &h, &spans, logits)
+    }
+}
+
+fn check_linear(linear: &Linear<'_>, outputs: usize, inputs: usize) -> Result<()> {
+    let right = linear.weight.rows() == outputs
+        && linear.weight.columns() == inputs
+        && linear.bias.is_none_or(|bias| bias.len() == outputs)
+        && linear
+            .loras
+            .iter()
+            .all(|lora| lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == lora.a.rows());
+    if right {
+        return Ok(());
+    }
+    Err(Error::failure(format!("expected a linear layer from {inputs} to {outputs}, got another")))
 }
 
 /// Where the keys of each row in layer 0 stand in the pool; what is checked here, attention relies on as well.
@@ -319,14 +411,21 @@ fn add(x: &mut [f32], more: &[f32]) {
     x.iter_mut().zip(more).for_each(|(x, more)| *x += more);
 }
 
-/// silu(gate) ⊙ up, rows dealt out in runs.
+/// silu(gate) ⊙ up.
 fn swiglu(team: &Team, inner: usize, gate_up: &[f32], acted: &mut [f32]) {
     let count = acted.len() / inner.max(1);
-    let run = count.div_ceil(2 * team.threads()).max(8);
-    let parts: Vec<_> = acted.chunks_mut((run * inner).max(1)).map(Mutex::new).collect();
-    team.each(parts.len(), &|index| {
-        let mut part = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
-        let rows = gate_up[index * run * 2 * inner..].chunks_exact((2 * inner).max(1));
-        part.chunks_exact_mut(inner.max(1)).zip(rows).for_each(|(acted, gate_up)| math::swiglu(gate_up, acted));
+    let all = Shared::new(acted);
+    by_rows(team, count, &|rows| {
+        for row in rows {
+            // SAFETY: each row is one task's.
+            let acted = unsafe { all.part(row * inner..(row + 1) * inner) };
+            math::swiglu(&gate_up[2 * row * inner..2 * (row + 1) * inner], acted);
+        }
     });
+}
+
+/// Deals out rows in runs.
+fn by_rows(team: &Team, count: usize, work: &(dyn Fn(Range<usize>) + Sync)) {
+    let run = count.div_ceil(2 * team.threads()).max(8);
+    team.each(count.div_ceil(run), &|index| work(index * run..count.min((index + 1) * run)));
 }

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use super::quant::kind_called;
 use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
-use crate::decoder::{Batch, Layer, Layers, Linear, Lora, Weight};
+use crate::decoder::{Batch, Head, Layer, Layers, Linear, Lora, Weight};
 use crate::error::Error;
 use crate::quant::coded::{Numbers, Table};
 use crate::quant::int8::{self, Packed};
@@ -180,6 +180,7 @@ impl DecoderLayers {
     #[new]
     fn new(
         layers: Vec<GivenLayer<'_>>,
+        head: Option<(Bound<'_, PyAny>, GivenLinear<'_>)>,
         heads: usize,
         key_value_heads: usize,
         head_dim: usize,
@@ -187,10 +188,21 @@ impl DecoderLayers {
     ) -> PyResult<Self> {
         let mut keep = Keep(Vec::new());
         let layers = layers.into_iter().map(|layer| keep.layer(layer)).collect::<PyResult<_>>()?;
-        Ok(Self { layers: Layers::new(layers, heads, key_value_heads, head_dim, epsilon)?, _tensors: keep.0 })
+        let head = head.map(|(norm, linear)| -> PyResult<_> {
+            Ok(Head { norm: keep.vector(&norm)?, linear: keep.linear(linear)? })
+        });
+        let head = head.transpose()?;
+        Ok(Self { layers: Layers::new(layers, head, heads, key_value_heads, head_dim, epsilon)?, _tensors: keep.0 })
     }
 
-    /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`.
+    /// Whether there is a head.
+    #[getter]
+    fn has_head(&self) -> bool {
+        self.layers.has_head()
+    }
+
+    /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`, the logits of `rows` to `logits`.
+    #[pyo3(signature = (x, cos, sin, positions, cu_seqlens, block_table, pages, spans, logits = None))]
     #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
@@ -203,7 +215,12 @@ impl DecoderLayers {
         block_table: &Bound<'_, PyAny>,
         pages: &Bound<'_, PyAny>,
         spans: Vec<(i32, usize, usize)>,
+        logits: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<()> {
+        let logits = logits.map(|(rows, out)| -> PyResult<_> {
+            Ok((Memory::<i32>::of("rows", &rows)?, Memory::<f32>::of("logits", &out)?))
+        });
+        let logits = logits.transpose()?;
         let (x, pages) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("pages", pages)?);
         let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
         let positions = Memory::<i32>::of("positions", positions)?;
@@ -224,7 +241,13 @@ impl DecoderLayers {
                 (rows, cos.slice(), sin.slice(), pages.slice_mut(), x.slice_mut())
             };
             let batch = Batch { cos, sin, rows, spans: &spans };
-            Team::run(|team| self.layers.forward(team, batch, block_tokens, pages, x))
+            Team::run(|team| {
+                self.layers.forward(team, batch, block_tokens, pages, x)?;
+                let Some((rows, out)) = &logits else { return Ok(()) };
+                // SAFETY: as above; `logits` is new and given to be written, `rows` to be read.
+                let (rows, out) = unsafe { (rows.slice(), out.slice_mut()) };
+                self.layers.logits(team, &spans, rows, x, out)
+            })
         })?;
         Ok(())
     }

@@ -5,6 +5,7 @@ import threading
 import torch
 from torch import Tensor
 
+from ftkit.kernels.next_logits import next_logits
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder
 from ftkit.nn.paged_cache import PagedCache
@@ -38,10 +39,4 @@ class ModelStep:
                 host_lengths=lengths,
                 host_adapter=adapters,
             )
-            hidden = self.model(batch, self.cache)  # [tokens, d]
-            chosen = wanted[:rows]
-            if rows != tokens:
-                hidden = hidden[chosen.long().to(device)]  # [rows, d]
-            routes = batch.routes if rows == tokens else batch.routes.take(chosen.tolist())
-            logits: Tensor = self.model.head(hidden, routes)
-            return logits.float().cpu().contiguous()
+            return next_logits(batch, wanted[:rows], self.cache, self.model).float().cpu().contiguous()

@@ -44,7 +44,8 @@ class _Fused:
         return same and all(modules["weight"] is weight for modules, weight in self.weights)
 
 
-def _fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLayers | None:
+def fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLayers | None:
+    """The core's view of the layers under all adapters, or under one or the base alone; None where it has none."""
     found: _Fused | None = getattr(model, "_fused", None)
     if found is None or not found.current(model.attached):
         found = _Fused(
@@ -58,15 +59,20 @@ def _fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLay
     return found.layers[adapter_id]
 
 
-def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
+def supports(dtype: torch.dtype, device: torch.device, batch: Any, cache: Any, model: Any) -> bool:
+    """Whether a step of serving, in `dtype` on `device`, is one that the core may compute."""
     pages = getattr(cache, "pages", None)
     if pages is None or torch.is_grad_enabled() or model.training or batch.block_table is None:
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or pages.dtype != torch.float32:
+    return device.type == "cpu" and dtype == pages.dtype == torch.float32
+
+
+def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
+    if not supports(x.dtype, x.device, batch, cache, model):
         return False
-    if _fused_layers(model) is not None:
+    if fused_layers(model) is not None:
         return True
-    return all(_fused_layers(model, adapter_id) is not None for adapter_id, _, _ in batch.routes.spans)
+    return all(fused_layers(model, adapter_id) is not None for adapter_id, _, _ in batch.routes.spans)
 
 
 @decoder_layers.backend("fused", _supports)
@@ -75,13 +81,13 @@ def _run(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model
     x = x.clone(memory_format=torch.contiguous_format)
     cos, sin = (angle.contiguous() for angle in angles)
     table = batch.block_table.contiguous()
-    layers, spans = _fused_layers(model), list(batch.routes.spans)
+    layers, spans = fused_layers(model), list(batch.routes.spans)
     if layers is not None:
         layers.forward(x, cos, sin, batch.positions, batch.cu_seqlens, table, cache.pages, spans)
         return x
     ends = list(itertools.accumulate(batch.lengths, initial=0))
     for adapter_id, start, end in spans:
-        layers = _fused_layers(model, adapter_id)
+        layers = fused_layers(model, adapter_id)
         assert layers is not None
         first, last = bisect.bisect_left(ends, start), bisect.bisect_right(ends, end) - 1
         layers.forward(
@@ -110,7 +116,9 @@ def _build(model: Any, adapter_id: int | None) -> _core.DecoderLayers | None:
             return None
         window = config.window(attention.layer)
         layers.append((_weights(norms), _weights(head_norms), window, linears))
-    return _core.DecoderLayers(layers, config.heads, config.key_value_heads, config.head_dim, config.norm_epsilon)
+    last = None if model.norm.adapters else _linear(model.lm_head, adapter_id)
+    head = None if last is None else (model.norm.weight.detach(), last)
+    return _core.DecoderLayers(layers, head, config.heads, config.key_value_heads, config.head_dim, config.norm_epsilon)
 
 
 def _weights(norms: Sequence[nn.Module]) -> list[Tensor]:

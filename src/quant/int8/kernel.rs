@@ -5,6 +5,7 @@ mod x86;
 
 use super::{IntegerForm, Rounded, STEP, TILE};
 use crate::quant::scales::wide;
+use crate::team::{Shared, Team};
 
 /// Which instructions are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,21 +33,29 @@ pub(super) struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    pub(super) fn new(rounded: &'a Rounded, integers: &IntegerForm) -> Self {
-        let sums: Vec<i32> = rounded.sums.chunks_exact(integers.group / 16).map(|sums| sums.iter().sum()).collect();
-        let weighted = if integers.offsets {
-            let groups = integers.groups();
-            sums.iter().enumerate().map(|(index, &sum)| rounded.scales[index / groups] * sum as f32).collect()
-        } else {
-            Vec::new()
-        };
-        let zero = i32::from(integers.zero);
-        Self {
-            codes: &rounded.codes,
-            scales: &rounded.scales,
-            starts: sums.iter().map(|sum| -zero * sum).collect(),
-            sums: weighted,
-        }
+    pub(super) fn new(team: &Team, rounded: &'a Rounded, integers: &IntegerForm) -> Self {
+        let (parts, groups) = (integers.group / 16, integers.groups());
+        let count = rounded.sums.len() / parts;
+        let mut starts = vec![0; count];
+        let mut sums = vec![0.0; if integers.offsets { count } else { 0 }];
+        let (all_starts, all_sums) = (Shared::new(&mut starts), Shared::new(&mut sums));
+        let run = count.div_ceil(team.tasks(count, 1 << 13));
+        team.each(count.div_ceil(run.max(1)), &|task| {
+            let places = task * run..count.min((task + 1) * run);
+            // SAFETY: each place is one task's.
+            let starts = unsafe { all_starts.part(places.clone()) };
+            let found = rounded.sums[places.start * parts..].chunks_exact(parts).map(|sums| sums.iter().sum::<i32>());
+            starts.iter_mut().zip(found).for_each(|(start, sum)| *start = sum);
+            if integers.offsets {
+                // SAFETY: as above.
+                let sums = unsafe { all_sums.part(places.clone()) };
+                for ((weighted, sum), place) in sums.iter_mut().zip(&*starts).zip(places) {
+                    *weighted = rounded.scales[place / groups] * *sum as f32;
+                }
+            }
+            starts.iter_mut().for_each(|start| *start *= -i32::from(integers.zero));
+        });
+        Self { codes: &rounded.codes, scales: &rounded.scales, starts, sums }
     }
 }
 

@@ -52,6 +52,11 @@ impl IntegerForm {
         STEP / self.group
     }
 
+    /// Whether kernels take the same numbers of x for both.
+    fn same_inputs(&self, other: &Self) -> bool {
+        (self.group, self.zero, self.offsets) == (other.group, other.zero, other.offsets)
+    }
+
     fn number_bytes(&self) -> usize {
         if self.half { 2 } else { 4 }
     }
@@ -235,20 +240,25 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
     }
     ROUNDED.with_borrow_mut(|rounded| {
         rounded.fill(team, x, columns);
-        let prepared: Vec<_> = matrices.iter().map(|matrix| kernel::Inputs::new(rounded, &matrix.integers)).collect();
-        // tiles of all matrices: (matrix, tile, its first column of y)
+        // matrices of one format mostly: their inputs are prepared once
+        let mut prepared: Vec<(&IntegerForm, kernel::Inputs<'_>)> = Vec::with_capacity(1);
+        // tiles of all matrices: (matrix, its inputs, tile, its first column of y)
         let mut tiles = Vec::with_capacity(width / TILE + matrices.len());
         let mut begin = 0;
-        for (index, matrix) in matrices.iter().enumerate() {
-            tiles.extend((0..matrix.rows.div_ceil(TILE)).map(|tile| (index, tile, begin + tile * TILE)));
+        for matrix in matrices {
+            let form = &matrix.integers;
+            let inputs = prepared.iter().position(|(other, _)| other.same_inputs(form)).unwrap_or_else(|| {
+                prepared.push((form, kernel::Inputs::new(team, rounded, form)));
+                prepared.len() - 1
+            });
+            tiles.extend((0..matrix.rows.div_ceil(TILE)).map(|tile| (*matrix, inputs, tile, begin + tile * TILE)));
             begin += matrix.rows;
         }
         let out = Shared::new(y);
-        let tasks = (count * width * columns / TASK).clamp(1, 4 * team.threads());
-        let run = tiles.len().div_ceil(tasks);
+        let run = tiles.len().div_ceil(team.tasks(count * width * columns, TASK));
         team.each(tiles.len().div_ceil(run), &|task| {
-            for &(index, tile, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
-                let (matrix, inputs) = (matrices[index], &prepared[index]);
+            for &(matrix, inputs, tile, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
+                let inputs = &prepared[inputs].1;
                 let rows = (matrix.rows - tile * TILE).min(TILE);
                 path.product(&matrix.integers, matrix.tile(tile), inputs, columns, |t, found| {
                     // SAFETY: these columns of y are this task's alone.

@@ -156,10 +156,8 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
     if y.is_empty() || columns == 0 {
         return Ok(());
     }
-    let work = count * width * columns.max(1);
-    let tasks = (work / TASK).clamp(1, 4 * team.threads());
     let many = TILE_ROWS[usize::from(count >= MANY)];
-    let rows = width.div_ceil(tasks).next_multiple_of(many);
+    let rows = width.div_ceil(team.tasks(count * width * columns, TASK)).next_multiple_of(many);
     let out = Shared::new(y);
     let task = |first: usize| {
         let mut begin = 0;

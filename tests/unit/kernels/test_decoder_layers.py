@@ -74,7 +74,7 @@ def model_of(variant: str, folder: Path, loras: int = 0) -> LoadedModel:
 
 
 def is_fused(model: Decoder) -> bool:
-    return module._fused_layers(model) is not None
+    return module.fused_layers(model) is not None
 
 
 @pytest.mark.parametrize("loras", [0, 2])
@@ -154,13 +154,13 @@ def test_an_adapter_that_moves_blocks_is_computed_apart_and_the_same(
     model.eval()
     adapter = [0, -1, 1, 0, 2]
     assert not is_fused(model)
-    assert module._fused_layers(model, 0) is None, "what is trained changes in place"
+    assert module.fused_layers(model, 0) is None, "what is trained changes in place"
     for number in (0, 2):
         for parameter in adapters.trainable(model, number).values():
             parameter.requires_grad_(False)
     adapters.attach(model, "lora", {}, seed=0, adapter_id=3)  # a change, so that the core's view is made anew
     together, kept = steps(model, [0, 1, 2, 3, 4], adapter)
-    assert all(module._fused_layers(model, number) is not None for number in (-1, 0, 1, 2))
+    assert all(module.fused_layers(model, number) is not None for number in (-1, 0, 1, 2))
     ends = [list(itertools.accumulate([0, *LENGTHS])), list(range(6)), list(range(6))]
     for n in range(5):
         alone, _ = steps(model, [n], adapter)

@@ -49,7 +49,7 @@ pub(super) fn round(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
 }
 
 /// Bytes ahead of what is used that are asked for: the processor by itself looks too short a way ahead.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 8192;
 
 /// What a kernel needs to know of a tile and of T rows of x.
 struct Work<'a, const T: usize> {

@@ -1,0 +1,43 @@
+"""A whole step of serving: the logits after some tokens of a batch whose sequences continue in a cache of pages.
+
+    logits = head(decoder(batch))[rows]
+
+The `fused` backend hands the embedded tokens to the core and gets logits back: layers, last norm and head in one call,
+where `decoder_layers` would leave the norm and the head to calls of their own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftkit.kernels import operation
+from ftkit.kernels.decoder_layers import fused_layers, supports
+
+
+@operation
+def next_logits(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
+    """The batch, rows of its stream i32 [R] (rising, on the CPU), its cache and the decoder to logits [R, vocabulary]."""
+    hidden = model(batch, cache)  # [T, d]
+    if len(rows) == len(hidden):
+        return model.head(hidden, batch.routes)  # type: ignore[no-any-return]
+    chosen = hidden[rows.long().to(hidden.device)]  # [R, d]
+    return model.head(chosen, batch.routes.take(rows.tolist()))  # type: ignore[no-any-return]
+
+
+def _supports(batch: Any, rows: Tensor, cache: Any, model: Any) -> bool:  # noqa: ARG001
+    layers = fused_layers(model) if supports(model.dtype, model.device, batch, cache, model) else None
+    return layers is not None and layers.has_head
+
+
+@next_logits.backend("fused", _supports)
+def _run(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
+    """One call into the core."""
+    x = model.embed_tokens(batch.tokens, batch.routes)
+    cos, sin = model.rotary(batch.positions, x.dtype)
+    layers = fused_layers(model)
+    assert layers is not None
+    logits = x.new_empty(len(rows), model.config.vocab_size)
+    places = (batch.positions, batch.cu_seqlens, batch.block_table.contiguous())
+    layers.forward(x, cos, sin, *places, cache.pages, list(batch.routes.spans), (rows, logits))
+    return logits
