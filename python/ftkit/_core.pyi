@@ -78,6 +78,9 @@ def set_threads(count: int) -> None:
 def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor) -> None:
     """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`."""
 
+def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) -> None:
+    """Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in]."""
+
 @final
 class PackedMatrix:
     """A matrix packed for products with activations rounded to 8 bits."""
@@ -112,6 +115,8 @@ class CodedMatrix:
         """
     def matmul(self, x: Tensor, out: Tensor) -> None:
         """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]."""
+    def matmul_transposed(self, dy: Tensor, out: Tensor) -> None:
+        """Writes dy W to `out`: dy float32 [T, out], out float32 [T, in]."""
     def dequantize(self, out: Tensor) -> None:
         """Writes W to `out`, float32 [out, in]."""
 

@@ -21,7 +21,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CodedMatrix>()?;
     module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
-    module.add_function(wrap_pyfunction!(block_matmul, module)?)
+    module.add_function(wrap_pyfunction!(block_matmul, module)?)?;
+    module.add_function(wrap_pyfunction!(block_matmul_transposed, module)?)
 }
 
 /// Bounds the threads of the products and steps to come.
@@ -49,6 +50,27 @@ fn block_matmul(
     let (blocks, x, out) = unsafe { (blocks.slice(), x.slice(), out.slice_mut()) };
     let matrix = Matrix::new(kind, blocks, rows, columns)?;
     Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[matrix], x, out)))?)
+}
+
+/// Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in].
+#[pyfunction]
+fn block_matmul_transposed(
+    py: Python<'_>,
+    kind: &str,
+    blocks: &Bound<'_, PyAny>,
+    dy: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let kind = kind_called(kind)?;
+    let blocks = Memory::<u8>::of("blocks", blocks)?;
+    let (dy, out) = (Memory::<f32>::of("dy", dy)?, Memory::<f32>::of("out", out)?);
+    let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), out.shape.as_slice()) else {
+        return Err(Error::failure(format!("expected two matrices, got {:?} and {:?}", blocks.shape, out.shape)).into());
+    };
+    // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, the rest to be read.
+    let (blocks, dy, out) = unsafe { (blocks.slice(), dy.slice(), out.slice_mut()) };
+    let matrix = Matrix::new(kind, blocks, rows, columns)?;
+    Ok(py.detach(|| Team::run(|team| matmul::matmul_transposed(team, matrix, dy, out)))?)
 }
 
 /// A matrix packed for products with activations in 8 bits.
@@ -141,6 +163,14 @@ impl CodedMatrix {
         // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
         let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
         Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[self.matrix], x, out)))?)
+    }
+
+    /// Writes dy W to `out`: dy float32 [T, out], out [T, in].
+    fn matmul_transposed(&self, py: Python<'_>, dy: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (dy, out) = (Memory::<f32>::of("dy", dy)?, Memory::<f32>::of("out", out)?);
+        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, dy to be read.
+        let (dy, out) = unsafe { (dy.slice(), out.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| matmul::matmul_transposed(team, self.matrix, dy, out)))?)
     }
 
     /// Writes W to `out`, float32 [out, in].

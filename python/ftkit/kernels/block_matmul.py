@@ -1,10 +1,10 @@
-"""A product with a matrix that is stored in blocks.
+"""Products with a matrix that is stored in blocks.
 
-    y = x Wᵀ
+    y = x Wᵀ        dx = dy W
 
-The `cpu` backend (in the core) dequantizes a few rows of W at a time into the processor's cache and never has W whole.
-A number of y depends on its row of x and its row of W alone: neither the rows beside it nor the threads change a bit
-of it. Plain float32 is one of the formats.
+The `cpu` backends (in the core) dequantize a few rows of W at a time into the processor's cache and never have W whole.
+A number of a product depends on its row of x or dy and on W alone: neither the rows beside it nor the threads change a
+bit of it. Plain float32 is one of the formats.
 """
 
 import torch
@@ -29,6 +29,21 @@ def _cpu(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
     return y
 
 
+@operation
+def block_matmul_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    """dy [rows, out] and W's blocks uint8 [out, bytes of a row] to dy W [rows, in] in dy's dtype."""
+    return dy @ dequantize(kind, blocks).to(dy.dtype)
+
+
+@block_matmul_transposed.backend(
+    "cpu",
+    lambda dy, kind, blocks: dy.dtype == torch.float32 and dy.device == blocks.device,  # noqa: ARG005
+)
+def _cpu_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    dx: Tensor = torch.ops.ftkit.block_matmul_transposed(dy, kind, blocks)
+    return dx
+
+
 def dequantize(kind: str, blocks: Tensor) -> Tensor:
     """The blocks of rows, uint8 [rows, bytes of a row], as float32 [rows, columns]."""
     found: Tensor = torch.ops.ftkit.dequantize(kind, blocks)
@@ -44,12 +59,19 @@ def columns_of(kind: str, blocks: Tensor) -> int:
 # What `torch.library.custom_op` does, in parts: the decorator's first call imports the compiler, which takes seconds.
 _library = torch.library.Library("ftkit", "FRAGMENT")
 _library.define("block_matmul(Tensor x, str kind, Tensor blocks) -> Tensor")
+_library.define("block_matmul_transposed(Tensor dy, str kind, Tensor blocks) -> Tensor")
 _library.define("dequantize(str kind, Tensor blocks) -> Tensor")
 
 
 def _multiply(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], blocks.shape[0])
     _core.block_matmul(kind, blocks, x.contiguous(), out)
+    return out
+
+
+def _multiply_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
+    out = dy.new_empty(dy.shape[0], columns_of(kind, blocks))
+    _core.block_matmul_transposed(kind, blocks, dy.contiguous(), out)
     return out
 
 
@@ -60,9 +82,15 @@ def _widen(kind: str, blocks: Tensor) -> Tensor:
 
 
 _library.impl("block_matmul", _multiply, "CPU")
+_library.impl("block_matmul_transposed", _multiply_transposed, "CPU")
 _library.impl("dequantize", _widen, "CPU")
 torch.library.register_fake(
     "ftkit::block_matmul", lambda x, _kind, blocks: x.new_empty(x.shape[0], blocks.shape[0]), lib=_library
+)
+torch.library.register_fake(
+    "ftkit::block_matmul_transposed",
+    lambda dy, kind, blocks: dy.new_empty(dy.shape[0], columns_of(kind, blocks)),
+    lib=_library,
 )
 torch.library.register_fake(
     "ftkit::dequantize",

@@ -83,6 +83,12 @@ def _scales(coded: Coded) -> Tensor:
 
 
 @operation
+def coded_matmul_transposed(dy: Tensor, coded: Coded) -> Tensor:
+    """dy [rows, out] to dy W [rows, in] in dy's dtype; without gradients."""
+    return dy @ coded_dense(coded).to(dy.dtype)
+
+
+@operation
 def coded_matmul(x: Tensor, coded: Coded) -> Tensor:
     """x [rows, in] to x Wᵀ [rows, out] in x's dtype; without gradients."""
     return functional.linear(x, coded_dense(coded).to(x.dtype))
@@ -98,7 +104,17 @@ def _dense(coded: Coded) -> Tensor:
     return out
 
 
-@coded_matmul.backend("cpu", lambda x, coded: x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded))
+def _multiplies(x: Tensor, coded: Coded) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded)
+
+
+@coded_matmul_transposed.backend("cpu", _multiplies)
+def _transposed(dy: Tensor, coded: Coded) -> Tensor:
+    dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, *_arguments(coded))
+    return dx
+
+
+@coded_matmul.backend("cpu", _multiplies)
 def _product(x: Tensor, coded: Coded) -> Tensor:
     y: Tensor = torch.ops.ftkit.coded_matmul(x, *_arguments(coded))
     return y
@@ -117,6 +133,7 @@ _SIGNATURE = (
 )
 _library.define(f"coded_dense({_SIGNATURE}) -> Tensor")
 _library.define(f"coded_matmul(Tensor x, {_SIGNATURE}) -> Tensor")
+_library.define(f"coded_matmul_transposed(Tensor dy, {_SIGNATURE}) -> Tensor")
 
 
 def _matrix(
@@ -151,6 +168,13 @@ def _run_matmul(x: Tensor, rows: int, *rest: Any) -> Tensor:
     return out
 
 
+def _run_transposed(dy: Tensor, rows: int, columns: int, *rest: Any) -> Tensor:
+    out = dy.new_empty(dy.shape[0], columns)
+    _matrix(rows, columns, *rest).matmul_transposed(dy.contiguous(), out)
+    return out
+
+
+_library.impl("coded_matmul_transposed", _run_transposed, "CPU")
 _library.impl("coded_dense", _run_dense, "CPU")
 _library.impl("coded_matmul", _run_matmul, "CPU")
 torch.library.register_fake(
@@ -159,3 +183,6 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_fake("ftkit::coded_matmul", lambda x, rows, *_: x.new_empty(x.shape[0], rows), lib=_library)
+torch.library.register_fake(
+    "ftkit::coded_matmul_transposed", lambda dy, _rows, columns, *_: dy.new_empty(dy.shape[0], columns), lib=_library
+)

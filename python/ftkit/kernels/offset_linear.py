@@ -77,7 +77,7 @@ class _OffsetLinear(torch.autograd.Function):
         sums = x.unflatten(1, (-1, offsets.group)).sum(2)  # [tokens, groups]
         ctx.save_for_backward(sums, a, b)
         ctx.offsets, ctx.scale = offsets, scale
-        return functional.linear(x, offsets.replace(moved(offsets.values, a, b, scale)).dense())
+        return offsets.replace(moved(offsets.values, a, b, scale)).matmul(x)
 
     @staticmethod
     @once_differentiable

@@ -10,14 +10,15 @@ each other.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftkit._core import CodedMatrix, PackedMatrix
-from ftkit.kernels.block_matmul import block_matmul
+from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed
 from ftkit.nn.routes import Routes
 
 
@@ -90,12 +91,15 @@ class DenseWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        stored = None if torch.is_grad_enabled() else self.stored()
-        return functional.linear(x, self.tensor) if stored is None else block_matmul(x, *stored)
+        stored = None if self.tensor.requires_grad else self.stored()
+        if stored is None:
+            return functional.linear(x, self.tensor)
+        return frozen_matmul(x, self, lambda x: block_matmul(x, *stored))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        return dy @ self.tensor
+        stored = self.stored()
+        return dy @ self.tensor.detach() if stored is None else block_matmul_transposed(dy, *stored)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """i32 or i64 [T] to [T, in]."""
@@ -123,6 +127,24 @@ class DenseWeight(nn.Module):
     def replace_dense(self, dense: Tensor) -> "DenseWeight":
         """A dense weight of these values."""
         return DenseWeight(dense.to(self.tensor.dtype))
+
+
+def frozen_matmul(x: Tensor, weight: Weight, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """x [rows, in] to `product(x)` [rows, out], x Wᵀ; for the way back nothing is kept but the weight."""
+    y: Tensor = _FrozenMatmul.apply(x, weight, product)
+    return y
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, product: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weight.matmul_transposed(dy), None, None
 
 
 class Adapter(Protocol):

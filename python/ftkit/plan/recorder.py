@@ -19,6 +19,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ftkit import _core
+from ftkit.kernels import block_matmul, coded_matmul
+
+PRODUCTS = {
+    getattr(torch.ops.ftkit, operation.__name__)
+    for operation in (
+        block_matmul.block_matmul,
+        block_matmul.block_matmul_transposed,
+        coded_matmul.coded_matmul,
+        coded_matmul.coded_matmul_transposed,
+    )
+}
+"""Matrix products of the core: x [rows, k] to [rows, n]."""
 
 CATEGORIES = ("base weights", "adapter", "gradients", "optimizer", "activations", "loss", "data", "other")
 
@@ -42,7 +54,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        """Floating-point operations of the matrix products so far, by torch's formulas."""
+        """Floating-point operations of the matrix products so far."""
         self._events: list[tuple[int, int]] = []  # (storage, bytes, or -1 at its death)
         self._category: dict[int, int] = {}  # storage → category
         self._current = CATEGORIES.index("other")
@@ -59,7 +71,9 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
+        if func.overloadpacket in PRODUCTS:
+            self.flops += 2 * args[0].numel() * result.shape[1]
+        elif formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

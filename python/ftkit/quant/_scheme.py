@@ -6,17 +6,14 @@ A scheme that converts has `scheme(option) -> Scheme` and `OPTIONS`, what may fo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ftkit._core import CodedMatrix
 from ftkit.errors import InputError
-from ftkit.kernels.coded_matmul import Coded, coded_dense, coded_matmul
-from ftkit.nn.linear import GroupOffsets
+from ftkit.kernels.coded_matmul import Coded, coded_dense, coded_matmul, coded_matmul_transposed
+from ftkit.nn.linear import GroupOffsets, frozen_matmul
 
 Parts = Mapping[str, Tensor]
 Sides = tuple[int, int]
@@ -87,14 +84,11 @@ class QuantizedWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        if not torch.is_grad_enabled():
-            return coded_matmul(x, self.coded)
-        y: Tensor = _Matmul.apply(x, self)
-        return y
+        return frozen_matmul(x, self, lambda x: coded_matmul(x, self.coded))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        return dy @ self.dense()
+        return coded_matmul_transposed(dy, self.coded)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
@@ -126,20 +120,6 @@ class QuantizedWeight(nn.Module):
     def replace_dense(self, dense: Tensor) -> "QuantizedWeight":
         """These values in the same scheme. Raises InputError for values that are NaN or infinite."""
         return self.scheme.weight(dense, self.dtype)
-
-
-class _Matmul(torch.autograd.Function):
-    """x Wᵀ that keeps nothing for the backward pass but the parts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
-        ctx.weight = weight
-        return functional.linear(x, weight.dense())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.weight.matmul_transposed(dy), None
 
 
 def finite(values: Tensor) -> Tensor:

@@ -4,22 +4,18 @@
 
 W is never kept: a model takes its file's size, pages of the file are shared by all processes that map it, and what is
 computed is, to the bit, what the same file computes once it is dequantized whole. An embedding dequantizes the rows
-that are asked for. Without gradients a product takes a few rows of blocks at a time; training dequantizes the matrix.
+that are asked for, a product a few rows at a time.
 
 Block formats are those of `ftkit list quant`; a row of W is a row of whole blocks.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ftkit import _core
 from ftkit.errors import InputError
-from ftkit.kernels.block_matmul import block_matmul, dequantize
-from ftkit.nn.linear import GroupOffsets
+from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed, dequantize
+from ftkit.nn.linear import GroupOffsets, frozen_matmul
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 _OFFSETS = {"q4_1": 2, "q5_1": 2}
@@ -60,14 +56,11 @@ class GgufWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        if not torch.is_grad_enabled():
-            return block_matmul(x, self.kind, self.blocks)
-        y: Tensor = _Matmul.apply(x, self)
-        return y
+        return frozen_matmul(x, self, lambda x: block_matmul(x, self.kind, self.blocks))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        return dy @ self.dense()
+        return block_matmul_transposed(dy, self.kind, self.blocks)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
@@ -110,17 +103,3 @@ class GgufWeight(nn.Module):
         blocks = torch.empty_like(self.blocks)
         _core.quantize(self.kind, dense.detach().float().contiguous(), blocks)
         return GgufWeight(blocks, self.kind, self.dtype)
-
-
-class _Matmul(torch.autograd.Function):
-    """x Wᵀ that keeps nothing for the backward pass but the blocks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: GgufWeight) -> Tensor:
-        ctx.weight = weight
-        return functional.linear(x, weight.dense())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.weight.matmul_transposed(dy), None

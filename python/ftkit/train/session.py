@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ftkit import adapters, data, models, optim, plugins
+from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
@@ -79,6 +79,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     """
     training, held_out = config.training, config.evaluation
     torch.set_num_threads(training.threads or _threads())
+    _core.set_threads(torch.get_num_threads())
     device = _device(config.model.device)
     loaded = _base(config, device)
     objective = plugins.load("objectives", config.objective.name)

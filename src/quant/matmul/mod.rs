@@ -5,6 +5,7 @@
 //! it goes. Multiplications and additions are fused; activations stay in float32.
 
 mod micro;
+mod transposed;
 
 use std::cell::RefCell;
 use std::sync::{Mutex, PoisonError};
@@ -12,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use bytemuck::{Pod, Zeroable};
 
 pub use micro::{Path, ROWS};
+pub use transposed::{matmul_transposed, matmul_transposed_by};
 
 use super::Kind;
 use super::coded::{Coded, Numbers, Table};
