@@ -138,13 +138,12 @@ def test_a_step_that_fails_fails_its_requests_only(engine: Engine, alone: list[C
     def broken(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    engine._step.model = broken  # type: ignore[assignment]
-    broken.device = model.device  # type: ignore[attr-defined]
+    hook = model.embed_tokens.register_forward_pre_hook(broken)
     try:
         with pytest.raises(FtkitError, match="RuntimeError: out of luck"):
             engine.generate(chat(QUESTIONS[0]), greedy(10))
     finally:
-        engine._step.model = model
+        hook.remove()
     assert engine.generate(chat(QUESTIONS[0]), greedy(10)).text == alone[0].text
     until(lambda: engine.metrics["blocks_used"] == 0)
 

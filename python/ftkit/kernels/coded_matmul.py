@@ -108,13 +108,13 @@ def _multiplies(x: Tensor, coded: Coded) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded)
 
 
-@coded_matmul_transposed.backend("cpu", _multiplies)
+@coded_matmul_transposed.backend("cpu", lambda dy, coded: _multiplies(dy, coded))
 def _transposed(dy: Tensor, coded: Coded) -> Tensor:
     dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, *_arguments(coded))
     return dx
 
 
-@coded_matmul.backend("cpu", _multiplies)
+@coded_matmul.backend("cpu", lambda x, coded: _multiplies(x, coded))
 def _product(x: Tensor, coded: Coded) -> Tensor:
     y: Tensor = torch.ops.ftkit.coded_matmul(x, *_arguments(coded))
     return y

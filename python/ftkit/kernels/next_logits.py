@@ -8,7 +8,6 @@ where `decoder_layers` would leave the norm and the head to calls of their own.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ftkit.kernels import operation
@@ -17,12 +16,12 @@ from ftkit.kernels.decoder_layers import fused_layers, supports
 
 @operation
 def next_logits(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
-    """The batch, rows of its stream i32 [R] (rising, on the CPU), its cache and the decoder to logits [R, vocabulary]."""
-    hidden = model(batch, cache)  # [T, d]
-    if len(rows) == len(hidden):
-        return model.head(hidden, batch.routes)  # type: ignore[no-any-return]
-    chosen = hidden[rows.long().to(hidden.device)]  # [R, d]
-    return model.head(chosen, batch.routes.take(rows.tolist()))  # type: ignore[no-any-return]
+    """A batch, rows of its stream i32 [R] (rising, on the CPU), its cache and the decoder to logits [R, vocabulary]."""
+    hidden, routes = model(batch, cache), batch.routes  # [T, d]
+    if len(rows) < len(hidden):
+        hidden, routes = hidden[rows.long().to(hidden.device)], routes.take(rows.tolist())  # [R, d]
+    logits: Tensor = model.head(hidden, routes)
+    return logits
 
 
 def _supports(batch: Any, rows: Tensor, cache: Any, model: Any) -> bool:  # noqa: ARG001
@@ -37,7 +36,7 @@ def _run(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
     cos, sin = model.rotary(batch.positions, x.dtype)
     layers = fused_layers(model)
     assert layers is not None
-    logits = x.new_empty(len(rows), model.config.vocab_size)
+    logits: Tensor = x.new_empty(len(rows), model.config.vocab_size)
     places = (batch.positions, batch.cu_seqlens, batch.block_table.contiguous())
     layers.forward(x, cos, sin, *places, cache.pages, list(batch.routes.spans), (rows, logits))
     return logits

@@ -22,13 +22,9 @@ from ftkit import _core
 from ftkit.kernels import block_matmul, coded_matmul
 
 PRODUCTS = {
-    getattr(torch.ops.ftkit, operation.__name__)
-    for operation in (
-        block_matmul.block_matmul,
-        block_matmul.block_matmul_transposed,
-        coded_matmul.coded_matmul,
-        coded_matmul.coded_matmul_transposed,
-    )
+    getattr(torch.ops.ftkit, f"{room.__name__.rpartition('.')[2]}{way}")
+    for room in (block_matmul, coded_matmul)
+    for way in ("", "_transposed")
 }
 """Matrix products of the core: x [rows, k] to [rows, n]."""
 

@@ -1,5 +1,6 @@
 """All layers in one call: what the layers one by one compute, to the bit the same in any company."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tiny_models
 from ftkit import adapters
 from ftkit.kernels import decoder_layers as module
 from ftkit.kernels.decoder_layers import decoder_layers
+from ftkit.kernels.next_logits import next_logits
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder
@@ -91,6 +93,28 @@ def test_equals_the_layers_one_by_one(
     for ours, reference in zip(fused, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-5)  # float32, sums of about 50 in another order
     torch.testing.assert_close(kept, kept_by_reference, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("loras", [0, 2])
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_a_whole_step_gives_the_logits_of_its_rows(
+    variant: str, loras: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(variant, tmp_path, loras).model
+    adapter = [0, -1, 1, 0, 1] if loras else [-1] * 5
+    batch = RaggedBatch.pack([[(31 * n + 7 * i) % 97 for i in range(count)] for n, count in enumerate(LENGTHS)])
+    batch = dataclasses.replace(
+        batch, adapter=torch.tensor(adapter), host_adapter=tuple(adapter), block_table=tables([0, 1, 2, 3, 4])
+    )
+    found = []
+    for pin in ("", "reference"):
+        monkeypatch.setenv("FTKIT_KERNELS", pin)
+        for rows in ([6, 7, 8, 19, 21], list(range(sum(LENGTHS))), []):
+            with torch.inference_mode():
+                found.append(next_logits(batch, torch.tensor(rows, dtype=torch.int32), cache_for(model), model))
+    for ours, reference in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-4)  # as above, and a sum over the width more
+    assert torch.equal(found[0], found[1][[6, 7, 8, 19, 21]])
 
 
 @pytest.mark.parametrize("variant", ["llama biases", "qwen3 windows"])
