@@ -62,8 +62,11 @@ class GgufWriter:
 
         Raises InputError when the file exists, a key comes twice, or rows don't divide into the format's blocks.
         """
-    def write(self, name: str, values: Tensor) -> None:
-        """Quantizes float32, bfloat16 or float16 values, contiguous on the CPU, to the tensor's format."""
+    def write(self, name: str, values: Tensor, importance: Tensor | None = None) -> None:
+        """Quantizes float32, bfloat16 or float16 values, contiguous on the CPU, to the tensor's format.
+
+        `importance`: as for `quantize`.
+        """
     def write_blocks(self, name: str, blocks: Tensor) -> None:
         """Writes the tensor's blocks as they are: contiguous uint8, on the CPU."""
     def finish(self) -> int:
@@ -163,8 +166,12 @@ class DecoderLayers:
 def quant_formats() -> list[tuple[str, int, int]]:
     """The block formats: (name, values in a block, bytes of a block)."""
 
-def quantize(kind: str, values: Tensor, out: Tensor) -> None:
-    """Writes float32, bfloat16 or float16 `values` as blocks of the format `kind` to `out` (uint8)."""
+def quantize(kind: str, values: Tensor, out: Tensor, importance: Tensor | None = None) -> None:
+    """Writes float32, bfloat16 or float16 `values` as blocks of the format `kind` to `out` (uint8).
+
+    With `importance`, float32 [columns] of any scale, the scales are those of the least Σ importance (x − x̂)²; zero
+    counts next to nothing. Raises InputError for a negative or not finite one.
+    """
 
 def dequantize(kind: str, blocks: Tensor, out: Tensor) -> None:
     """Writes the values of `blocks` (uint8, of the format `kind`) to `out` (float32)."""

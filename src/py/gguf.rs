@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use rayon::prelude::*;
 
-use super::quant::{Values, kind_called};
+use super::quant::{Values, importance_of, kind_called};
 use super::tensor::Memory;
 use crate::error::{Error, Result};
 use crate::gguf::{Array, Declared, File, TensorInfo, Value, Writer};
@@ -212,8 +212,16 @@ impl GgufWriter {
         Ok(Self { writer: Some(writer), tensors })
     }
 
-    /// Quantizes the values (float32, bfloat16 or float16, contiguous, on the CPU) to the tensor's format and writes them.
-    fn write(&mut self, py: Python<'_>, name: &str, values: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Quantizes the values (float32, bfloat16 or float16, contiguous, on the CPU) to the tensor's format and writes them;
+    /// errors count by their column's `importance` (float32).
+    #[pyo3(signature = (name, values, importance = None))]
+    fn write(
+        &mut self,
+        py: Python<'_>,
+        name: &str,
+        values: &Bound<'_, PyAny>,
+        importance: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         let declared = declared(&self.tensors, name)?;
         let values = Values::of(name, values)?;
         if values.shape() != declared.shape {
@@ -224,8 +232,9 @@ impl GgufWriter {
             ))
             .into());
         }
+        let importance = importance_of(importance, values.shape())?;
         let writer = open(&mut self.writer)?;
-        py.detach(|| values.in_pieces(declared.kind, |blocks| writer.write(name, blocks)))
+        py.detach(|| values.in_pieces(declared.kind, importance.as_ref(), |blocks| writer.write(name, blocks)))
             .map_err(|error| PyErr::from(Error { message: format!("tensor {name:?}: {}", error.message), ..error }))
     }
 

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 use super::tensor::{Element, Memory};
 use crate::error::{Error, Result};
-use crate::quant::{self, Kind};
+use crate::quant::{self, Importance, Kind};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(quant_formats, module)?)?;
@@ -30,11 +30,20 @@ fn dequantize(py: Python<'_>, kind: &str, blocks: &Bound<'_, PyAny>, out: &Bound
     Ok(py.detach(|| quant::dequantize(kind, blocks, out))?)
 }
 
-/// Writes `values` (float32, bfloat16 or float16) as blocks to `out` (uint8).
+/// Writes `values` (float32, bfloat16 or float16) as blocks to `out` (uint8); errors count by their column's
+/// `importance` (float32).
 #[pyfunction]
-fn quantize(py: Python<'_>, kind: &str, values: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+#[pyo3(signature = (kind, values, out, importance = None))]
+fn quantize(
+    py: Python<'_>,
+    kind: &str,
+    values: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    importance: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
     let kind = kind_called(kind)?;
     let values = Values::of("values", values)?;
+    let importance = importance_of(importance, values.shape())?;
     let out = Memory::<u8>::of("out", out)?;
     // SAFETY: the caller's tensor lives during the call and is given to be written.
     let out = unsafe { out.slice_mut() };
@@ -45,7 +54,7 @@ fn quantize(py: Python<'_>, kind: &str, values: &Bound<'_, PyAny>, out: &Bound<'
     }
     Ok(py.detach(|| {
         let mut rest = out;
-        values.in_pieces(kind, |blocks| {
+        values.in_pieces(kind, importance.as_ref(), |blocks| {
             let (piece, after) = std::mem::take(&mut rest)
                 .split_at_mut_checked(blocks.len())
                 .ok_or_else(|| Error::failure(format!("out: expected the bytes of all blocks, got {length}")))?;
@@ -62,6 +71,21 @@ pub(super) fn kind_called(name: &str) -> Result<Kind> {
         let known = Kind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ");
         Error::input(format!("expected a block format ({known}), got {name:?}"))
     })
+}
+
+/// The importance of the columns of a matrix of this shape.
+pub(super) fn importance_of(tensor: Option<&Bound<'_, PyAny>>, shape: &[usize]) -> PyResult<Option<Importance>> {
+    let Some(tensor) = tensor else { return Ok(None) };
+    let memory = Memory::<f32>::of("importance", tensor)?;
+    if memory.shape.as_slice() != shape.last().map_or(&[][..], std::slice::from_ref) {
+        return Err(Error::failure(format!(
+            "importance: expected one number for each column of {shape:?}, got the shape {:?}",
+            memory.shape
+        ))
+        .into());
+    }
+    // SAFETY: the caller's tensor lives during the call and nobody writes to it.
+    Ok(Some(Importance::of_columns(unsafe { memory.slice() })?))
 }
 
 /// A tensor of values in one of the float types.
@@ -95,11 +119,16 @@ impl Values {
     }
 
     /// Calls `write` with the blocks of one piece of the values after the other.
-    pub(super) fn in_pieces(&self, kind: Kind, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    pub(super) fn in_pieces(
+        &self,
+        kind: Kind,
+        importance: Option<&Importance>,
+        write: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         match self {
-            Self::F32(memory) => pieces(memory, kind, |value| value, write),
-            Self::Bf16(memory) => pieces(memory, kind, bf16::to_f32, write),
-            Self::F16(memory) => pieces(memory, kind, f16::to_f32, write),
+            Self::F32(memory) => pieces(memory, kind, importance, |value| value, write),
+            Self::Bf16(memory) => pieces(memory, kind, importance, bf16::to_f32, write),
+            Self::F16(memory) => pieces(memory, kind, importance, f16::to_f32, write),
         }
     }
 }
@@ -107,6 +136,7 @@ impl Values {
 fn pieces<T: Element>(
     memory: &Memory<T>,
     kind: Kind,
+    importance: Option<&Importance>,
     widen: impl Fn(T) -> f32,
     mut write: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
@@ -122,11 +152,13 @@ fn pieces<T: Element>(
     }
     let mut blocks = Vec::new();
     let mut values = Vec::new();
-    for piece in all.chunks(Values::PIECE) {
+    // whole rows, where columns matter
+    let piece = importance.map_or(Values::PIECE, |each| Values::PIECE.next_multiple_of(each.columns()));
+    for piece in all.chunks(piece) {
         values.clear();
         values.extend(piece.iter().map(|&value| widen(value)));
         blocks.resize(piece.len() / kind.block_size() * kind.block_bytes(), 0);
-        quant::quantize(kind, &values, &mut blocks)?;
+        quant::quantize(kind, &values, importance, &mut blocks)?;
         write(&blocks)?;
     }
     Ok(())

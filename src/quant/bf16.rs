@@ -1,6 +1,7 @@
 //! BF16: the upper half of an f32, 8 bits of exponent and 7 of fraction.
 
 use super::int8::IntegerForm;
+use super::weights::Weights;
 use half::bf16;
 
 /// Values in a block.
@@ -19,8 +20,6 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// To the nearest, ties to even.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (value, block) in values.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        *block = bf16::from_f32(*value).to_le_bytes();
-    }
+pub(super) fn quantize(values: &[f32; BLOCK], _: impl Weights, block: &mut [u8; BYTES]) {
+    *block = bf16::from_f32(values[0]).to_le_bytes();
 }

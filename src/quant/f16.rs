@@ -1,6 +1,7 @@
 //! F16: IEEE 754 half precision, 5 bits of exponent and 10 of fraction.
 
 use super::int8::IntegerForm;
+use super::weights::Weights;
 use half::f16;
 
 /// Values in a block.
@@ -19,8 +20,6 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// To the nearest, ties to even; beyond 65,504 infinite.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (value, block) in values.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        *block = f16::from_f32(*value).to_le_bytes();
-    }
+pub(super) fn quantize(values: &[f32; BLOCK], _: impl Weights, block: &mut [u8; BYTES]) {
+    *block = f16::from_f32(values[0]).to_le_bytes();
 }

@@ -1,6 +1,7 @@
 //! F32: values as they are.
 
 use super::int8::IntegerForm;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 1;
@@ -18,8 +19,6 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// Exact.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (value, block) in values.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        *block = value.to_le_bytes();
-    }
+pub(super) fn quantize(values: &[f32; BLOCK], _: impl Weights, block: &mut [u8; BYTES]) {
+    *block = values[0].to_le_bytes();
 }

@@ -5,6 +5,7 @@
 use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search::{self, Codes};
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -41,16 +42,14 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales, by squared error.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let extreme = search::signed_extreme(values);
-        let starts = [-127.0, -137.0, -117.0, 113.0, 121.0].map(|end| extreme / end);
-        let d = search::symmetric::<Table, BLOCK>(values, starts, search::half);
-        let codes = search::codes::<Table, BLOCK>(values, d).map(code_of);
-        block[..2].copy_from_slice(&half_bytes(d));
-        for i in 0..16 {
-            block[2 + i] = codes[i] | codes[i + 16] << 4;
-        }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let extreme = search::signed_extreme(values);
+    let starts = [-127.0, -137.0, -117.0, 113.0, 121.0].map(|end| extreme / end);
+    let d = search::symmetric::<Table, _, _>(values, weights, starts, search::half);
+    let codes = search::codes::<Table, BLOCK>(values, d).map(code_of);
+    block[..2].copy_from_slice(&half_bytes(d));
+    for i in 0..16 {
+        block[2 + i] = codes[i] | codes[i + 16] << 4;
     }
 }
 

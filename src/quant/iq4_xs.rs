@@ -7,6 +7,7 @@ use super::int8::IntegerForm;
 use super::iq4_nl::{TABLE, Table, code_of};
 use super::nested;
 use super::scales::half_at;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -52,20 +53,18 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales on both levels, by squared error.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let found = nested::symmetric::<Table, 8, 32>(values, -32.0, (-127.0, 113.0));
-        block.fill(0);
-        block[..2].copy_from_slice(&found.d.to_le_bytes());
-        let mut high = 0u16;
-        for (group, scale) in found.scales.iter().enumerate() {
-            let scale = (scale + 32) as u8;
-            block[4 + group / 2] |= (scale & 0x0f) << (group % 2 * 4);
-            high |= u16::from(scale >> 4) << (group * 2);
-        }
-        block[2..4].copy_from_slice(&high.to_le_bytes());
-        for (i, value) in found.codes.iter().enumerate() {
-            block[8 + i / 32 * 16 + i % 16] |= code_of(*value) << (i / 16 % 2 * 4);
-        }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let found = nested::symmetric::<Table, 8, 32>(values, weights, -32.0, (-127.0, 113.0));
+    block.fill(0);
+    block[..2].copy_from_slice(&found.d.to_le_bytes());
+    let mut high = 0u16;
+    for (group, scale) in found.scales.iter().enumerate() {
+        let scale = (scale + 32) as u8;
+        block[4 + group / 2] |= (scale & 0x0f) << (group % 2 * 4);
+        high |= u16::from(scale >> 4) << (group * 2);
+    }
+    block[2..4].copy_from_slice(&high.to_le_bytes());
+    for (i, value) in found.codes.iter().enumerate() {
+        block[8 + i / 32 * 16 + i % 16] |= code_of(*value) << (i / 16 % 2 * 4);
     }
 }

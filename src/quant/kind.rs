@@ -1,6 +1,7 @@
 //! The table of the formats: the one place that lists the files of this room.
 
 use super::int8::IntegerForm;
+use super::weights::Weights;
 use super::{bf16, f16, f32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 
 macro_rules! kinds {
@@ -71,8 +72,22 @@ macro_rules! kinds {
             }
 
             /// Writes values as whole blocks; ends with the shorter of the two. All values must be finite.
-            pub fn quantize(self, values: &[f32], blocks: &mut [u8]) {
-                match self { $(Self::$variant => $file::quantize(values, blocks)),* }
+            ///
+            /// `weights(start, size)`: those of the block of `size` values from `start` on.
+            pub(super) fn quantize<W: Weights>(
+                self,
+                values: &[f32],
+                weights: impl Fn(usize, usize) -> W,
+                blocks: &mut [u8],
+            ) {
+                match self {
+                    $(Self::$variant => {
+                        let each = values.as_chunks::<{ $file::BLOCK }>().0.iter().zip(blocks.as_chunks_mut().0);
+                        for (number, (values, block)) in each.enumerate() {
+                            $file::quantize(values, weights(number * $file::BLOCK, $file::BLOCK), block);
+                        }
+                    }),*
+                }
             }
         }
     };

@@ -25,10 +25,13 @@ mod q6_k;
 mod q8_0;
 mod scales;
 mod search;
+mod weights;
 
 pub use kind::Kind;
+pub use weights::Importance;
 
 use rayon::prelude::*;
+use weights::Even;
 
 use crate::error::{Error, Result};
 
@@ -50,11 +53,23 @@ pub fn dequantize(kind: Kind, blocks: &[u8], out: &mut [f32]) -> Result<()> {
 
 /// Writes `values` as blocks, in parallel; the result doesn't depend on the number of threads.
 ///
+/// With `importance`, `values` are rows of as many columns, and the search for scales minimises Σ importance (x − x̂)².
+///
 /// # Errors
-/// The two lengths are not those of the same whole number of blocks, or a value is not finite or too large for the
-/// format.
-pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
+/// The two lengths are not those of the same whole number of blocks, columns don't divide into blocks or values into
+/// rows, or a value is not finite or too large for the format.
+pub fn quantize(kind: Kind, values: &[f32], importance: Option<&Importance>, blocks: &mut [u8]) -> Result<()> {
     check_lengths(kind, blocks.len(), values.len())?;
+    if let Some(columns) = importance.map(Importance::columns)
+        && !(columns.is_multiple_of(kind.block_size()) && values.len().is_multiple_of(columns))
+    {
+        return Err(Error::input(format!(
+            "{}: expected the importance of rows of whole blocks of {} values, got that of {columns} columns for {} values",
+            kind.name(),
+            kind.block_size(),
+            values.len()
+        )));
+    }
     values
         .par_chunks(TASK_VALUES)
         .zip(blocks.par_chunks_mut(TASK_VALUES / kind.block_size() * kind.block_bytes()))
@@ -62,7 +77,12 @@ pub fn quantize(kind: Kind, values: &[f32], blocks: &mut [u8]) -> Result<()> {
         .try_for_each(|(task, (values, blocks))| {
             check_finite(values, task * TASK_VALUES)?;
             check_range(kind, values, task * TASK_VALUES)?;
-            kind.quantize(values, blocks);
+            match importance {
+                None => kind.quantize(values, |_, _| Even, blocks),
+                Some(each) => {
+                    kind.quantize(values, |start, size| each.of_values(task * TASK_VALUES + start, size), blocks)
+                }
+            }
             Ok(())
         })
 }
@@ -141,7 +161,7 @@ mod tests {
             values in prop::collection::vec(prop_oneof![-1.0f32..1.0, -65504.0f32..65504.0, Just(0.0), -1e-38f32..1e-38], 512..513),
         ) {
             let mut blocks = vec![0; 512 / kind.block_size() * kind.block_bytes()];
-            quantize(kind, &values, &mut blocks).unwrap();
+            quantize(kind, &values, None, &mut blocks).unwrap();
             let mut restored = vec![f32::NAN; 512];
             dequantize(kind, &blocks, &mut restored).unwrap();
             for (values, restored) in values.chunks(kind.block_size()).zip(restored.chunks(kind.block_size())) {
@@ -158,7 +178,7 @@ mod tests {
                 && values % kind.block_size() == 0
                 && bytes / kind.block_bytes() == values / kind.block_size();
             prop_assert_eq!(dequantize(kind, &vec![0; bytes], &mut vec![0.0; values]).is_ok(), fits);
-            prop_assert_eq!(quantize(kind, &vec![0.0; values], &mut vec![0; bytes]).is_ok(), fits);
+            prop_assert_eq!(quantize(kind, &vec![0.0; values], None, &mut vec![0; bytes]).is_ok(), fits);
         }
     }
 
@@ -169,7 +189,7 @@ mod tests {
             let run = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut blocks = vec![0; values.len() / kind.block_size() * kind.block_bytes()];
-                pool.install(|| quantize(kind, &values, &mut blocks)).unwrap();
+                pool.install(|| quantize(kind, &values, None, &mut blocks)).unwrap();
                 blocks
             };
             assert_eq!(run(1), run(3), "{}", kind.name());

@@ -7,11 +7,12 @@
 use half::f16;
 
 use super::search::{self, Codes, half, inverse, nearest};
+use super::weights::Weights;
 
 /// Values in a block.
 const BLOCK: usize = 256;
 
-/// Codes, scales and the block's number of w = (d s) q.
+/// Codes, scales and the block's number of x = (d s) q.
 pub(super) struct Symmetric<const GROUPS: usize> {
     /// The block's number.
     pub d: f16,
@@ -21,17 +22,19 @@ pub(super) struct Symmetric<const GROUPS: usize> {
     pub codes: [i8; BLOCK],
 }
 
-/// The best w ≈ (d s) q with s in `lowest_scale..=-lowest_scale - 1`; `ends` are the outermost codes.
+/// The best x ≈ (d s) q with s in `lowest_scale..=-lowest_scale - 1`; `ends` are the outermost codes.
 pub(super) fn symmetric<C: Codes, const GROUPS: usize, const SIZE: usize>(
     values: &[f32; BLOCK],
+    weights: impl Weights,
     lowest_scale: f32,
     ends: (f32, f32),
 ) -> Symmetric<GROUPS> {
     let groups = values.as_chunks::<SIZE>().0;
+    let weights: [_; GROUPS] = std::array::from_fn(|group| weights.part(group * SIZE, SIZE));
     let wanted: [f32; GROUPS] = std::array::from_fn(|group| {
         let extreme = search::signed_extreme(&groups[group]);
         let starts = [ends.0, ends.0 * 0.9, ends.0 * 1.08, ends.1, ends.1 * 1.08].map(|end| extreme / end);
-        search::symmetric::<C, SIZE>(&groups[group], starts, |d| d)
+        search::symmetric::<C, _, _>(&groups[group], weights[group], starts, |d| d)
     });
     let mut best = (f32::INFINITY, 0.0, [0.0; GROUPS]);
     let mut d = half(search::signed_extreme(&wanted) / lowest_scale);
@@ -42,7 +45,7 @@ pub(super) fn symmetric<C: Codes, const GROUPS: usize, const SIZE: usize>(
             let middle = nearest((wanted[group] * inverse).clamp(lowest_scale, -lowest_scale - 1.0));
             let tried = [middle, middle - 1.0, middle + 1.0]
                 .map(|scale| scale.clamp(lowest_scale, -lowest_scale - 1.0))
-                .map(|scale| (scale, search::fit::<C, SIZE>(&groups[group], d * scale)));
+                .map(|scale| (scale, search::fit::<C, SIZE>(&groups[group], weights[group], d * scale)));
             let [first, others @ ..] = tried;
             let (scale, fit) = others.into_iter().fold(first, |a, b| if b.1.error < a.1.error { b } else { a });
             error += fit.error;
@@ -65,7 +68,7 @@ pub(super) fn symmetric<C: Codes, const GROUPS: usize, const SIZE: usize>(
     Symmetric { d: f16::from_f32(d), scales: scales.map(|scale| scale as i8), codes }
 }
 
-/// Codes, scales, offsets and the block's numbers of w = (d s) q − (d' m).
+/// Codes, scales, offsets and the block's numbers of x = (d s) q − (d' m).
 pub(super) struct Affine<const GROUPS: usize> {
     /// The number of which scales are multiples.
     pub d: f16,
@@ -88,25 +91,27 @@ struct Sums {
     products: f32,
 }
 
-/// The best w ≈ (d s) q − (d' m) with s and m in `0..=highest_scale` and q in `0..=highest`.
+/// The best x ≈ (d s) q − (d' m) with s and m in `0..=highest_scale` and q in `0..=highest`.
 pub(super) fn affine<const GROUPS: usize, const SIZE: usize>(
     values: &[f32; BLOCK],
+    weights: impl Weights,
     highest_scale: f32,
     highest: f32,
 ) -> Affine<GROUPS> {
     let groups = values.as_chunks::<SIZE>().0;
+    let weights: [_; GROUPS] = std::array::from_fn(|group| weights.part(group * SIZE, SIZE));
     let wanted: [(f32, f32); GROUPS] = std::array::from_fn(|group| {
-        let (d, m) = search::affine(&groups[group], highest, true, |d| d);
+        let (d, m) = search::affine(&groups[group], weights[group], highest, true, |d| d);
         (d.max(0.0), (-m).max(0.0))
     });
-    let totals: [f32; GROUPS] = std::array::from_fn(|group| groups[group].iter().sum());
+    let totals: [f32; GROUPS] = std::array::from_fn(|group| total(&groups[group], weights[group]));
     let greatest = wanted.iter().fold((0.0f32, 0.0f32), |most, group| (most.0.max(group.0), most.1.max(group.1)));
     let (mut d, mut d_offset) = (half(greatest.0 / highest_scale), half(greatest.1 / highest_scale));
     let mut best = (f32::INFINITY, (0.0, 0.0), [(0.0, 0.0); GROUPS]);
     for _ in 0..3 {
         let (inverse, inverse_offset) = (inverse(d), inverse(d_offset));
-        // the normal equations of w ≈ d (s q) − d' m over the whole block
-        let (mut error, mut ss, mut sm, mut mm, mut ws, mut wm) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
+        // the normal equations of x ≈ d (s q) − d' m over the whole block
+        let (mut error, mut ss, mut sm, mut mm, mut xs, mut xm) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
         let chosen: [(f32, f32); GROUPS] = std::array::from_fn(|group| {
             let scale = nearest((wanted[group].0 * inverse).min(highest_scale));
             let offset = nearest((wanted[group].1 * inverse_offset).min(highest_scale));
@@ -114,7 +119,7 @@ pub(super) fn affine<const GROUPS: usize, const SIZE: usize>(
             for (step, offset_step) in STEPS {
                 let tried =
                     ((scale + step).clamp(0.0, highest_scale), (offset + offset_step).clamp(0.0, highest_scale));
-                let sums = sums(&groups[group], d * tried.0, d_offset * tried.1, highest);
+                let sums = sums(&groups[group], weights[group], d * tried.0, d_offset * tried.1, highest);
                 if best.is_none_or(|(_, other)| sums.error < other.error) {
                     best = Some((tried, sums));
                 }
@@ -123,9 +128,9 @@ pub(super) fn affine<const GROUPS: usize, const SIZE: usize>(
             error += sums.error;
             ss += scale * scale * sums.squares;
             sm += scale * offset * sums.codes;
-            mm += offset * offset * SIZE as f32;
-            ws += scale * sums.products;
-            wm += offset * totals[group];
+            mm += offset * offset * weights[group].total(SIZE);
+            xs += scale * sums.products;
+            xm += offset * totals[group];
             (scale, offset)
         });
         if error < best.0 {
@@ -133,11 +138,11 @@ pub(super) fn affine<const GROUPS: usize, const SIZE: usize>(
         }
         let determinant = ss * mm - sm * sm;
         if determinant > 0.0 {
-            // d ss − d' sm = ws and d sm − d' mm = wm
-            d = half(((ws * mm - wm * sm) / determinant).max(0.0));
-            d_offset = half(((ws * sm - wm * ss) / determinant).max(0.0));
+            // d ss − d' sm = xs and d sm − d' mm = xm
+            d = half(((xs * mm - xm * sm) / determinant).max(0.0));
+            d_offset = half(((xs * sm - xm * ss) / determinant).max(0.0));
         } else if ss > 0.0 {
-            d = half((ws / ss).max(0.0));
+            d = half((xs / ss).max(0.0));
         }
     }
     let (_, (d, d_offset), chosen) = best;
@@ -158,18 +163,23 @@ pub(super) fn affine<const GROUPS: usize, const SIZE: usize>(
 const STEPS: [(f32, f32); 9] =
     [(0.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, 0.0), (1.0, 0.0), (-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)];
 
-fn sums<const SIZE: usize>(values: &[f32; SIZE], d: f32, offset: f32, highest: f32) -> Sums {
+/// Σ w x.
+fn total<const SIZE: usize>(values: &[f32; SIZE], weights: impl Weights) -> f32 {
+    values.iter().zip(weights.eights().flatten()).map(|(value, weight)| weight * value).sum()
+}
+
+fn sums<const SIZE: usize>(values: &[f32; SIZE], weights: impl Weights, d: f32, offset: f32, highest: f32) -> Sums {
     let inverse = inverse(d);
     let mut sums = [[0.0f32; 8]; 4];
-    for values in values.as_chunks::<8>().0 {
+    for (values, weights) in values.as_chunks::<8>().0.iter().zip(weights.eights()) {
         for lane in 0..8 {
-            let value = values[lane];
+            let (value, weight) = (values[lane], weights[lane]);
             let code = nearest(((value + offset) * inverse).clamp(0.0, highest));
             let difference = value - (d * code - offset);
-            sums[0][lane] += difference * difference;
-            sums[1][lane] += code;
-            sums[2][lane] += code * code;
-            sums[3][lane] += value * code;
+            sums[0][lane] += weight * difference * difference;
+            sums[1][lane] += weight * code;
+            sums[2][lane] += weight * code * code;
+            sums[3][lane] += weight * value * code;
         }
     }
     let [error, codes, squares, products] = sums.map(|lanes| lanes.iter().sum());

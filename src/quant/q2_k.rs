@@ -6,6 +6,7 @@
 use super::int8::IntegerForm;
 use super::nested;
 use super::scales::half_at;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -47,17 +48,15 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales on both levels, by squared error.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let found = nested::affine::<16, 16>(values, 15.0, 3.0);
-        block.fill(0);
-        for (byte, (scale, offset)) in block.iter_mut().zip(found.scales.iter().zip(&found.offsets)) {
-            *byte = scale | offset << 4;
-        }
-        for (i, code) in found.codes.iter().enumerate() {
-            block[16 + i / 128 * 32 + i % 32] |= code << (i % 128 / 32 * 2);
-        }
-        block[80..82].copy_from_slice(&found.d.to_le_bytes());
-        block[82..84].copy_from_slice(&found.d_offset.to_le_bytes());
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let found = nested::affine::<16, 16>(values, weights, 15.0, 3.0);
+    block.fill(0);
+    for (byte, (scale, offset)) in block.iter_mut().zip(found.scales.iter().zip(&found.offsets)) {
+        *byte = scale | offset << 4;
     }
+    for (i, code) in found.codes.iter().enumerate() {
+        block[16 + i / 128 * 32 + i % 32] |= code << (i % 128 / 32 * 2);
+    }
+    block[80..82].copy_from_slice(&found.d.to_le_bytes());
+    block[82..84].copy_from_slice(&found.d_offset.to_le_bytes());
 }

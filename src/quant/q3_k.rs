@@ -7,6 +7,7 @@ use super::int8::IntegerForm;
 use super::nested;
 use super::scales::half_at;
 use super::search::Integers;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -56,20 +57,18 @@ fn scale(block: &[u8; BYTES], group: usize) -> i8 {
 }
 
 /// The best of several scales on both levels, by squared error.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let found = nested::symmetric::<Integers<-4, 3>, 16, 16>(values, -32.0, (-4.0, 3.0));
-        block.fill(0);
-        for (i, code) in found.codes.iter().enumerate() {
-            let code = (code + 4) as u8;
-            block[32 + i / 128 * 32 + i % 32] |= (code & 3) << (i % 128 / 32 * 2);
-            block[i % 32] |= (code >> 2) << (i / 32);
-        }
-        for (group, scale) in found.scales.iter().enumerate() {
-            let scale = (scale + 32) as u8;
-            block[96 + group % 8] |= (scale & 0x0f) << (group / 8 * 4);
-            block[104 + group % 4] |= (scale >> 4) << (group / 4 * 2);
-        }
-        block[108..110].copy_from_slice(&found.d.to_le_bytes());
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let found = nested::symmetric::<Integers<-4, 3>, 16, 16>(values, weights, -32.0, (-4.0, 3.0));
+    block.fill(0);
+    for (i, code) in found.codes.iter().enumerate() {
+        let code = (code + 4) as u8;
+        block[32 + i / 128 * 32 + i % 32] |= (code & 3) << (i % 128 / 32 * 2);
+        block[i % 32] |= (code >> 2) << (i / 32);
     }
+    for (group, scale) in found.scales.iter().enumerate() {
+        let scale = (scale + 32) as u8;
+        block[96 + group % 8] |= (scale & 0x0f) << (group / 8 * 4);
+        block[104 + group % 4] |= (scale >> 4) << (group / 4 * 2);
+    }
+    block[108..110].copy_from_slice(&found.d.to_le_bytes());
 }

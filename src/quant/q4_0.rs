@@ -7,6 +7,7 @@ use super::int8::IntegerForm;
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
 use super::search;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -65,15 +66,13 @@ pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales; never worse than llama.cpp's reference.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let extreme = search::signed_extreme(values);
-        let starts = [-8.0, -9.5, -9.0, -8.5, -7.5, -7.0].map(|lowest| extreme / lowest);
-        let d = search::symmetric::<Grid, BLOCK>(values, starts, search::half);
-        let codes = search::codes::<Grid, BLOCK>(values, d);
-        block[..2].copy_from_slice(&half_bytes(d));
-        for i in 0..16 {
-            block[2 + i] = (codes[i] + 8) as u8 | ((codes[i + 16] + 8) as u8) << 4;
-        }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let extreme = search::signed_extreme(values);
+    let starts = [-8.0, -9.5, -9.0, -8.5, -7.5, -7.0].map(|lowest| extreme / lowest);
+    let d = search::symmetric::<Grid, _, _>(values, weights, starts, search::half);
+    let codes = search::codes::<Grid, BLOCK>(values, d);
+    block[..2].copy_from_slice(&half_bytes(d));
+    for i in 0..16 {
+        block[2 + i] = (codes[i] + 8) as u8 | ((codes[i + 16] + 8) as u8) << 4;
     }
 }

@@ -7,6 +7,7 @@ use super::int8::IntegerForm;
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
 use super::search;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -62,14 +63,12 @@ pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales and offsets; never worse than llama.cpp's reference.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let (d, m) = search::affine(values, 15.0, false, search::half);
-        let codes = search::affine_codes(values, d, m, 15.0);
-        block[..2].copy_from_slice(&half_bytes(d));
-        block[2..4].copy_from_slice(&half_bytes(m));
-        for i in 0..16 {
-            block[4 + i] = codes[i] | codes[i + 16] << 4;
-        }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let (d, m) = search::affine(values, weights, 15.0, false, search::half);
+    let codes = search::affine_codes(values, d, m, 15.0);
+    block[..2].copy_from_slice(&half_bytes(d));
+    block[2..4].copy_from_slice(&half_bytes(m));
+    for i in 0..16 {
+        block[4 + i] = codes[i] | codes[i + 16] << 4;
     }
 }

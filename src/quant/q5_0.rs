@@ -5,6 +5,7 @@
 use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -45,15 +46,13 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales; never worse than llama.cpp's reference.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let extreme = search::signed_extreme(values);
-        let starts = [-16.0, -17.5, -16.75, -15.5, -15.0].map(|lowest| extreme / lowest);
-        let d = search::symmetric::<Grid, BLOCK>(values, starts, search::half);
-        let codes = search::codes::<Grid, BLOCK>(values, d);
-        block[..2].copy_from_slice(&half_bytes(d));
-        pack_five_bits(&codes.map(|code| (code + 16) as u8), &mut block[2..]);
-    }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let extreme = search::signed_extreme(values);
+    let starts = [-16.0, -17.5, -16.75, -15.5, -15.0].map(|lowest| extreme / lowest);
+    let d = search::symmetric::<Grid, _, _>(values, weights, starts, search::half);
+    let codes = search::codes::<Grid, BLOCK>(values, d);
+    block[..2].copy_from_slice(&half_bytes(d));
+    pack_five_bits(&codes.map(|code| (code + 16) as u8), &mut block[2..]);
 }
 
 /// 5-bit codes as the upper bits [4] and the low 4 bits [16].

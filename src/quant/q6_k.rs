@@ -8,6 +8,7 @@ use super::int8::IntegerForm;
 use super::nested;
 use super::scales::half_at;
 use super::search::Integers;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 256;
@@ -57,18 +58,16 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The best of several scales on both levels, by squared error.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let found = nested::symmetric::<Integers<-32, 31>, 16, 16>(values, -128.0, (-32.0, 31.0));
-        block.fill(0);
-        for (i, code) in found.codes.iter().enumerate() {
-            let code = (code + 32) as u8;
-            block[i / 128 * 64 + i % 64] |= (code & 0x0f) << (i / 64 % 2 * 4);
-            block[128 + i / 128 * 32 + i % 32] |= (code >> 4) << (i % 128 / 32 * 2);
-        }
-        for (group, scale) in found.scales.iter().enumerate() {
-            block[192 + group] = *scale as u8;
-        }
-        block[208..210].copy_from_slice(&found.d.to_le_bytes());
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let found = nested::symmetric::<Integers<-32, 31>, 16, 16>(values, weights, -128.0, (-32.0, 31.0));
+    block.fill(0);
+    for (i, code) in found.codes.iter().enumerate() {
+        let code = (code + 32) as u8;
+        block[i / 128 * 64 + i % 64] |= (code & 0x0f) << (i / 64 % 2 * 4);
+        block[128 + i / 128 * 32 + i % 32] |= (code >> 4) << (i % 128 / 32 * 2);
     }
+    for (group, scale) in found.scales.iter().enumerate() {
+        block[192 + group] = *scale as u8;
+    }
+    block[208..210].copy_from_slice(&found.d.to_le_bytes());
 }

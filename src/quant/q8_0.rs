@@ -5,6 +5,7 @@
 use super::int8::IntegerForm;
 use super::scales::{half_at, half_bytes};
 use super::search;
+use super::weights::Weights;
 
 /// Values in a block.
 pub(super) const BLOCK: usize = 32;
@@ -38,14 +39,12 @@ pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
 }
 
 /// The better of the scale that reaches the greatest value and its least-squares refinements; codes from −127 to 127.
-pub(super) fn quantize(values: &[f32], blocks: &mut [u8]) {
-    for (values, block) in values.as_chunks::<BLOCK>().0.iter().zip(blocks.as_chunks_mut::<BYTES>().0) {
-        let extreme = search::signed_extreme(values).abs();
-        let d = search::symmetric::<Grid, BLOCK>(values, [extreme / 127.0], search::half);
-        let codes = search::codes::<Grid, BLOCK>(values, d);
-        block[..2].copy_from_slice(&half_bytes(d));
-        for i in 0..32 {
-            block[2 + i] = codes[i] as u8;
-        }
+pub(super) fn quantize(values: &[f32; BLOCK], weights: impl Weights, block: &mut [u8; BYTES]) {
+    let extreme = search::signed_extreme(values).abs();
+    let d = search::symmetric::<Grid, _, _>(values, weights, [extreme / 127.0], search::half);
+    let codes = search::codes::<Grid, BLOCK>(values, d);
+    block[..2].copy_from_slice(&half_bytes(d));
+    for i in 0..32 {
+        block[2 + i] = codes[i] as u8;
     }
 }

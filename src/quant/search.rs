@@ -1,12 +1,15 @@
 //! The search for a scale: the least squared error over a few starting points, each refined by least squares.
 //!
 //! The first starting point is that of llama.cpp's reference quantizer, codes are the nearest ones under the scale as it
-//! will be stored, and the best candidate is taken: so no block of 32 is worse than the reference's.
+//! will be stored, and the best candidate is taken: so no block of 32 is worse than the reference's. Values may count by
+//! weights; then more starting points are tried, since what matters may be small.
 //!
 //! The shape of each loop is chosen so that it vectorizes on the baseline of the architecture; sums are taken in one
 //! fixed order.
 
 use half::f16;
+
+use super::weights::Weights;
 
 /// Adding and subtracting 1.5 · 2²³ rounds to the nearest integer, ties to even, where |x| < 2²².
 const ROUND: f32 = 12_582_912.0;
@@ -38,11 +41,11 @@ pub(super) fn half(value: f32) -> f32 {
 
 /// A candidate's squared error, and the scale that is best for its codes.
 pub(super) struct Fit {
-    /// The sum of the squared differences.
+    /// Σ w (x − d q)².
     pub error: f32,
-    /// Σ w q, whose quotient by `squares` is the best scale.
+    /// Σ w x q, whose quotient by `squares` is the best scale.
     pub products: f32,
-    /// Σ q².
+    /// Σ w q².
     pub squares: f32,
 }
 
@@ -53,34 +56,36 @@ impl Fit {
 }
 
 /// How well d q, with the nearest codes q, gives the values.
-pub(super) fn fit<C: Codes, const N: usize>(values: &[f32; N], d: f32) -> Fit {
+pub(super) fn fit<C: Codes, const N: usize>(values: &[f32; N], weights: impl Weights, d: f32) -> Fit {
     let inverse = inverse(d);
     let mut sums = [[0.0f32; 8]; 3];
-    for values in values.as_chunks::<8>().0 {
+    for (values, weights) in values.as_chunks::<8>().0.iter().zip(weights.eights()) {
         for lane in 0..8 {
             let code = C::nearest(values[lane] * inverse);
             let difference = values[lane] - d * code;
-            sums[0][lane] += difference * difference;
-            sums[1][lane] += values[lane] * code;
-            sums[2][lane] += code * code;
+            sums[0][lane] += weights[lane] * difference * difference;
+            sums[1][lane] += weights[lane] * values[lane] * code;
+            sums[2][lane] += weights[lane] * code * code;
         }
     }
     let [error, products, squares] = sums.map(|lanes| lanes.iter().sum());
     Fit { error, products, squares }
 }
 
-/// The best scale d for w ≈ d q, as `store` keeps it, from the scales of `starts`.
-pub(super) fn symmetric<C: Codes, const N: usize>(
+/// The best scale d for x ≈ d q, as `store` keeps it, from the scales of `starts`.
+pub(super) fn symmetric<C: Codes, const N: usize, const STARTS: usize>(
     values: &[f32; N],
-    starts: impl IntoIterator<Item = f32>,
+    weights: impl Weights,
+    starts: [f32; STARTS],
     store: impl Fn(f32) -> f32,
 ) -> f32 {
     let mut best = (f32::INFINITY, 0.0);
-    for start in starts {
+    let more = weights.differ().then(|| smaller(values, weights).map(|share| starts[0] * share));
+    for start in starts.into_iter().chain(more.into_iter().flatten()) {
         let mut candidate = start;
         for _ in 0..3 {
             let d = store(candidate);
-            let fit = fit::<C, N>(values, d);
+            let fit = fit::<C, N>(values, weights, d);
             if fit.error < best.0 {
                 best = (fit.error, d);
             }
@@ -90,18 +95,28 @@ pub(super) fn symmetric<C: Codes, const N: usize>(
     best.1
 }
 
+/// The shares of the first starting point's scale that are tried where values differ in weight; the last reaches just to
+/// the value that counts most.
+fn smaller<const N: usize>(values: &[f32; N], weights: impl Weights) -> [f32; 4] {
+    let counting =
+        values.iter().zip(weights.eights().flatten()).map(|(value, weight)| (weight * value * value, *value));
+    let most = counting.fold((0.0, 0.0), |most, next| if next.0 > most.0 { next } else { most }).1;
+    [0.8, 0.6, 0.4, most * inverse(signed_extreme(values))]
+}
+
 /// The codes of the values under the scale d.
 pub(super) fn codes<C: Codes, const N: usize>(values: &[f32; N], d: f32) -> [i8; N] {
     let inverse = inverse(d);
     values.map(|value| C::nearest(value * inverse) as i8)
 }
 
-/// The best scale d and offset m for w ≈ d q + m, q in `0..=highest`, as `store` keeps both.
+/// The best scale d and offset m for x ≈ d q + m, q in `0..=highest`, as `store` keeps both.
 ///
 /// The first starting point spans from the least to the greatest value; the others leave out a share of the span at both
 /// ends, or only at one, or leave out the last code. With `below_zero`, m is zero or less.
 pub(super) fn affine<const N: usize>(
     values: &[f32; N],
+    weights: impl Weights,
     highest: f32,
     below_zero: bool,
     store: impl Fn(f32) -> f32,
@@ -111,13 +126,13 @@ pub(super) fn affine<const N: usize>(
     let span = values.iter().copied().fold(f32::NEG_INFINITY, f32::max).max(least) - least;
     let mut best = (f32::INFINITY, 0.0, store(least));
     let step = 1.0 / (highest - 1.0); // the share of the span that one code less makes of a step
-    for (below, above) in
-        [(0.0, 0.0), (0.0, -step), (0.0, -step / 2.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)]
-    {
+    let cuts = [(0.0, 0.0), (0.0, -step), (0.0, -step / 2.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)];
+    let more = if weights.differ() { CUTS.as_slice() } else { &[] };
+    for (below, above) in cuts.iter().chain(more) {
         let mut candidate = (span * (1.0 - below - above) / highest, least + span * below);
         for _ in 0..3 {
             let (d, m) = (store(candidate.0), store(candidate.1));
-            let fit = fit_affine(values, d, m, highest);
+            let fit = fit_affine(values, weights, d, m, highest);
             if fit.error < best.0 {
                 best = (fit.error, d, m);
             }
@@ -126,6 +141,9 @@ pub(super) fn affine<const N: usize>(
     }
     (best.1, best.2)
 }
+
+/// The shares of the span that are left out below and above where values differ in weight.
+const CUTS: [(f32, f32); 4] = [(0.15, 0.15), (0.25, 0.25), (0.3, 0.0), (0.0, 0.3)];
 
 /// A candidate's squared error, and the sums from which the best scale and offset for its codes follow.
 struct AffineFit {
@@ -154,23 +172,23 @@ impl AffineFit {
     }
 }
 
-fn fit_affine<const N: usize>(values: &[f32; N], d: f32, m: f32, highest: f32) -> AffineFit {
+fn fit_affine<const N: usize>(values: &[f32; N], weights: impl Weights, d: f32, m: f32, highest: f32) -> AffineFit {
     let inverse = inverse(d);
     let mut sums = [[0.0f32; 8]; 5];
-    for values in values.as_chunks::<8>().0 {
+    for (values, weights) in values.as_chunks::<8>().0.iter().zip(weights.eights()) {
         for lane in 0..8 {
-            let value = values[lane];
+            let (value, weight) = (values[lane], weights[lane]);
             let code = nearest(((value - m) * inverse).clamp(0.0, highest));
             let difference = value - (d * code + m);
-            sums[0][lane] += difference * difference;
-            sums[1][lane] += code;
-            sums[2][lane] += code * code;
-            sums[3][lane] += value * code;
-            sums[4][lane] += value;
+            sums[0][lane] += weight * difference * difference;
+            sums[1][lane] += weight * code;
+            sums[2][lane] += weight * code * code;
+            sums[3][lane] += weight * value * code;
+            sums[4][lane] += weight * value;
         }
     }
     let [error, codes, squares, products, values] = sums.map(|lanes| lanes.iter().sum());
-    AffineFit { error, codes, squares, products, values, count: N as f32, at: d }
+    AffineFit { error, codes, squares, products, values, count: weights.total(N), at: d }
 }
 
 /// The codes of the values under scale d and offset m.

@@ -20,6 +20,14 @@ def command(
         typer.Option("--type", help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_1 …; source: as in the GGUF file."),
     ] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter's directory, merged first.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            help="Rows like those to come: a quantized type keeps what matters to them. Best below 6 bits.",
+        ),
+    ] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -35,6 +43,8 @@ def command(
 
       ftkit export model.gguf --adapter runs/my-run/adapter --to safetensors --out my-model
 
+      ftkit export my-run --to gguf --type q3_k_m --calibration chats.jsonl --out small.gguf
+
       ftkit export my-run --to peft --out my-adapter
     """
     from ftkit import export
@@ -46,6 +56,7 @@ def command(
         kind=kind,
         adapter=adapter,
         runs_dir=runs_dir,
+        calibration=calibration,
         overwrite=overwrite,
         report=lambda line: print(line, file=sys.stderr),
     )

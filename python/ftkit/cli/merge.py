@@ -22,6 +22,10 @@ def command(
     kind: Annotated[
         str | None, typer.Option("--type", help="bf16, f16 or f32; of a .gguf file as for export.", show_default="bf16")
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", metavar="DATA", help="Of a .gguf file as for export.", show_default=False),
+    ] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -48,6 +52,7 @@ def command(
         how=how,
         kind=kind,
         runs_dir=runs_dir,
+        calibration=calibration,
         overwrite=overwrite,
         report=lambda line: print(line, file=sys.stderr),
     )

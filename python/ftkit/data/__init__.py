@@ -104,16 +104,17 @@ def prepare(
     *,
     seed: int,
     split: float = 0.0,
-    pairs: bool = False,
+    pairs: bool | None = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The dataset packed into rows of `config.max_tokens`, and the share `split` of it that is held out.
 
-    Equal rows are on the same side. `pairs`: every row has a chosen and a rejected answer; else none has. Raises
-    InputError for data that cannot be used, or too little to hold any out.
+    Equal rows are on the same side. `pairs`: every row has a chosen and a rejected answer (True), none has (False), or
+    any may have (None). Raises InputError for data that cannot be used, or too little to hold any out.
     """
     prepared = encode(config, tokenizer, template, progress=progress)
-    _check_pairs(prepared.statistics, pairs)
+    if pairs is not None:
+        _check_pairs(prepared.statistics, pairs)
     training, held_out = prepared.split(config.max_tokens, seed, split)
     if not len(training):
         raise InputError(

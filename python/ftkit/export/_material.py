@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ftkit import adapters
+from ftkit.export._calibration import Calibration
 from ftkit.models import LoadedModel
 from ftkit.nn.decoder import Decoder
 from ftkit.quant._scheme import QuantizedWeight
@@ -22,6 +23,8 @@ class Material:
     """Names of the weights that differ from those on disk."""
     blocks: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     """Name → (format, blocks) of GGUF that hold a changed weight to the bit, where there are such."""
+    calibration: Calibration | None = None
+    """How much columns count when weights are rounded; None: all alike."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, adapter_id: int | None = None) -> "Material":
@@ -56,6 +59,22 @@ class Material:
     def exact(self) -> bool:
         """Whether the adapter's merged matrices are all in `blocks`, so that a file can hold just what was trained."""
         return bool(self.blocks) and self.changed <= self.blocks.keys()
+
+    def importance(self, name: str) -> Tensor | None:
+        """Of the columns of the weight `name`, float32 [in]; None where none was measured.
+
+        An embedding is looked up, which has no input; one that is the head as well counts as the head does.
+        """
+        if self.calibration is None:
+            return None
+        layer = name.removesuffix(".weight")
+        if (
+            layer == "model.embed_tokens"
+            and self.loaded.config.tied_embeddings
+            and "lm_head.weight" not in self.tensors
+        ):
+            layer = "lm_head"
+        return self.calibration.importance.get(layer)
 
     @property
     def template(self) -> str | None:

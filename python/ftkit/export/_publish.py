@@ -4,13 +4,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import GateError, InputError, did_you_mean
 from ftkit.eval.parity import Parity, bounds, compare
+from ftkit.export._calibration import calibrate
 from ftkit.export._material import Material
 from ftkit.train import files
 
@@ -40,16 +41,19 @@ def export(
     kind: str | None = None,
     adapter: Path | None = None,
     runs_dir: Path | str = "runs",
+    calibration: str | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Exported:
     """Exports a model, with an adapter or the one that a run brings, to the target `to` as the type `kind`.
 
-    Raises InputError for what cannot be exported, and GateError, leaving nothing, when what was written and read back
-    does not answer as the live model does.
+    `calibration`: a dataset; what matters while the model reads it is rounded with more care. Raises InputError for
+    what cannot be exported, and GateError, leaving nothing, when what was written and read back does not answer as the
+    live model does.
     """
     target, _ = _target(to, kind)
     _check(target, out, overwrite)
+    check_calibration(calibration, to, kind)
     place = models.resolve(source, runs_dir)
     check_apart(out, [place.path, adapter or place.adapter])
     report(f"loading {place.path}")
@@ -58,7 +62,7 @@ def export(
     if folder is not None:
         adapters.load(loaded.model, folder, 0)
     material = Material.of(loaded, None if folder is None else 0)
-    return publish(material, out, to=to, kind=kind, overwrite=overwrite, report=report)
+    return publish(material, out, to=to, kind=kind, calibration=calibration, overwrite=overwrite, report=report)
 
 
 def publish(
@@ -67,6 +71,7 @@ def publish(
     *,
     to: str,
     kind: str | None = None,
+    calibration: str | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Exported:
@@ -78,6 +83,10 @@ def publish(
         kind = "source"
     target, kind = _target(to, kind)
     _check(target, out, overwrite)
+    if calibration is not None:
+        check_calibration(calibration, to, kind)
+        found = calibrate(material.loaded, material.adapter_id, calibration, report)
+        material = replace(material, calibration=found)
     with _staged(out) as staged:
         report(f"writing {to} {kind}")
         remarks = target.write(material, staged, kind)
@@ -116,6 +125,19 @@ def _check(target: Any, out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: expected a {'file' if target.SUFFIX else 'directory'} to replace, got another thing")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in _MARKS):
         raise InputError(f"{out}: expected a model or an adapter to replace, got a directory without {_MARKS[0]}")
+
+
+def check_calibration(path: str | None, to: str, kind: str | None) -> None:
+    """Raises InputError for a type that rounds nothing by importance, and for data that isn't there."""
+    if path is None:
+        return
+    target, kind = _target(to, kind)
+    if kind not in getattr(target, "CALIBRATED_TYPES", ()):
+        raise InputError(
+            f"--calibration: expected a quantized type of gguf, got {to} {kind}", "such as --to gguf --type q4_k_m"
+        )
+    if path != "-" and not Path(path).exists():
+        raise InputError(f"--calibration: expected a file or a directory of rows, got nothing at {path}")
 
 
 def check_apart(out: Path, sources: Sequence[Path | None]) -> None:

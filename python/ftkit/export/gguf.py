@@ -23,6 +23,7 @@ from ftkit.export._material import Material
 from ftkit.models import LoadedModel
 
 TYPES = ("source", *_gguf_types.TYPES)
+CALIBRATED_TYPES = tuple(name for name in TYPES if name not in ("f32", "f16", "bf16"))
 DEFAULT_TYPE = "f16"
 SUFFIX = ".gguf"
 
@@ -43,6 +44,8 @@ class _Planned:
     """Whether the source file has the same blocks."""
     blocks: Tensor | None = None
     """The blocks, where the tensor is held in this format already."""
+    importance: Tensor | None = None
+    """Of its columns, where it is rounded to a block format and calibrated."""
 
 
 def write(material: Material, out: Path, kind: str) -> list[str]:
@@ -56,7 +59,7 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
         raise InputError("--type source: expected a model from a GGUF file, got one from safetensors", "name a type")
     plan = list(_plan(material, source, kind))
     entries = [(planned.name, tuple(planned.tensor.shape), planned.form) for planned in plan]
-    writer = GgufWriter(out, _metadata(material, source, kind), entries)
+    writer = GgufWriter(out, _metadata(material, source, kind, plan), entries)
     for planned in plan:
         if source is not None and planned.unchanged:
             size, nbytes = _FORMATS[planned.form]
@@ -66,7 +69,7 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
         elif planned.blocks is not None:
             writer.write_blocks(planned.name, planned.blocks.cpu().contiguous())
         else:
-            writer.write(planned.name, planned.tensor.detach().cpu().contiguous())
+            writer.write(planned.name, planned.tensor.detach().cpu().contiguous(), planned.importance)
     writer.finish()
     return _remarks(material, plan, kind)
 
@@ -83,7 +86,13 @@ def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_P
     old = {name: (tuple(shape), form) for name, shape, form in source.tensors} if source else {}
     mixture = None if kind == "source" else _gguf_types.mixture(kind)
 
-    def planned(name: str, tensor: Tensor, changed: bool, held: tuple[str, Tensor] | None = None) -> _Planned:
+    def planned(
+        name: str,
+        tensor: Tensor,
+        changed: bool,
+        held: tuple[str, Tensor] | None = None,
+        importance: Tensor | None = None,
+    ) -> _Planned:
         shape = tuple(tensor.shape)
         if mixture is not None:
             form = _gguf_types.block_format(name, shape, config.layers, mixture)
@@ -93,13 +102,22 @@ def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_P
             form = old[name][1] if name in old else _float_that_holds(tensor)
         blocks = held[1] if held is not None and held[0] == form else None
         unchanged = not changed and old.get(name) == (shape, form)
-        return _Planned(name=name, form=form, tensor=tensor, unchanged=unchanged, blocks=blocks)
+        rounded = blocks is None and not unchanged and _FORMATS[form][0] > 1
+        return _Planned(
+            name=name,
+            form=form,
+            tensor=tensor,
+            unchanged=unchanged,
+            blocks=blocks,
+            importance=importance if rounded else None,
+        )
 
     for name, tensor in material.tensors.items():
         held = material.blocks.get(name)
         if held is not None:
             held = held[0], family.to_gguf(config, name, held[1])
-        yield planned(family.gguf_name(name), family.to_gguf(config, name, tensor), name in material.changed, held)
+        written = family.to_gguf(config, name, tensor)
+        yield planned(family.gguf_name(name), written, name in material.changed, held, material.importance(name))
     if (factors := _gguf_architecture.rope_factors(config)) is not None:
         yield planned("rope_freqs.weight", factors, False)
 
@@ -113,15 +131,19 @@ def _float_that_holds(tensor: Tensor) -> str:
     return "f32"
 
 
-def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[Entry]:
+def _metadata(material: Material, source: GgufFile | None, kind: str, plan: list[_Planned]) -> list[Entry]:
     """The file's metadata: the source's own, or made from the configuration and the tokenizer's files."""
     own: list[Entry] = [("general.quantization_version", "u32", _QUANTIZATION_VERSION)]
     if kind != "source":
         own.append(("general.file_type", "u32", _gguf_types.mixture(kind).file_type))
+    own += _calibration_entries(material, plan)
     if source is not None:
         types = source.metadata_types
         replaced = {"general.alignment", *(key for key, _, _ in own)}
-        return [(key, types[key], value) for key, value in source.metadata.items() if key not in replaced] + own
+        kept = [(key, types[key], value) for key, value in source.metadata.items() if key not in replaced]
+        # how the source was calibrated is untrue of weights that are rounded again
+        again = any(not planned.unchanged and planned.blocks is None for planned in plan)
+        return [entry for entry in kept if not (again and entry[0].startswith("quantize.imatrix."))] + own
     loaded = material.loaded
     return [
         ("general.architecture", "string", _gguf_architecture.architecture(loaded.config)),
@@ -133,11 +155,34 @@ def _metadata(material: Material, source: GgufFile | None, kind: str) -> list[En
     ]
 
 
-def _remarks(material: Material, plan: list[_Planned], kind: str) -> list[str]:
-    """Formats that differ from the type's because rows don't divide into its blocks; blocks that were not kept."""
-    if kind == "source":
+def _calibration_remarks(material: Material, plan: list[_Planned]) -> list[str]:
+    if material.calibration is None:
         return []
-    remarks = []
+    calibrated = sum(planned.importance is not None for planned in plan)
+    if not calibrated:
+        return ["--calibration changed nothing: every matrix keeps the blocks that it is held in"]
+    measured = f"{material.calibration.tokens:,} tokens of {material.calibration.data}"
+    return [f"{calibrated} weights were rounded by what matters to {measured}", *material.calibration.remarks()]
+
+
+def _calibration_entries(material: Material, plan: list[_Planned]) -> list[Entry]:
+    """What llama.cpp says of a file whose scales were found with an importance matrix."""
+    calibrated = sum(planned.importance is not None for planned in plan)
+    if material.calibration is None or not calibrated:
+        return []
+    return [
+        ("quantize.imatrix.dataset", "string", material.calibration.data),
+        ("quantize.imatrix.entries_count", "u32", calibrated),
+        ("quantize.imatrix.chunks_count", "u32", material.calibration.rows),
+    ]
+
+
+def _remarks(material: Material, plan: list[_Planned], kind: str) -> list[str]:
+    """What was calibrated; formats that differ from the type's because rows don't divide into its blocks; blocks that
+    were not kept."""
+    remarks = _calibration_remarks(material, plan)
+    if kind == "source":
+        return remarks
     base = _gguf_types.mixture(kind).base
     size = _FORMATS[base][0]
     odd = [planned for planned in plan if planned.tensor.dim() > 1 and planned.tensor.shape[-1] % size != 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import InputError
-from ftkit.export import Exported, Material, check_apart, gguf, publish
+from ftkit.export import Exported, Material, check_apart, check_calibration, gguf, publish
 
 __all__ = ["merge"]
 
@@ -26,6 +26,7 @@ def merge(
     how: str = "linear",
     kind: str | None = None,
     runs_dir: Path | str = "runs",
+    calibration: str | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Exported:
@@ -39,6 +40,8 @@ def merge(
     way = plugins.load("merge", how)
     if out.exists() and not overwrite:
         raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
+    to, kind = ("gguf", kind or "source") if out.suffix == gguf.SUFFIX else ("safetensors", kind)
+    check_calibration(calibration, to, kind)
     place = models.resolve(source, runs_dir)
     chosen = list(folders) or ([place.adapter] if place.adapter is not None else [])
     if not chosen:
@@ -70,9 +73,7 @@ def merge(
         material = Material(
             loaded=_with(loaded, made), adapter_id=None, tensors=loaded.model.tensors(), changed=frozenset(made)
         )
-    if out.suffix == gguf.SUFFIX:
-        return publish(material, out, to="gguf", kind=kind or "source", overwrite=overwrite, report=report)
-    return publish(material, out, to="safetensors", kind=kind, overwrite=overwrite, report=report)
+    return publish(material, out, to=to, kind=kind, calibration=calibration, overwrite=overwrite, report=report)
 
 
 def _with(loaded: models.LoadedModel, tensors: Mapping[str, Tensor]) -> models.LoadedModel:

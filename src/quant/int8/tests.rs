@@ -39,7 +39,7 @@ proptest! {
     ) {
         let columns = kind.block_size() * blocks_a_row;
         let mut blocks = vec![0; (rows + more) * blocks_a_row * kind.block_bytes()];
-        quant::quantize(kind, &noise((rows + more) * columns, seed), &mut blocks).unwrap();
+        quant::quantize(kind, &noise((rows + more) * columns, seed), None, &mut blocks).unwrap();
         let mut dense = vec![0.0; (rows + more) * columns];
         quant::dequantize(kind, &blocks, &mut dense).unwrap();
         let (first, second) = blocks.split_at(rows * blocks_a_row * kind.block_bytes());

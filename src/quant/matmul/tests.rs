@@ -17,7 +17,7 @@ pub(in crate::quant) fn noise(count: usize, seed: u64) -> Vec<f32> {
 
 fn blocks(kind: Kind, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
     let mut blocks = vec![0; rows * columns / kind.block_size() * kind.block_bytes()];
-    quant::quantize(kind, &noise(rows * columns, seed), &mut blocks).unwrap();
+    quant::quantize(kind, &noise(rows * columns, seed), None, &mut blocks).unwrap();
     blocks
 }
 
