@@ -128,8 +128,10 @@ pub(super) fn affine<const N: usize>(
     let step = 1.0 / (highest - 1.0); // the share of the span that one code less makes of a step
     let cuts = [(0.0, 0.0), (0.0, -step), (0.0, -step / 2.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)];
     let more = if weights.differ() { CUTS.as_slice() } else { &[] };
+    // without weights a start above zero may win, and files that exist rely on the bits that come of it
+    let most = if below_zero && weights.differ() { 0.0 } else { f32::INFINITY };
     for (below, above) in cuts.iter().chain(more) {
-        let mut candidate = (span * (1.0 - below - above) / highest, least + span * below);
+        let mut candidate = (span * (1.0 - below - above) / highest, (least + span * below).min(most));
         for _ in 0..3 {
             let (d, m) = (store(candidate.0), store(candidate.1));
             let fit = fit_affine(values, weights, d, m, highest);
