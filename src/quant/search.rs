@@ -128,12 +128,12 @@ pub(super) fn affine<const N: usize>(
     let step = 1.0 / (highest - 1.0); // the share of the span that one code less makes of a step
     let cuts = [(0.0, 0.0), (0.0, -step), (0.0, -step / 2.0), (0.03, 0.03), (0.07, 0.07), (0.06, 0.0), (0.0, 0.06)];
     let more = if weights.differ() { CUTS.as_slice() } else { &[] };
-    // without weights a start above zero may win, and files that exist rely on the bits that come of it
+    // without weights an offset above zero may win, and files that exist rely on the bits that come of it
     let most = if below_zero && weights.differ() { 0.0 } else { f32::INFINITY };
     for (below, above) in cuts.iter().chain(more) {
-        let mut candidate = (span * (1.0 - below - above) / highest, (least + span * below).min(most));
+        let mut candidate = (span * (1.0 - below - above) / highest, least + span * below);
         for _ in 0..3 {
-            let (d, m) = (store(candidate.0), store(candidate.1));
+            let (d, m) = (store(candidate.0), store(candidate.1.min(most)));
             let fit = fit_affine(values, weights, d, m, highest);
             if fit.error < best.0 {
                 best = (fit.error, d, m);
@@ -162,7 +162,8 @@ impl AffineFit {
     fn refined(&self, below_zero: bool) -> (f32, f32) {
         let d = self.at;
         let determinant = self.count * self.squares - self.codes * self.codes;
-        if determinant <= 0.0 {
+        // of whole numbers it is none or more; of products with weights, what rounding leaves of none is far below
+        if determinant <= 1e-5 * self.count * self.squares {
             return (d, self.values / self.count - d * self.codes / self.count); // one code for all: the offset follows
         }
         let refined = (self.count * self.products - self.codes * self.values) / determinant;

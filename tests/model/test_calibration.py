@@ -104,17 +104,20 @@ def perplexity(loaded: LoadedModel) -> float:
 def test_perplexity_is_lower_with_calibration(
     loaded: LoadedModel, exact: float, statistics: dict[str, InputStatistics], whole: dict[str, Tensor], kind: str
 ) -> None:
-    found = []
+    found: list[float] = []
+    errors: dict[str, list[float]] = {name: [] for name in whole}
     for calibrated in (False, True):
         for name, values in whole.items():
             gguf_name = models.family(loaded.config.family).gguf_name(f"{name}.weight")
             form = _gguf_types.block_format(gguf_name, tuple(values.shape), LAYERS, _gguf_types.mixture(kind))
             size, nbytes = SIZES[form]
             blocks, restored = torch.empty(values.numel() // size * nbytes, dtype=torch.uint8), torch.empty_like(values)
-            importance = statistics[name].second_moment.float() if calibrated else None
-            _core.quantize(form, values, blocks, importance)
+            importance = statistics[name].second_moment
+            _core.quantize(form, values, blocks, importance.float() if calibrated else None)
             _core.dequantize(form, blocks, restored)
+            errors[name].append(float(((restored - values).double().square() * importance).sum()))
             put(loaded, name, restored)
         found.append(perplexity(loaded))
     print(f"{kind}: perplexity {exact:.3f} before rounding, {found[0]:.3f} rounded, {found[1]:.3f} calibrated")
     assert found[1] <= found[0]
+    assert all(calibrated <= plain for plain, calibrated in errors.values())
