@@ -53,8 +53,8 @@ def test_what_counts_is_kept_better(kind: str, seed: int, shape: str, spread: fl
     ours, plain = (
         weighted_error(kind, values, importance, blocks=quantize(kind, values, given)) for given in (importance, None)
     )
-    # blocks of 256 are searched on one level after the other, which promises no optimum (the worst seen: 1.10, of values
-    # far from zero in Q2_K); others only round their sums
+    # blocks of 256 are searched on one level after the other, which promises no optimum (the worst seen: 1.10, of
+    # values far from zero in Q2_K); others only round their sums
     assert ours <= plain * (1.15 if SIZES[kind][0] == 256 else 1 + 1e-6)
 
 
