@@ -46,3 +46,13 @@ def test_codes_scales_and_values(name: str, kind: str, sides: tuple[int, int], d
     ours = weight.dense()
     assert ours.dtype == theirs.dtype == dtype
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_scales_that_are_not_quantized_again(name: str) -> None:
+    dense = weights("heavy", (37, 512))
+    codes, state = functional.quantize_4bit(dense, compress_statistics=False, quant_type=name)
+    weight = plugins.load("quant", name).scheme("single").weight(dense, torch.float32)
+    assert torch.equal(weight.parts["codes"], codes.view(-1))
+    assert torch.equal(weight.parts["scales"], state.absmax)
+    assert torch.equal(weight.dense(), functional.dequantize_4bit(codes, state))

@@ -95,7 +95,7 @@ def test_the_gradient_reaches_the_input_and_keeps_no_dense_matrix(weight: Weight
 
 def test_blocks_of_a_file_hold_the_same_numbers(weight: Weight) -> None:
     found = weight.blocks_of_file()
-    if isinstance(weight, GgufWeight) or (isinstance(weight, QuantizedWeight) and "int4" in weight.scheme.name):
+    if isinstance(weight, GgufWeight) or (isinstance(weight, QuantizedWeight) and "int4_group" in weight.scheme.name):
         assert found is not None
     if found is not None:
         kind, blocks = found
@@ -141,6 +141,12 @@ def test_size_is_that_of_the_format(weight: Weight) -> None:
         expected = {
             "nf4": count // 2 + 296 + 8 + 4,  # 296 blocks of 64, 2 of 256 blocks, one mean
             "fp4": count // 2 + 296 + 8 + 4,
+            "nf4:single": count // 2 + 296 * 4,
+            "fp4:single": count // 2 + 296 * 4,
+            "int4": count // 2 + count // 64 * 3,
+            "int4:32": count // 2 + count // 32 * 3,
+            "int4:64": count // 2 + count // 64 * 3,
+            "int4:128": count // 2 + count // 128 * 3,
             "int8": count + ROWS * 4,
             "int8:32": count + count // 32 * 4,
             "fp8_e4m3": count + ROWS * 4,
@@ -181,7 +187,8 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
 @pytest.mark.parametrize("sides", [(0, 512), (7, 0), (3, 97), (1, 1), (2, 96)])
 def test_sides_that_are_no_whole_groups_are_right_or_refused(kind: str, sides: tuple[int, int]) -> None:
     name, _, option = kind.partition(":")
-    group = {"int8": int(option or 1), "int4_group": int(option or 64)}.get(name, 1)
+    size = int(option) if option.isdigit() else None
+    group = {"int8": size or 1, "int4_group": size or 64, "int4": size or 64}.get(name, 1)
     dense = torch.randn(sides, generator=torch.Generator().manual_seed(2))
     if sides[1] % group:
         with pytest.raises(InputError, match=f"whole groups of {group}, got {sides[1]}"):
@@ -199,6 +206,8 @@ def test_sides_that_are_no_whole_groups_are_right_or_refused(kind: str, sides: t
 
 # the root mean square error on normal weights, in standard deviations: nf4 and fp4 as the literature has them
 NORMAL_ERROR = {"nf4": 0.093, "fp4": 0.125, "int8": 0.0085, "int8:32": 0.0055, "fp8_e4m3": 0.027, "int4_group": 0.088}
+NORMAL_ERROR |= {"nf4:single": 0.093, "fp4:single": 0.125}
+NORMAL_ERROR |= {"int4": 0.09, "int4:64": 0.09, "int4:32": 0.08, "int4:128": 0.098}
 NORMAL_ERROR |= {"int4_group:64": 0.088, "int4_group:32": 0.076, "int4_group:128": 0.1}
 
 

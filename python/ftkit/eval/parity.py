@@ -69,6 +69,9 @@ _BOUNDS = {
     "q5": Bounds(kl_mean=0.1, top1=0.8),
     "q4": Bounds(kl_mean=1.0, top1=0.5),
     "iq4": Bounds(kl_mean=1.0, top1=0.5),
+    "nf4": Bounds(kl_mean=1.0, top1=0.5),
+    "int4": Bounds(kl_mean=1.0, top1=0.5),
+    "fp4": Bounds(kl_mean=1.5, top1=0.4),
     "q3": Bounds(kl_mean=1.5, top1=0.4),
     "q2": Bounds(kl_mean=4.0, top1=0.2),
 }

@@ -8,6 +8,7 @@ from ftkit import adapters
 from ftkit.export._calibration import Calibration
 from ftkit.models import LoadedModel
 from ftkit.nn.decoder import Decoder
+from ftkit.nn.linear import Weight
 from ftkit.quant._scheme import QuantizedWeight
 
 
@@ -25,27 +26,36 @@ class Material:
     """Name → (format, blocks) of GGUF that hold a changed weight to the bit, where there are such."""
     calibration: Calibration | None = None
     """How much columns count when weights are rounded; None: all alike."""
+    held: dict[str, Weight] = field(default_factory=dict)
+    """Name → the matrix as the model holds it, but for those that an adapter is merged into as floats."""
+    quantized: dict[str, Weight] = field(default_factory=dict)
+    """Name → the matrix in the scheme that it is to be written in; empty for an export of floats."""
+    rounded_to: str | None = None
+    """The scheme that some of `quantized` were rounded to for this export."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, adapter_id: int | None = None) -> "Material":
         """The model as it is, or with the adapter of that id."""
         model = loaded.model
         converted = _converted(model)
-        weights = {f"{name}.weight": linear.weight for name, linear in model.linears().items() if name in converted}
+        held = {f"{name}.weight": linear.weight for name, linear in model.linears().items()}
         changed = {f"{name}.weight" for name in converted}
         if adapter_id is None:
+            own = {}
             tensors = model.tensors()
         else:
             tensors = adapters.merged(model, adapter_id)
             adapted = [name for name, layer in model.layers_by_name().items() if str(adapter_id) in layer.adapters]
             own = adapters.merged_weights(model, adapter_id)
-            weights = {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in adapted}
-            weights |= own
+            held = {name: weight for name, weight in held.items() if name.removesuffix(".weight") not in adapted} | own
             changed |= {f"{name}.{kind}" for name in adapted for kind in ("weight", "bias")}
             if model.config.tied_embeddings:  # a head of its own came out of a tied one
                 changed.add("lm_head.weight")
             if model.attached[adapter_id].edits_base:
                 changed = set(tensors)
+        weights = {
+            name: weight for name, weight in held.items() if name in own or name.removesuffix(".weight") in converted
+        }
         blocks = {name: blocks for name, weight in weights.items() if (blocks := weight.blocks_of_file()) is not None}
         return cls(
             loaded=loaded,
@@ -53,6 +63,7 @@ class Material:
             tensors=tensors,
             changed=frozenset(changed & tensors.keys()),
             blocks=blocks,
+            held={name: weight for name, weight in held.items() if name in tensors},
         )
 
     @property

@@ -13,6 +13,8 @@ from ftkit.errors import GateError, InputError, did_you_mean
 from ftkit.eval.parity import Parity, bounds, compare
 from ftkit.export._calibration import calibrate
 from ftkit.export._material import Material
+from ftkit.export._quantized import quantized
+from ftkit.models._quantized import scheme_of
 from ftkit.train import files
 
 # one of these is in every directory that an export may replace
@@ -39,6 +41,8 @@ def export(
     *,
     to: str,
     kind: str | None = None,
+    quant: str | None = None,
+    requantize: bool = False,
     adapter: Path | None = None,
     runs_dir: Path | str = "runs",
     calibration: str | None = None,
@@ -47,11 +51,14 @@ def export(
 ) -> Exported:
     """Exports a model, with an adapter or the one that a run brings, to the target `to` as the type `kind`.
 
-    `calibration`: a dataset; what matters while the model reads it is rounded with more care. Raises InputError for
-    what cannot be exported, and GateError, leaving nothing, when what was written and read back does not answer as the
-    live model does.
+    `calibration`: a dataset; what matters while the model reads it is rounded with more care.
+    `quant`: the scheme of its matrices, for a target with `QUANTS`; `requantize` allows float offsets to be rounded to
+    whole zero points.
+
+    Raises InputError for what cannot be exported, and GateError, leaving nothing, when what was written and read back
+    does not answer as the live model does.
     """
-    target, _ = _target(to, kind)
+    target, _ = _target(to, kind, quant)
     _check(target, out, overwrite)
     check_calibration(calibration, to, kind)
     place = models.resolve(source, runs_dir)
@@ -62,7 +69,17 @@ def export(
     if folder is not None:
         adapters.load(loaded.model, folder, 0)
     material = Material.of(loaded, None if folder is None else 0)
-    return publish(material, out, to=to, kind=kind, calibration=calibration, overwrite=overwrite, report=report)
+    return publish(
+        material,
+        out,
+        to=to,
+        kind=kind,
+        calibration=calibration,
+        quant=quant,
+        requantize=requantize,
+        overwrite=overwrite,
+        report=report,
+    )
 
 
 def publish(
@@ -72,6 +89,8 @@ def publish(
     to: str,
     kind: str | None = None,
     calibration: str | None = None,
+    quant: str | None = None,
+    requantize: bool = False,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Exported:
@@ -79,25 +98,29 @@ def publish(
 
     Raises as `export` does.
     """
-    if kind is None and material.exact and "source" in plugins.load("export", to).TYPES:
+    if kind is None and material.exact and "source" in plugins.load("export", to.replace("-", "_")).TYPES:
         kind = "source"
-    target, kind = _target(to, kind)
+    target, kind = _target(to, kind, quant)
     _check(target, out, overwrite)
     if calibration is not None:
         check_calibration(calibration, to, kind)
         found = calibrate(material.loaded, material.adapter_id, calibration, report)
         material = replace(material, calibration=found)
+    remarks: list[str] = []
+    if quant is not None:
+        report(f"quantizing to {quant}")
+        material, remarks = quantized(material, quant, requantize)
     with _staged(out) as staged:
         report(f"writing {to} {kind}")
-        remarks = target.write(material, staged, kind)
+        remarks += target.write(material, staged, kind)
         report("comparing with the live model")
         # `source` rounds what an adapter changed to the file's formats, so its bound is that of the coarsest ones
         rounds = bool(material.changed) and not material.exact
-        allowed = bounds(kind if kind != "source" else "q2_k" if rounds else "f32")
+        allowed = bounds(material.rounded_to or (kind if kind != "source" else "q2_k" if rounds else "f32"))
         parity = compare(material.loaded, target.read_back(material, staged), allowed)
         if not parity.passed:
             raise GateError(
-                f"{to} {kind}: expected what was written to answer as the model does, "
+                f"{to} {quant or kind}: expected what was written to answer as the model does, "
                 f"got KL {parity.kl_mean:.3g} (mean) {parity.kl_max:.3g} (max), top-1 {parity.top1:.3f}",
                 "a type with more bits is nearer",
             )
@@ -105,9 +128,20 @@ def publish(
     return Exported(out=out, bytes=size, parity=parity, remarks=tuple(remarks))
 
 
-def _target(to: str, kind: str | None) -> tuple[Any, str]:
+def _target(to: str, kind: str | None, quant: str | None) -> tuple[Any, str]:
     """The target, and the type to write."""
-    target = plugins.load("export", to)
+    target = plugins.load("export", to.replace("-", "_"))
+    known = getattr(target, "QUANTS", ())
+    if quant is not None and quant.partition(":")[0] not in known:
+        can = f"one of {', '.join(known)}" if known else "none"
+        raise InputError(
+            f"--quant: expected {can} for {to}, got {quant!r}",
+            did_you_mean(quant, known)
+            if known
+            else "--type says the format; --to safetensors writes nf4, fp4 and int4",
+        )
+    if quant is not None:
+        scheme_of(quant)  # for its option
     kind = kind or str(target.DEFAULT_TYPE)
     if kind not in target.TYPES:
         known = ", ".join(target.TYPES)

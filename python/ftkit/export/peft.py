@@ -33,6 +33,6 @@ def write(material: Material, out: Path, kind: str) -> list[str]:  # noqa: ARG00
 def read_back(material: Material, out: Path) -> LoadedModel:
     """The base model with the adapter that the directory holds, merged."""
     loaded = material.loaded
-    again = models.load(loaded.path, dtype=loaded.model.dtype, device=loaded.model.device)
+    again = models.load(loaded.path, dtype=loaded.model.dtype, device=loaded.model.device, quant=loaded.quant)
     adapters.load(again.model, out, 0, any_base=False)
     return again

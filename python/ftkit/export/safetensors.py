@@ -1,4 +1,8 @@
-"""A directory of safetensors, as transformers and most servers load it: weights, `config.json`, tokenizer, template."""
+"""A directory of safetensors, as transformers and most servers load it: weights, `config.json`, tokenizer, template.
+
+Quantized matrices are written as bitsandbytes (`nf4`, `fp4`) or compressed-tensors (`int4`) writes them; the type is
+that of all other weights, and what the matrices are computed in.
+"""
 
 from pathlib import Path
 
@@ -13,15 +17,22 @@ from ftkit.models import LoadedModel
 TYPES = ("bf16", "f16", "f32")
 DEFAULT_TYPE = "bf16"
 SUFFIX = ""
+QUANTS = ("nf4", "fp4", "int4")
+"""Schemes that matrices can be written in."""
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def write(material: Material, out: Path, kind: str) -> list[str]:
     """Writes the model to the directory `out`. Raises InputError for a weight that is too large for the type."""
-    tensors = {name: _converted(name, tensor, kind) for name, tensor in material.tensors.items()}
-    models.save(material.loaded, tensors, out)
-    if material.exact and kind != "f32":
+    dense = {name: tensor for name, tensor in material.tensors.items() if name not in material.quantized}
+    models.save(
+        material.loaded,
+        {name: _converted(name, tensor, kind) for name, tensor in dense.items()},
+        out,
+        quantized=material.quantized,
+    )
+    if material.exact and kind != "f32" and not material.quantized:
         forms = ", ".join(sorted({form for form, _ in material.blocks.values()}))
         return [f"the matrices are held in {forms} and became {kind}; a .gguf file keeps them to the bit in their size"]
     return []

@@ -58,9 +58,9 @@ def merge(
     if shares == [1.0]:
         material = Material.of(loaded, 0)
     else:
-        if loaded.model.fingerprint is not None and "+" in loaded.model.fingerprint:
+        if (loaded.model.fingerprint is not None and "+" in loaded.model.fingerprint) or models.formats(place, "none"):
             raise InputError(
-                f"merge: expected one adapter of weight 1 over a converted base, got weights {shares}",
+                f"merge: expected one adapter of weight 1 over a quantized base, got weights {shares}",
                 "each adapter belongs to what its scheme made of the base; merge it alone first",
             )
         base = loaded.model.tensors()

@@ -19,6 +19,7 @@ from torch import Tensor
 from ftkit import _core, plugins
 from ftkit.errors import InputError
 from ftkit.models._family import Family, family, family_of_gguf, family_of_hf
+from ftkit.models._prequantized import Prequantized, serialized
 from ftkit.models._quantized import STAY_DENSE, Converted, scheme_of
 from ftkit.models._source import Source, resolve
 from ftkit.models._texts import template_of, tokenizer_of
@@ -57,6 +58,8 @@ class LoadedModel:
     name: str
     fingerprint: str
     """Tells base models apart; an adapter remembers it."""
+    quant: str = DENSE
+    """How it was asked to hold its matrices, as `load` takes it."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -90,9 +93,9 @@ def load(
     """A model with its weights, frozen, in `dtype` on `device`.
 
     `quant`: how its matrices are held, `none` for dense ones or a scheme in `ftkit.quant`; not given, it is the one
-    that the base of a run was converted to, else `none`. Raises InputError, with all
-    that is wrong, when weights are missing, superfluous, of another shape or not finite, and for a scheme that cannot
-    hold this model.
+    that the base of a run was converted to, else `none`. Matrices that a directory of safetensors holds quantized stay
+    as they are under `none`. Raises InputError, with all that is wrong, when weights are missing, superfluous, of
+    another shape or not finite, and for a scheme that cannot hold this model.
     """
     place = source if isinstance(source, Source) else resolve(source)
     quant = quant or place.quant or DENSE
@@ -100,9 +103,13 @@ def load(
     names = _names(config, weights, owner)
     kinds = _formats(place.path, config, weights, names, quant)
     if kinds and torch.device(device).type != "cpu":
-        raise InputError(f"--quant {quant}: expected the device cpu, got {device}", "--quant none computes anywhere")
+        held = next(iter(kinds.values())) if quant == DENSE else quant
+        raise InputError(
+            f"{place.path}: expected the device cpu for matrices in {held}, got {device}",
+            "dense ones compute anywhere (ftkit export --to safetensors makes them)",
+        )
     fingerprint = weights.fingerprint()
-    scheme = None if quant == DENSE else scheme_of(quant)
+    scheme = None if _as_they_are(weights, quant) else scheme_of(quant)
     converted = None if scheme is None else Converted(scheme, fingerprint, place.path, dtype)
     sides = dict(shapes(config))
     problems = _problems(config, weights, names)
@@ -114,6 +121,9 @@ def load(
                 if stored in kinds and converted is not None:
                     whole = functools.partial(_read, owner, config, weights, name, stored, torch.float32)
                     kept[name] = converted.weight(name, (sides[name][0], sides[name][1]), whole)
+                    continue
+                if stored in kinds and isinstance(weights, Prequantized):
+                    kept[name] = weights.weight(stored, dtype)
                     continue
                 if stored in kinds and isinstance(weights, Gguf):
                     kept[name] = _stored(quant, owner, config, name, weights.blocks(stored), kinds[stored], dtype)
@@ -127,7 +137,7 @@ def load(
     model.rotary.to(device)
     # what a scheme makes of the weights is another base: an adapter makes up for its errors
     model.fingerprint = fingerprint if scheme is None else f"{fingerprint}+{scheme.name}"
-    return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint)
+    return LoadedModel(model=model, path=place.path, name=place.name, fingerprint=model.fingerprint, quant=quant)
 
 
 def scheme_at_rest(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -146,7 +156,7 @@ def build(
 ) -> Decoder:
     """A model of this configuration whose weights hold whatever memory held; no file is read.
 
-    `formats`: published name → format of the matrices that `load` would hold as `quant` does.
+    `formats`: published name → format of the matrices that `load` would hold as `quant` does, from `formats`.
     """
     owner, sides, kinds = family(config.family), dict(shapes(config)), formats or {}
     rows = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
@@ -154,7 +164,7 @@ def build(
     def stored(name: str) -> Weight | None:
         if name not in kinds:
             return None
-        scheme = scheme_of(quant)
+        scheme = scheme_of(kinds[name] if quant == DENSE else quant)
         if scheme is not None:
             empty: Weight = scheme.empty((sides[name][0], sides[name][1]), dtype)
             return empty
@@ -183,17 +193,24 @@ def formats(source: str | Path | Source, quant: str) -> dict[str, str]:
     return {name: kinds[stored] for name, stored in names.items() if stored in kinds}
 
 
-def save(loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+def save(
+    loaded: LoadedModel, tensors: dict[str, Tensor], folder: Path, quantized: Mapping[str, Weight] | None = None
+) -> None:
     """Writes `tensors` (by published names) with the model's config.json, tokenizer and template to a new directory.
 
-    The result is a model that `load` and transformers read. Shards have 5 GB at most.
+    The result is a model that `load` and transformers read. Shards have 5 GB at most. `quantized`: matrices beside
+    `tensors` that are held in one scheme, written as the library does whose scheme it is.
     """
     folder.mkdir(parents=True)
     dtype = next(iter(tensors.values())).dtype
     table = loaded.hf_config() | {"dtype": str(dtype).removeprefix("torch."), "vocab_size": loaded.config.vocab_size}
-    table["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    table["tie_word_embeddings"] = "lm_head.weight" not in {*tensors, *(quantized or {})}
     table.pop("torch_dtype", None)
     table.pop("quantization_config", None)
+    if quantized:
+        dense = [name for name in loaded.model.linears() if f"{name}.weight" not in quantized]
+        more, table["quantization_config"] = serialized(quantized, dtype, dense)
+        tensors = tensors | more
     (folder / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     _save_shards(tensors, folder, 5 * 10**9)
     generation = loaded.path / "generation_config.json"
@@ -243,13 +260,20 @@ def _open(path: Path) -> tuple[DecoderConfig, Weights, Family]:
         config = owner.from_hf(table)
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error.message}", error.hint) from None
-    return config, Safetensors(path), owner
+    quantized = table.get("quantization_config")
+    if quantized is None:
+        return config, Safetensors(path), owner
+    if not isinstance(quantized, dict):
+        raise InputError(f"{path / 'config.json'}: quantization_config: expected an object, got {quantized!r}")
+    return config, Prequantized(path, quantized), owner
 
 
 def _formats(
     path: Path, config: DecoderConfig, weights: Weights, names: Mapping[str, str], quant: str
 ) -> dict[str, str]:
     """The file's name → block format, or scheme, of the matrices that are not held dense."""
+    if isinstance(weights, Prequantized) and _as_they_are(weights, quant):
+        return dict.fromkeys(weights.sides, weights.scheme)
     if quant == DENSE:
         return {}
     if scheme_of(quant) is not None:
@@ -258,6 +282,11 @@ def _formats(
     if not isinstance(weights, Gguf):
         raise InputError(f"--quant {quant}: expected a .gguf file, got {path}", f"ftkit export {path} --to gguf")
     return weights.formats
+
+
+def _as_they_are(weights: Weights, quant: str) -> bool:
+    """Whether nothing is converted."""
+    return quant == DENSE or (isinstance(weights, Prequantized) and quant == weights.scheme)
 
 
 def _stored(

@@ -14,7 +14,8 @@ from torch import Tensor
 from ftkit import _core
 from ftkit.errors import InputError
 
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The dtypes of dense weights, as safetensors calls them."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -38,16 +39,19 @@ class Weights(Protocol):
 class Safetensors:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, floats: bool = True) -> None:
+        """`floats`: raises InputError for a tensor of another dtype than those of `FLOATS`."""
         self._files = [(path, _open(path)) for path in _shards(folder)]
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._home: dict[str, Any] = {}
         problems = []
         for path, file in self._files:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 part = file.get_slice(name)
-                if part.get_dtype() not in _FLOATS:
-                    problems.append(f"{name}: expected one of {', '.join(_FLOATS)}, got {part.get_dtype()}")
+                self.dtypes[name] = part.get_dtype()
+                if floats and self.dtypes[name] not in FLOATS:
+                    problems.append(f"{name}: expected one of {', '.join(FLOATS)}, got {self.dtypes[name]}")
                 if name in self._home:
                     problems.append(f"{name}: expected in one file, got it again in {path.name}")
                 self.shapes[name], self._home[name] = tuple(part.get_shape()), file
@@ -55,15 +59,20 @@ class Safetensors:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor; without a copy where it is stored in `dtype`."""
-        tensor: Tensor = self._home[name].get_tensor(name)
+        tensor = self.stored(name)
         # a sum is one pass without a copy; only where it is not finite (or overflows) each value is looked at
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             raise InputError(f"{name}: expected finite weights, got {_wrong(tensor)}")
         return tensor.to(dtype)
 
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it is in the file, of whatever dtype."""
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
     def fingerprint(self) -> str:
         """See `Weights`."""
-        return _digest((name, self._home[name].get_tensor(name)) for name in sorted(self.shapes))
+        return _digest((name, self.stored(name)) for name in sorted(self.shapes))
 
 
 class Gguf:

@@ -4,7 +4,8 @@
 
 Blocks of 64 go over the flattened matrix; a is the block's greatest magnitude. The scales, less their mean, are codes
 of 8 bits into the dynamic map under one float scale a' a block of 256. Two codes a byte, the first in the high half.
-4.127 bits a weight. Codes, scales and decoded values are those of bitsandbytes to the bit.
+4.127 bits a weight; with the option `single` scales stay floats, and it is 4.5. Codes, scales and decoded values are
+those of bitsandbytes to the bit.
 
 Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv 2305.14314; the dynamic map:
 Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2016, arXiv 1511.04561.
@@ -21,6 +22,7 @@ from ftkit.kernels.coded_matmul import Coded, Nested
 from ftkit.quant._scheme import SLAB, Parts, Scheme, Sides, finite
 
 BLOCK, NESTED_BLOCK = 64, 256
+OPTIONS = ("", "single")
 _STEPS = 65535
 _LEAST = 1e-38
 """What smaller block scales are raised to before dividing by them."""
@@ -41,8 +43,12 @@ def _dynamic() -> list[float]:
 _DYNAMIC = _dynamic()
 
 
-def codebook(name: str, values: Sequence[float]) -> Scheme:
-    """The scheme of a table of 16 numbers; ones that are equal are one number, and the first code is taken."""
+def codebook(name: str, values: Sequence[float], option: str = "") -> Scheme:
+    """The scheme of a table of 16 numbers; ones that are equal are one number, and the first code is taken.
+
+    Parts called `table` and `map` stand for the scheme's own numbers, for files that say theirs.
+    """
+    single = option == "single"
     table = torch.tensor(values, dtype=torch.float32)
     table /= table.abs().max()
     order = table.argsort(stable=True)
@@ -67,17 +73,22 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
                 scaled = functional.pad(scaled, (0, 1))
             numbers = order[torch.bucketize(scaled, bounds, out_int32=True)].to(torch.uint8)
             codes[start // 2 : start // 2 + len(numbers) // 2] = numbers[::2] << 4 | numbers[1::2]
+        if single:
+            return {"codes": codes, "scales": scales}
         mean = scales.mean()
         nested, greatest = _encode_scales(scales - mean)
         return {"codes": codes, "scales": nested, "scale_scales": greatest, "scale_mean": mean.view(1)}
 
     def coded(parts: Parts, shape: Sides) -> Coded:
         device = parts["codes"].device
-        nested = Nested(map=dynamic_map().to(device), greatest=parts["scale_scales"], mean=parts["scale_mean"])
+        nested = None
+        if not single:
+            numbers = parts["map"] if "map" in parts else dynamic_map().to(device)
+            nested = Nested(map=numbers, greatest=parts["scale_scales"], mean=parts["scale_mean"])
         return Coded(
             shape=shape,
             codes=parts["codes"],
-            table=table.to(device),
+            table=parts["table"] if "table" in parts else table.to(device),
             group=BLOCK,
             scales=parts["scales"],
             nested=nested,
@@ -86,6 +97,8 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
     def layout(shape: Sides) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         count = shape[0] * shape[1]
         blocks = -(-count // BLOCK)
+        if single:
+            return {"codes": (((count + 1) // 2,), torch.uint8), "scales": ((blocks,), torch.float32)}
         return {
             "codes": (((count + 1) // 2,), torch.uint8),
             "scales": ((blocks,), torch.uint8),
@@ -93,7 +106,7 @@ def codebook(name: str, values: Sequence[float]) -> Scheme:
             "scale_mean": ((1,), torch.float32),
         }
 
-    return Scheme(name=name, version=1, layout=layout, encode=encode, coded=coded)
+    return Scheme(name=f"{name}:{option}" if option else name, version=1, layout=layout, encode=encode, coded=coded)
 
 
 def dynamic_map() -> Tensor:

@@ -6,13 +6,14 @@ scales and sizes. On normally distributed weights its error is a third larger th
 Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv 2305.14314.
 """
 
-from ftkit.quant._codebook import codebook
+from ftkit.quant._codebook import OPTIONS, codebook
 from ftkit.quant._scheme import Scheme
 
-OPTIONS = ("",)
+__all__ = ["OPTIONS", "scheme"]
+
 _MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-def scheme(option: str = "") -> Scheme:  # noqa: ARG001
-    """The scheme; there is no option."""
-    return codebook("fp4", (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)))
+def scheme(option: str = "") -> Scheme:
+    """The scheme; with `single`, scales are not quantized again."""
+    return codebook("fp4", (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)), option)

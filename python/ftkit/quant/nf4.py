@@ -7,10 +7,11 @@ to finetune adapters over a base in a quarter of its memory.
 Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv 2305.14314.
 """
 
-from ftkit.quant._codebook import codebook
+from ftkit.quant._codebook import OPTIONS, codebook
 from ftkit.quant._scheme import Scheme
 
-OPTIONS = ("",)
+__all__ = ["OPTIONS", "scheme"]
+
 # the published numbers: quantiles of the normal distribution between 1 - 0.9677083 and 0.9677083, by their greatest
 _TABLE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -20,6 +21,6 @@ _TABLE = (
 )
 
 
-def scheme(option: str = "") -> Scheme:  # noqa: ARG001
-    """The scheme; there is no option."""
-    return codebook("nf4", _TABLE)
+def scheme(option: str = "") -> Scheme:
+    """The scheme; with `single`, scales are not quantized again."""
+    return codebook("nf4", _TABLE, option)
