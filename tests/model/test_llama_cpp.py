@@ -18,7 +18,7 @@ from torch.nn import functional
 from ftkit import adapters, models
 from ftkit.engine import Engine, Sampling
 from ftkit.engine.llama_cpp import open_model
-from ftkit.export import Material
+from ftkit.export import Material, gguf_lora
 from ftkit.export import gguf as target
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
@@ -183,3 +183,36 @@ def eight_bits(x: Tensor) -> Tensor:
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     numbers = torch.where(scale > 0, blocks / scale, 0.0).round()
     return (numbers * scale.half().float()).view(x.shape)
+
+
+def test_an_adapter_file_over_the_base_answers_as_the_live_adapter(adapted: LoadedModel, tmp_path: Path) -> None:
+    package = pytest.importorskip("llama_cpp")
+    model, config = adapted.model, adapted.config
+    gguf_lora.write(Material.of(adapted, 0), tmp_path / "lora.gguf", "f32")
+    target.write(Material.of(models.load(adapted.path)), tmp_path / "base.gguf", "f16")
+    tokens = adapted.tokenizer.encode("The river rises in the mountains, crosses three valleys, and reaches the sea. ")
+    found: dict[str | None, Tensor] = {}
+    for lora in (None, str(tmp_path / "lora.gguf")):
+        whole = package.llama_cpp.GGML_TYPE_F32  # keys and values; half precision would round them
+        theirs = open_model(
+            tmp_path / "base.gguf", n_ctx=512, n_threads=2, logits_all=True, lora_path=lora, type_k=whole, type_v=whole
+        )
+        theirs.eval(tokens)
+        found[lora] = torch.from_numpy(np.array(theirs.scores[: len(tokens)])).double()
+        theirs.close()
+    assert config.vocab_size == found[None].shape[1]
+    divergence = {}
+    for adapter in (0, -1):
+        batch = RaggedBatch.pack([tokens], adapter=adapter)
+        with torch.inference_mode():
+            live = model.head(model(batch), batch.routes).double()
+        divergence[adapter] = {
+            lora: float((live.softmax(-1) * (live.log_softmax(-1) - got.log_softmax(-1))).sum(-1).mean())
+            for lora, got in found.items()
+        }
+    (_, lora) = found
+    print(divergence)
+    # over f16 matrices llama.cpp rounds activations to half precision, which is what the bound of f16 above is for
+    assert divergence[0][lora] < 1e-4
+    assert divergence[0][None] > 100 * divergence[0][lora]
+    assert divergence[-1][None] < 1e-4
