@@ -32,7 +32,31 @@ pub fn rows(source: Source, sink: &mut Sink<'_>) -> Result<()> {
         Format::Json => json(&path, BufReader::with_capacity(1 << 20, file), sink),
         Format::Csv(separator) => csv_rows(&path, file, separator, sink),
         Format::Parquet => parquet_rows(&path, file, sink),
+        Format::Text => whole_text(&path, file, sink),
     }
+}
+
+/// The file as one row with the column `text`, as it is but for a byte order mark.
+fn whole_text(path: &Arc<PathBuf>, file: File, sink: &mut Sink<'_>) -> Result<()> {
+    let mut bytes = Vec::new();
+    file.take(LINE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| Error::io(path, &error))?;
+    if bytes.len() as u64 > LINE_BYTES {
+        let most = LINE_BYTES >> 20;
+        let message = format!("{}: expected a text of at most {most} MiB, got a longer one", path.display());
+        return Err(Error::input(message).hint("a folder of smaller .txt files is read as a text a file"));
+    }
+    let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let place = |line| Place { file: path.clone(), line, column: 0, counts_rows: false };
+    sink(match std::str::from_utf8(text) {
+        Ok(text) => {
+            Ok(Row { place: place(1), columns: Map::from_iter([("text".to_owned(), Value::String(text.to_owned()))]) })
+        }
+        Err(error) => {
+            let at = error.valid_up_to();
+            let problem = format!("expected UTF-8 text, got the byte 0x{:02x}", text[at]);
+            Err(BadRow { place: place(1 + newlines(&text[..at])), problem })
+        }
+    })
 }
 
 fn json_lines(path: &Arc<PathBuf>, mut reader: impl BufRead, sink: &mut Sink<'_>) -> Result<()> {
@@ -341,6 +365,7 @@ mod tests {
             "csv" => Format::Csv(b','),
             "json" => Format::Json,
             "parquet" => Format::Parquet,
+            "txt" => Format::Text,
             _ => Format::JsonLines,
         };
         let source = Source { path: Arc::new(PathBuf::from(name)), format, file };
@@ -424,11 +449,22 @@ mod tests {
         assert_eq!(found[2].as_ref().unwrap().place.line, 5);
     }
 
+    #[test]
+    fn a_text_is_one_row_as_it_is() {
+        let found = read("txt", b"\xef\xbb\xbfOne.\r\n\n  Two.\n").unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].as_ref().unwrap().columns["text"], "One.\r\n\n  Two.\n");
+        let found = read("txt", b"\xef\xbb\xbfOne.\n\nTw\xff.\n").unwrap();
+        assert_eq!(found[0].as_ref().unwrap_err().to_string(), "txt:3: expected UTF-8 text, got the byte 0xff");
+        let error = read("txt", "x".repeat(LINE_BYTES as usize + 1).as_bytes()).unwrap_err();
+        assert_eq!(error.message, "txt: expected a text of at most 64 MiB, got a longer one");
+    }
+
     proptest! {
         // Whatever the bytes are, reading ends, with rows or with an error in words.
         #[test]
-        fn no_bytes_make_a_reader_panic(content in prop::collection::vec(any::<u8>(), 0..300), format in 0..4) {
-            let name = ["jsonl", "json", "csv", "parquet"][format as usize];
+        fn no_bytes_make_a_reader_panic(content in prop::collection::vec(any::<u8>(), 0..300), format in 0..5) {
+            let name = ["jsonl", "json", "csv", "parquet", "txt"][format as usize];
             if let Err(error) = read(name, &content) {
                 prop_assert!(error.message.contains("expected"), "{}", error.message);
             }

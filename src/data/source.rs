@@ -19,6 +19,8 @@ pub enum Format {
     Csv(u8),
     /// Apache Parquet.
     Parquet,
+    /// Plain text: the whole file is one row.
+    Text,
 }
 
 /// A file of rows, open.
@@ -32,9 +34,11 @@ pub struct Source {
     pub file: File,
 }
 
-const EXTENSIONS: &str = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet";
+const EXTENSIONS: &str = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet or .txt";
 
 /// The files of `path`: itself, the files below it in the order of their names, or standard input for `-`.
+///
+/// Plain text counts only in a folder that has no other rows: beside rows it is a licence or a note about them.
 pub fn open(path: &Path) -> Result<Vec<Source>> {
     if path.as_os_str() == "-" {
         return Ok(vec![standard_input()?]);
@@ -46,6 +50,10 @@ pub fn open(path: &Path) -> Result<Vec<Source>> {
     walk(path, &mut files, 0)?;
     if files.is_empty() {
         return Err(Error::input(format!("{}: expected files of rows ({EXTENSIONS}), got none", path.display())));
+    }
+    let is_text = |file: &PathBuf| by_name(file) == Some(Format::Text);
+    if !files.iter().all(is_text) {
+        files.retain(|file| !is_text(file));
     }
     files.sort();
     files.iter().map(|file| open_file(file)).collect()
@@ -124,6 +132,7 @@ fn by_name(path: &Path) -> Option<Format> {
         "csv" => Some(Format::Csv(b',')),
         "tsv" => Some(Format::Csv(b'\t')),
         "parquet" => Some(Format::Parquet),
+        "txt" => Some(Format::Text),
         _ => None,
     }
 }
@@ -151,12 +160,21 @@ fn format_of(path: &Path, head: &[u8]) -> Result<Format> {
         Some(Format::Parquet) => {
             Err(Error::input(format!("{name}: expected a Parquet file, got one that doesn't begin with PAR1")))
         }
+        Some(Format::Text) if !begins_as_json(text) => Ok(Format::Text),
+        Some(Format::Text) if first == b'[' => Ok(Format::Json),
+        Some(Format::Text) => Ok(whole_or_lines(text)),
         // many a `.json` has one object a line, and some a `.jsonl` is one list
         Some(Format::Json | Format::JsonLines) | None if first == b'[' => Ok(Format::Json),
         Some(Format::Json) | None if first == b'{' => Ok(whole_or_lines(text)),
         Some(format) => Ok(format),
         None => Err(Error::input(format!("{name}: expected a file of rows ({EXTENSIONS}), got something else"))),
     }
+}
+
+/// Whether text begins as rows of JSON do, `{"` or `[{`, which prose hardly does.
+fn begins_as_json(text: &[u8]) -> bool {
+    let mut bytes = text.iter().filter(|byte| !byte.is_ascii_whitespace());
+    matches!((bytes.next(), bytes.next()), (Some(b'{'), Some(b'"')) | (Some(b'['), Some(b'{')))
 }
 
 /// Whether text that begins with `{` has an object a line, or is one object: its first line is no object, or all there is.
@@ -186,6 +204,11 @@ mod tests {
         assert_eq!(format("a.jsonl", b" [{}]").unwrap(), Format::Json);
         assert_eq!(format("a.csv", b"PAR1...").unwrap(), Format::Parquet);
         assert_eq!(format("a.csv", b"{x}, y\n").unwrap(), Format::Csv(b','));
+        assert_eq!(format("a.txt", b"{\"text\": 1}\n{\"text\": 2}\n").unwrap(), Format::JsonLines);
+        assert_eq!(format("a.txt", b"[{\"text\": 1}]").unwrap(), Format::Json);
+        assert_eq!(format("a.txt", b"{x} is a set\n").unwrap(), Format::Text);
+        assert_eq!(format("a.txt", b"[1] A note.\n").unwrap(), Format::Text);
+        assert_eq!(format("a.txt", b"hello").unwrap(), Format::Text);
         assert_eq!(format("standard input", b"{\"text\": 1}\n{").unwrap(), Format::JsonLines);
     }
 

@@ -21,7 +21,7 @@ _SET = Annotated[
 # option: (key, type, help)
 _OPTIONS: dict[str, tuple[str, type, str]] = {
     "model": ("model.source", str, "Directory of safetensors, .gguf file, hub name, or a run's name."),
-    "data": ("data.path", str, "JSONL, JSON, CSV or Parquet file, or a directory of these."),
+    "data": ("data.path", str, "JSONL, JSON, CSV, Parquet or .txt file, or a directory of these."),
     "method": ("method.name", str, "Finetuning method, such as lora or full."),
     "objective": ("objective.name", str, "What is learned, such as sft."),
     "epochs": ("training.epochs", float, "Passes over the data."),

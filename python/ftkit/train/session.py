@@ -163,7 +163,7 @@ def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:
 
 _COUNTS = {
     "bad_rows": "rows could not be read and were skipped",
-    "truncated_rows": "rows were longer than data.max_tokens and lost their last turns",
+    "truncated_rows": "rows were longer than data.max_tokens and lost what is beyond (data.long_rows = split keeps it)",
     "split_rows": "rows were longer than data.max_tokens and were split",
     "masked_rows": "rows have nothing to train on",
     "duplicate_rows": "rows are there more than once",

@@ -258,6 +258,28 @@ def test_bad_files_get_a_clear_error(encode: Encode, tmp_path: Path, cache: Path
     assert not [left for left in cache.rglob("*") if left.is_file()], "nothing half-written stays"
 
 
+def test_a_text_is_a_row_and_its_pieces_are_the_whole_of_it(encode: Encode, tmp_path: Path) -> None:
+    text = "One line.\n\nAnother, after a gap.\n"
+    (tmp_path / "a.txt").write_text(text)
+    ((ids, trained),) = sequences(encode(tmp_path / "a.txt"))
+    assert all(trained)
+    assert encode(tmp_path / "a.txt").statistics["rows"] == 1
+    pieces = sequences(encode(tmp_path / "a.txt", max_tokens=10, long_rows="split"))
+    assert [token for piece, _ in pieces for token in piece] == ids
+    assert max(len(piece) for piece, _ in pieces) == 10
+    assert encode(tmp_path / "a.txt", max_tokens=10).statistics["truncated_rows"] == 1
+
+
+def test_texts_of_a_folder_are_rows_unless_they_lie_beside_rows(encode: Encode, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.txt", "LICENSE.txt"):
+        (folder / name).write_text("Words of " + name)
+    assert len(encode(folder)) == 2
+    write_lines(folder / "rows.jsonl", [{"messages": talk} for talk in TALKS])
+    assert len(encode(folder)) == len(TALKS)
+
+
 def test_a_table_of_headings_only_has_no_rows(encode: Encode, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n")
