@@ -4,6 +4,7 @@ perplexity = exp(−1/K · Σ log p(tᵢ | t₍<ᵢ₎))        KL(against ‖ m
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ftkit import adapters, data
 from ftkit.config import DataConfig
 from ftkit.errors import InputError
 from ftkit.models import LoadedModel
-from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
+from ftkit.nn.batch import NO_ADAPTER
 
 _ADAPTER = 0
 _CHUNK_ROWS = 256
@@ -29,43 +30,45 @@ def evaluate(
         raise InputError("--data: expected a dataset, got none")
     if adapter is not None:
         adapters.load(loaded.model, adapter, _ADAPTER)
-    number = NO_ADAPTER if adapter is None else _ADAPTER
-    config = DataConfig(path=str(data_path))
+    mine = log_probabilities(loaded, data_path, NO_ADAPTER if adapter is None else _ADAPTER)
+    return summary(mine, None if against is None else log_probabilities(against, data_path))
+
+
+def log_probabilities(
+    loaded: LoadedModel, data_path: Path, adapter: int = NO_ADAPTER
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(log-probabilities [positions, vocabulary] in float64, targets [positions]) of a few positions at a time."""
+    # what is long is cut in pieces, so that it is counted to its end
+    config = DataConfig(path=str(data_path), long_rows="split")
     dataset, _ = data.prepare(config, loaded.tokenizer, loaded.template, seed=0)
-    loss, count, divergence, largest, same = 0.0, 0, 0.0, 0.0, 0
     for batch in dataset.batches(1, passes=1):
-        for mine, others, targets in _chunks(loaded, number, against, batch):
-            loss -= float(mine.gather(1, targets.unsqueeze(1)).sum())
-            count += len(targets)
-            if others is not None:
-                found = (others.exp() * (others - mine)).sum(-1).clamp(min=0)
-                divergence += float(found.sum())
-                largest = max(largest, float(found.max()))
-                same += int((others.argmax(-1) == mine.argmax(-1)).sum())
+        assert batch.targets is not None
+        rows = batch.trained
+        targets = batch.targets.index_select(0, rows).long()
+        with torch.inference_mode():
+            given = batch.with_adapter(adapter)
+            hidden, routes = loaded.model(given).index_select(0, rows), given.routes.take(rows.tolist())
+            for begin in range(0, len(rows), _CHUNK_ROWS):
+                end = min(begin + _CHUNK_ROWS, len(rows))
+                logits = loaded.model.head(hidden[begin:end], routes.take(range(begin, end)))
+                yield logits.double().log_softmax(-1), targets[begin:end]
+
+
+def summary(
+    mine: Iterable[tuple[Tensor, Tensor]], others: Iterable[tuple[Tensor, Tensor]] | None = None
+) -> dict[str, Any]:
+    """What `log_probabilities` gave, in figures; with those of another model, the divergence from it."""
+    loss, count, divergence, largest, same = 0.0, 0, 0.0, 0.0, 0
+    pairs = ((part, None) for part in mine) if others is None else zip(mine, others, strict=True)
+    for (logs, targets), other in pairs:
+        loss -= float(logs.gather(1, targets.unsqueeze(1)).sum())
+        count += len(targets)
+        if other is not None:
+            found = (other[0].exp() * (other[0] - logs)).sum(-1).clamp(min=0)
+            divergence += float(found.sum())
+            largest = max(largest, float(found.max()))
+            same += int((other[0].argmax(-1) == logs.argmax(-1)).sum())
     table: dict[str, Any] = {"perplexity": math.exp(loss / count), "tokens": count}
-    if against is not None:
+    if others is not None:
         table |= {"kl_mean": divergence / count, "kl_max": largest, "top1": same / count}
     return table
-
-
-@torch.inference_mode()
-def _chunks(
-    loaded: LoadedModel, number: int, against: LoadedModel | None, batch: RaggedBatch
-) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """Log-probabilities [rows, vocabulary] of both models and the targets [rows], for the trained positions."""
-    assert batch.targets is not None
-    rows = batch.trained
-    targets = batch.targets.index_select(0, rows).long()
-    asked = [(loaded, batch.with_adapter(number))] + ([(against, batch.with_adapter(NO_ADAPTER))] if against else [])
-    hidden = [
-        (model, given.routes.take(rows.tolist()), model.model(given).index_select(0, rows)) for model, given in asked
-    ]
-    found = []
-    for begin in range(0, len(rows), _CHUNK_ROWS):
-        end = min(begin + _CHUNK_ROWS, len(rows))
-        parts = [
-            model.model.head(states[begin:end], routes.take(range(begin, end))).double().log_softmax(-1)
-            for model, routes, states in hidden
-        ]
-        found.append((parts[0], parts[1] if against else None, targets[begin:end]))
-    return found
