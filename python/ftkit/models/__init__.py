@@ -119,7 +119,7 @@ def load(
         for name, stored in names.items():
             try:
                 if stored in kinds and converted is not None:
-                    whole = functools.partial(_read, owner, config, weights, name, stored, torch.float32)
+                    whole = functools.partial(_read, owner, config, weights, name, stored)
                     kept[name] = converted.weight(name, (sides[name][0], sides[name][1]), whole)
                     continue
                 if stored in kinds and isinstance(weights, Prequantized):
@@ -302,9 +302,16 @@ def _stored(
     return weight
 
 
-def _read(owner: Family, config: DecoderConfig, weights: Weights, name: str, stored: str, dtype: torch.dtype) -> Tensor:
-    """The weight `name` in its published order of rows."""
-    tensor = weights.read(stored, dtype)
+def _read(
+    owner: Family,
+    config: DecoderConfig,
+    weights: Weights,
+    name: str,
+    stored: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight `name` in its published order of rows; as it is mapped where no type is given."""
+    tensor = weights.read_mapped(stored) if dtype is None else weights.read(stored, dtype)
     return owner.of_gguf(config, name, tensor) if _is_gguf(weights) else tensor
 
 

@@ -17,6 +17,8 @@ from ftkit.errors import InputError
 FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes of dense weights, as safetensors calls them."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_SUMMED = 1 << 18
+"""Values that are looked at together."""
 
 
 class Weights(Protocol):
@@ -28,6 +30,9 @@ class Weights(Protocol):
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in `dtype` on the CPU. Raises InputError when values are NaN or infinite."""
+
+    def read_mapped(self, name: str) -> Tensor:
+        """The tensor as it is stored where torch has its type, without a copy; else in float32. Raises as `read`."""
 
     def fingerprint(self) -> str:
         """A hash of the tensors' names, shapes, formats, and of bytes at 16 places of each.
@@ -59,11 +64,17 @@ class Safetensors:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor; without a copy where it is stored in `dtype`."""
+        return self.read_mapped(name).to(dtype)
+
+    def read_mapped(self, name: str) -> Tensor:
+        """The tensor, mapped from its file."""
         tensor = self.stored(name)
-        # a sum is one pass without a copy; only where it is not finite (or overflows) each value is looked at
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        # a sum is one pass; only where it is not finite (or overflows) each value is looked at. torch converts what it
+        # sums in another type, so it gets a part at a time
+        sums = [part.sum(dtype=torch.float32) for part in tensor.flatten().split(_SUMMED)]
+        if not torch.isfinite(torch.stack(sums)).all() and not torch.isfinite(tensor).all():
             raise InputError(f"{name}: expected finite weights, got {_wrong(tensor)}")
-        return tensor.to(dtype)
+        return tensor
 
     def stored(self, name: str) -> Tensor:
         """The tensor as it is in the file, of whatever dtype."""
@@ -90,6 +101,10 @@ class Gguf:
         self.file.read(name, out)
         return out.to(dtype)
 
+    def read_mapped(self, name: str) -> Tensor:
+        """The tensor, dequantized: torch has no type for blocks."""
+        return self.read(name, torch.float32)
+
     @property
     def formats(self) -> dict[str, str]:
         """Name → block format of the matrices."""
@@ -111,14 +126,12 @@ class Gguf:
 
     def fingerprint(self) -> str:
         """See `Weights`."""
-        sizes = {name: (kind, _nbytes(shape, kind)) for name, shape, kind in self.file.tensors}
+        kinds = {name: kind for name, _, kind in self.file.tensors}
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
-            for name in sorted(sizes):
-                kind, size = sizes[name]
-                out = torch.empty(size, dtype=torch.uint8)
-                self.file.read_blocks(name, out)
-                yield f"{name} {kind}", out
+            for name in sorted(kinds):
+                start, size = self.file.place(name)
+                yield f"{name} {kinds[name]}", self._map[start : start + size]
 
         return _digest(blocks())
 
@@ -187,11 +200,3 @@ def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
         for start in range(0, _SAMPLES * step, step):
             digest.update(data[start : start + _SAMPLE_BYTES].numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _nbytes(shape: tuple[int, ...], kind: str) -> int:
-    values, size = next((row[1], row[2]) for row in _core.quant_formats() if row[0] == kind)
-    count = 1
-    for side in shape:
-        count *= side
-    return count // values * size

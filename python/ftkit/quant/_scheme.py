@@ -18,8 +18,9 @@ from ftkit.nn.linear import GroupOffsets, frozen_matmul
 Parts = Mapping[str, Tensor]
 Sides = tuple[int, int]
 
-SLAB = 1 << 22
-"""Values that are converted at a time: a multiple of every block, and little beside a model."""
+SLAB = 1 << 18
+"""Values that are converted at a time: a multiple of every block; what is made of them on the way fits the processor's
+cache and is little beside a matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from ftkit import _core, models
+from ftkit import _core, adapters, models
 from ftkit.errors import InputError
 from ftkit.export._gguf_architecture import architecture, entries, rope_factors
 from ftkit.nn.batch import RaggedBatch
@@ -239,3 +239,13 @@ def test_a_gguf_file_with_wrong_weights(tmp_path: Path) -> None:
         models.load(tmp_path / "model.gguf")
     assert "blk.1.ffn_up.weight: expected shape (53, 48), got nothing" in str(caught.value)
     assert "output_norm.weight: expected shape (48,), got (3,)" in str(caught.value)
+
+
+def test_an_adapter_over_quantized_weights_is_refused_over_others(saved: Path, tmp_path: Path) -> None:
+    held = models.load(saved, quant="int8")
+    adapters.attach(held.model, "lora", {"rank": 2}, seed=0)
+    adapters.save(held.model, 0, tmp_path / "adapter")
+    for other in ("none", "nf4"):
+        with pytest.raises(InputError, match=r"expected an adapter for this base model, .*, got one for .*\+int8"):
+            adapters.load(models.load(saved, quant=other).model, tmp_path / "adapter", 0)
+    adapters.load(models.load(saved, quant="int8").model, tmp_path / "adapter", 0)
