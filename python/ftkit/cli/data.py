@@ -13,7 +13,9 @@ command = typer.Typer(
     no_args_is_help=True,
 )
 
-_DATA = Annotated[str, typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet or .txt file, a directory, or -.")]
+_DATA = Annotated[
+    str, typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet or .txt file, a directory, or -.")
+]
 _MODEL = Annotated[str, typer.Option(help="The model whose template and tokenizer are used.")]
 _MAX_TOKENS = Annotated[int, typer.Option(min=8, help="Tokens of a packed row.")]
 _TRAIN_ON = Annotated[Literal["assistant", "last", "all"], typer.Option(help="Which tokens are trained on.")]
