@@ -165,7 +165,7 @@ def load(model: Decoder, folder: Path, adapter_id: int = 0, *, trainable: bool =
     if base is not None and model.fingerprint is not None and base != model.fingerprint and not any_base:
         raise InputError(
             f"{folder}: expected an adapter for this base model, {model.fingerprint}, got one for {base}",
-            f"it was trained on {files.record.get('base') or 'another file'}",
+            _trained_over(str(base), model.fingerprint) or f"it was trained on {files.record.get('base') or 'another'}",
         )
     method = _method(folder, files)
     module = plugins.load("adapters", method)
@@ -180,6 +180,18 @@ def load(model: Decoder, folder: Path, adapter_id: int = 0, *, trainable: bool =
         raise
     for parameter in _trainable(model, adapter_id).values():
         parameter.requires_grad_(trainable)
+
+
+def _trained_over(base: str, fingerprint: str) -> str | None:
+    """What to do with an adapter over what another scheme made of the same weights; None when they are others."""
+    (theirs, scheme), (ours, held) = (text.partition("+")[::2] for text in (base, fingerprint))
+    if theirs != ours:
+        return None
+    if not scheme:
+        return f"it was trained over the model's own weights, not over what {held} made of them; name the model instead"
+    return (
+        f"it was trained over what {scheme} made of these weights; name its run, or --quant {scheme} where there is one"
+    )
 
 
 _trainable = trainable  # which `load` has an argument of the same name for

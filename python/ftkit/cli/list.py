@@ -16,6 +16,7 @@ ROOMS = {
     "kernels": "kernels",
     "targets": "export",
     "merges": "merge",
+    "onto": "merge.onto",
     "suites": "eval",
     "recipes": "recipes",
     "loggers": "train.loggers",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ftkit import adapters
+from ftkit._core import Tokenizer
 from ftkit.errors import InputError
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
@@ -95,12 +96,35 @@ def evaluate(
 
 def compare(live: LoadedModel, exported: LoadedModel, allowed: Bounds) -> Parity:
     """The figures, over `TEXTS` and `PROMPTS`; each model under its adapter 0 where it has one."""
-    texts = [live.tokenizer.encode_prompt(text) for text in TEXTS]
-    expected, got = (_log_probabilities(loaded, texts) for loaded in (live, exported))
+    return figures(answers(live, live.tokenizer), answers(exported, live.tokenizer), allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model says to `TEXTS` and `PROMPTS`."""
+
+    log_probabilities: Tensor
+    """Of each next token, float64 [T, vocabulary], the texts one after the other."""
+    continuations: list[list[int]]
+    """The prompts with the likeliest tokens after them."""
+
+
+def answers(loaded: LoadedModel, tokenizer: Tokenizer, *, adapted: bool = True) -> Answers:
+    """What the model says, under its adapter 0 where it has one and `adapted`; texts become tokens by `tokenizer`."""
+    adapter = 0 if adapted and 0 in loaded.model.attached else NO_ADAPTER
+    texts, prompts = ([tokenizer.encode_prompt(text) for text in asked] for asked in (TEXTS, PROMPTS))
+    return Answers(
+        log_probabilities=_logits(loaded, texts, adapter)[0].double().log_softmax(-1),
+        continuations=_greedy(loaded, prompts, adapter),
+    )
+
+
+def figures(live: Answers, other: Answers, allowed: Bounds) -> Parity:
+    """How near the other answers are to the live ones."""
+    expected, got = live.log_probabilities, other.log_probabilities
     divergence = (expected.exp() * (expected - got)).sum(-1).clamp(min=0)
     top1 = float((expected.argmax(-1) == got.argmax(-1)).double().mean())
-    prompts = [live.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
-    same = [a == b for a, b in zip(_greedy(live, prompts), _greedy(exported, prompts), strict=True)]
+    same = [a == b for a, b in zip(live.continuations, other.continuations, strict=True)]
     mean = float(divergence.mean())
     return Parity(
         kl_mean=mean,
@@ -111,25 +135,19 @@ def compare(live: LoadedModel, exported: LoadedModel, allowed: Bounds) -> Parity
     )
 
 
-def _log_probabilities(loaded: LoadedModel, texts: list[list[int]]) -> Tensor:
-    """[T, vocabulary], float64, with the texts side by side in one batch."""
-    return _logits(loaded, texts)[0].double().log_softmax(-1)
-
-
-def _logits(loaded: LoadedModel, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Logits [T, vocabulary], and the row of each text's last token."""
-    adapter = 0 if 0 in loaded.model.attached else NO_ADAPTER
+def _logits(loaded: LoadedModel, texts: list[list[int]], adapter: int) -> tuple[Tensor, Tensor]:
+    """Logits [T, vocabulary] with the texts side by side in one batch, and the row of each text's last token."""
     batch = RaggedBatch.pack(texts, adapter=adapter, device=loaded.model.device)
     with torch.inference_mode():
         logits = loaded.model.head(loaded.model(batch), batch.routes)
     return logits, batch.cu_seqlens[1:].long() - 1
 
 
-def _greedy(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
+def _greedy(loaded: LoadedModel, prompts: list[list[int]], adapter: int) -> list[list[int]]:
     """Each prompt with the likeliest tokens after it."""
     rows = [list(prompt) for prompt in prompts]
     for _ in range(_GREEDY_TOKENS):
-        logits, last = _logits(loaded, rows)
+        logits, last = _logits(loaded, rows, adapter)
         for row, token in zip(rows, logits[last].argmax(-1).tolist(), strict=True):
             row.append(token)
     return rows

@@ -6,6 +6,25 @@ otherwise than asked for, and `read_back(material, out)`, which gives the model 
 """
 
 from ftkit.export._material import Material
-from ftkit.export._publish import Exported, check_apart, check_calibration, export, publish
+from ftkit.export._publish import (
+    Exported,
+    Measured,
+    adapter_beside,
+    check_apart,
+    check_calibration,
+    export,
+    measure,
+    publish,
+)
 
-__all__ = ["Exported", "Material", "check_apart", "check_calibration", "export", "publish"]
+__all__ = [
+    "Exported",
+    "Material",
+    "Measured",
+    "adapter_beside",
+    "check_apart",
+    "check_calibration",
+    "export",
+    "measure",
+    "publish",
+]

@@ -1,10 +1,13 @@
 """What is exported."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from ftkit import adapters
+from ftkit.eval.parity import Answers
 from ftkit.export._calibration import Calibration
 from ftkit.models import LoadedModel
 from ftkit.nn.decoder import Decoder
@@ -32,6 +35,12 @@ class Material:
     """Name → the matrix in the scheme that it is to be written in; empty for an export of floats."""
     rounded_to: str | None = None
     """The scheme that some of `quantized` were rounded to for this export."""
+    near: bool = False
+    """The weights are only near what the live model computes with."""
+    beside: Callable[[LoadedModel, Path], None] | None = None
+    """Writes the adapter that belongs to the written model, which is read back for it, to a new directory."""
+    base: Answers | None = None
+    """What the base says without the adapter, where it was asked already."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, adapter_id: int | None = None) -> "Material":
@@ -69,7 +78,12 @@ class Material:
     @property
     def exact(self) -> bool:
         """Whether the adapter's merged matrices are all in `blocks`, so that a file can hold just what was trained."""
-        return bool(self.blocks) and self.changed <= self.blocks.keys()
+        return not self.near and bool(self.blocks) and self.changed <= self.blocks.keys()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether writing the weights in the formats of the source changes what they answer."""
+        return self.near or (bool(self.changed) and not self.exact)
 
     def importance(self, name: str) -> Tensor | None:
         """Of the columns of the weight `name`, float32 [in]; None where none was measured.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftkit import adapters, models, plugins
 from ftkit.errors import GateError, InputError, did_you_mean
-from ftkit.eval.parity import Parity, bounds, compare
+from ftkit.eval.parity import Answers, Bounds, Parity, answers, bounds, figures
 from ftkit.export._calibration import calibrate
 from ftkit.export._material import Material
 from ftkit.export._quantized import quantized
@@ -19,20 +19,43 @@ from ftkit.train import files
 
 # one of these is in every directory that an export may replace
 _MARKS = ("config.json", "adapter_config.json")
+_FLOATS = ("f32", "f16", "bf16")
+_LOST = 0.5
+"""The share of an adapter's effect, in KL, that rounding to its base's formats may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class Measured:
+    """What was written, compared with the live model."""
+
+    bytes: int
+    adapter_bytes: int
+    """Of the adapter beside it; 0 without one."""
+    parity: Parity
+    without: Parity | None
+    """The same for the base without its adapter, where rounding can lose what the adapter does."""
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Measured):
     """What an export made."""
 
     out: Path
-    bytes: int
-    parity: Parity
-    remarks: tuple[str, ...]
+    adapter: Path | None
+    """The adapter that belongs to the written model."""
 
     def table(self) -> dict[str, Any]:
         """The result for `--json`."""
-        return {"out": str(self.out), "bytes": self.bytes, "parity": asdict(self.parity), "remarks": list(self.remarks)}
+        return {
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "adapter_bytes": self.adapter_bytes,
+            "parity": asdict(self.parity),
+            "without_adapter": None if self.without is None else asdict(self.without),
+            "remarks": list(self.remarks),
+        }
 
 
 def export(
@@ -106,26 +129,87 @@ def publish(
         check_calibration(calibration, to, kind)
         found = calibrate(material.loaded, material.adapter_id, calibration, report)
         material = replace(material, calibration=found)
-    remarks: list[str] = []
+    remarks: tuple[str, ...] = ()
     if quant is not None:
         report(f"quantizing to {quant}")
-        material, remarks = quantized(material, quant, requantize)
-    with _staged(out) as staged:
-        report(f"writing {to} {kind}")
-        remarks += target.write(material, staged, kind)
-        report("comparing with the live model")
-        # `source` rounds what an adapter changed to the file's formats, so its bound is that of the coarsest ones
-        rounds = bool(material.changed) and not material.exact
-        allowed = bounds(material.rounded_to or (kind if kind != "source" else "q2_k" if rounds else "f32"))
-        parity = compare(material.loaded, target.read_back(material, staged), allowed)
-        if not parity.passed:
-            raise GateError(
-                f"{to} {quant or kind}: expected what was written to answer as the model does, "
-                f"got KL {parity.kl_mean:.3g} (mean) {parity.kl_max:.3g} (max), top-1 {parity.top1:.3f}",
-                "a type with more bits is nearer",
-            )
-        size = sum(path.stat().st_size for path in [staged, *staged.rglob("*")] if path.is_file())
-    return Exported(out=out, bytes=size, parity=parity, remarks=tuple(remarks))
+        material, rounded = quantized(material, quant, requantize)
+        remarks = tuple(rounded)
+    beside = None if material.beside is None else adapter_beside(out)
+    if beside is not None:
+        _check_adapter(beside, overwrite)
+    with _staged([out] if beside is None else [out, beside]) as staged:
+        report(f"writing {to} {kind}, and comparing it with the live model")
+        made = measure(material, staged, to=to, kind=kind)
+        if not made.parity.passed:
+            raise GateError(*_refusal(made, to, quant or kind))
+    made = replace(made, remarks=(*remarks, *made.remarks))
+    return Exported(out=out, adapter=beside, **vars(made))
+
+
+def adapter_beside(out: Path) -> Path:
+    """Where the adapter goes that belongs to the model at `out`."""
+    return out.with_name(f"{out.stem}-adapter")
+
+
+def measure(material: Material, places: Sequence[Path], live: Answers | None = None, *, to: str, kind: str) -> Measured:
+    """Writes the model and the adapter beside it to new places, reads both back, and compares them with what is live.
+
+    `live`: what the live model says, where it was asked already.
+    """
+    target, loaded = plugins.load("export", to.replace("-", "_")), material.loaded
+    remarks = target.write(material, places[0], kind)
+    back = target.read_back(material, places[0])
+    if material.beside is not None:
+        material.beside(back, places[1])
+        adapters.load(back.model, places[1], 0)
+    live = live or answers(loaded, loaded.tokenizer)
+    without = _without(material, live, kind)
+    return Measured(
+        bytes=_size(places[0]),
+        adapter_bytes=sum(map(_size, places[1:])),
+        parity=figures(live, answers(back, loaded.tokenizer), _allowed(material, kind, without)),
+        without=without,
+        remarks=tuple(remarks),
+    )
+
+
+def _without(material: Material, live: Answers, kind: str) -> Parity | None:
+    """How near the base without its adapter is, where the type rounds what the adapter changed."""
+    model, adapter_id = material.loaded.model, material.adapter_id
+    if not material.rounds or kind in _FLOATS:
+        return None
+    base = material.base
+    if base is None and adapter_id is not None and not model.attached[adapter_id].edits_base:
+        base = answers(material.loaded, material.loaded.tokenizer, adapted=False)
+    return None if base is None else figures(live, base, bounds("f32"))
+
+
+def _allowed(material: Material, kind: str, without: Parity | None) -> Bounds:
+    """How far from the live model what is written may be."""
+    if kind != "source" or material.rounded_to is not None:
+        return bounds(material.rounded_to or kind)
+    if not material.rounds:
+        return bounds("f32")
+    # in the formats that the base had, what is lost is the adapter's: of what it does, most must be left
+    coarsest = bounds("q2_k")
+    if without is None:
+        return coarsest
+    return replace(coarsest, kl_mean=min(coarsest.kl_mean, max(_LOST * without.kl_mean, bounds("f16").kl_mean)))
+
+
+def _refusal(made: Measured, to: str, kind: str) -> tuple[str, str]:
+    """What the gate says, and the hint."""
+    parity, without = made.parity, made.without
+    message = (
+        f"{to} {kind}: expected what was written to answer as the model does, "
+        f"got KL {parity.kl_mean:.3g} (mean) {parity.kl_max:.3g} (max), top-1 {parity.top1:.3f}"
+    )
+    if kind != "source" or without is None:
+        return message, "a type with more bits is nearer"
+    message += f", where the base without the adapter has KL {without.kl_mean:.3g}"
+    if made.adapter_bytes:
+        return message, "a higher --rank keeps more of what the adapter does"
+    return message, "few bits can't hold it; `ftkit merge --compare` measures the ways that keep what the adapter does"
 
 
 def _target(to: str, kind: str | None, quant: str | None) -> tuple[Any, str]:
@@ -165,13 +249,21 @@ def check_calibration(path: str | None, to: str, kind: str | None) -> None:
     """Raises InputError for a type that rounds nothing by importance, and for data that isn't there."""
     if path is None:
         return
-    target, kind = _target(to, kind)
+    target, kind = _target(to, kind, None)
     if kind not in getattr(target, "CALIBRATED_TYPES", ()):
         raise InputError(
             f"--calibration: expected a quantized type of gguf, got {to} {kind}", "such as --to gguf --type q4_k_m"
         )
     if path != "-" and not Path(path).exists():
         raise InputError(f"--calibration: expected a file or a directory of rows, got nothing at {path}")
+
+
+def _check_adapter(folder: Path, overwrite: bool) -> None:
+    """Raises InputError for a place of an adapter that cannot be written."""
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder}: expected a path that is free, got one that exists", "--overwrite replaces it")
+    if folder.exists() and not (folder / _MARKS[1]).is_file():
+        raise InputError(f"{folder}: expected an adapter to replace, got something without {_MARKS[1]}")
 
 
 def check_apart(out: Path, sources: Sequence[Path | None]) -> None:
@@ -184,22 +276,36 @@ def check_apart(out: Path, sources: Sequence[Path | None]) -> None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A path beside `out` that takes its name, and its place, when all went well; else nothing remains."""
-    with files.disk_errors(out):
-        staged, old = (out.parent / f".tmp-{os.getpid()}-{part}{out.name}" for part in ("", "old-"))
-        _remove(staged)
-        out.parent.mkdir(parents=True, exist_ok=True)
+def _staged(outs: Sequence[Path]) -> Iterator[list[Path]]:
+    """Paths beside `outs` that take their names, and their places, when all went well; else nothing remains of any."""
+    with files.disk_errors(outs[0]):
+        staged, old = ([out.parent / f".tmp-{os.getpid()}-{part}{out.name}" for out in outs] for part in ("", "old-"))
+        outs[0].parent.mkdir(parents=True, exist_ok=True)
+        for path in staged:
+            _remove(path)
+        placed: list[tuple[Path, Path]] = []
         try:
             yield staged
-            if out.exists():
-                out.rename(old)
-            staged.rename(out)
+            for out, new, before in zip(outs, staged, old, strict=True):
+                if out.exists():
+                    out.rename(before)
+                new.rename(out)
+                placed.append((out, new))
+        except BaseException:
+            for out, new in placed:
+                out.rename(new)
+            raise
         finally:
-            _remove(staged)
-            if old.exists() and not out.exists():  # the last step failed
-                old.rename(out)
-            _remove(old)
+            for out, new, before in zip(outs, staged, old, strict=True):
+                _remove(new)
+                if before.exists() and not out.exists():  # the last step failed
+                    before.rename(out)
+                _remove(before)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of a directory's files."""
+    return sum(part.stat().st_size for part in [path, *path.rglob("*")] if part.is_file())
 
 
 def _remove(path: Path) -> None:

@@ -53,8 +53,7 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
 
     Raises InputError for a family, tokenizer or weight that GGUF cannot hold.
     """
-    path = material.loaded.path
-    source = GgufFile(path) if path.is_file() else None
+    source = _source(material)
     if kind == "source" and source is None and not material.blocks:
         raise InputError("--type source: expected a model from a GGUF file, got one from safetensors", "name a type")
     plan = list(_plan(material, source, kind))
@@ -74,9 +73,21 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     return _remarks(material, plan, kind)
 
 
+def formats(material: Material, kind: str) -> dict[str, tuple[str, bool]]:
+    """Published name → the weight's format in a file of this type, and whether the source's own blocks are kept."""
+    plan = _plan(material, _source(material), kind)
+    return {name: (planned.form, planned.unchanged) for name, planned in zip(material.tensors, plan, strict=False)}
+
+
 def read_back(material: Material, out: Path) -> LoadedModel:
     """The model that the file holds."""
     return models.load(out, dtype=material.loaded.model.dtype, device=material.loaded.model.device)
+
+
+def _source(material: Material) -> GgufFile | None:
+    """The file that the model comes from, where it is a GGUF file."""
+    path = material.loaded.path
+    return GgufFile(path) if path.is_file() else None
 
 
 def _plan(material: Material, source: GgufFile | None, kind: str) -> Iterator[_Planned]:

@@ -35,6 +35,9 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     if material.exact and kind != "f32" and not material.quantized:
         forms = ", ".join(sorted({form for form, _ in material.blocks.values()}))
         return [f"the matrices are held in {forms} and became {kind}; a .gguf file keeps them to the bit in their size"]
+    scheme = material.loaded.fingerprint.partition("+")[2]
+    if scheme:
+        return [f"the matrices that {scheme} made of the base, which the adapter was trained over, became dense {kind}"]
     return []
 
 
