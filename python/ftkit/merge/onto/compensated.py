@@ -2,10 +2,10 @@
 
     Q = quantize(W + ΔW − B A),   B A ≈ W + ΔW − Q        A [rank, in], B [out, rank]
 
-A matrix that keeps its format keeps its codes and scales to the bit: nothing that the format holds is nearer to W + ΔW
-than W is, up to the low rank that the factors take. (Measured on a 4-bit file: searching scales or offsets anew for
-W + ΔW, in one round or in three, moves no more than a tenth of ΔW, as noise of full rank that the factors can't take
-back.) A matrix that changes its format is quantized once without what the factors hold, and they are fitted again
+A matrix that keeps its format keeps its codes and scales to the bit: Q = W, and the factors take ΔW alone. (Measured on
+a 4-bit file with a trained LoRA of rank 16: quantizing W + ΔW anew, or only its scales and offsets, comes 3 % nearer to
+it, as noise of full rank; with factors of rank 8 a share of 0.30 of ΔW is missing then, and of 0.24 so.)
+A matrix that changes its format is quantized once without what the factors hold, and they are fitted again
 to what is missing. ΔW of any method is taken; at the rank of a LoRA the result is that LoRA.
 
 Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, 2023, arXiv 2310.08659; Guo et
