@@ -6,7 +6,8 @@
     adapters.load(model, Path("adapter"), 1)                 beside the first, for rows with adapter id 1
 
 A method's file has `Config`, `PEFT_TYPE`, `PEFT_KEYS` (parameter → the end of its key in a PEFT file), `attach`,
-`to_peft` and `of_peft`. It may have `scheme_for(source)`, how a base is held that no `--quant` is given for;
+`to_peft` and `of_peft`. A model's outputs are as before when an adapter is attached, unless the file's docstring says
+otherwise and why. The file may have `scheme_for(source, options)`, how a base is held that no `--quant` is given for;
 `notices(model, config)`, what people should know of what was attached; and `PEFT_READS = False`, for files in PEFT's
 format that PEFT itself cannot use.
 """
@@ -112,7 +113,7 @@ def merged(model: Decoder, adapter_id: int = 0) -> dict[str, Tensor]:
 
 
 def merged_weights(model: Decoder, adapter_id: int = 0) -> dict[str, Weight]:
-    """By published name, the merged matrices that the base's own way of storing holds to the bit."""
+    """By published name, the merged matrices whose codes hold them to the bit."""
     _known(model, adapter_id)
     found: dict[str, Weight] = {}
     for name, linear in model.linears().items():

@@ -13,20 +13,34 @@ A starts uniform in ±1/√in, so that A x is as large as a LoRA's, and B at zer
 that stays one: no float adapter is left, and none of the loss that quantizing again has. Weights without float offsets
 can't be adapted; `all-linear` leaves them out, and a name of one is an error.
 
-Trainable parameters: Σ over target layers of rank · (in / group + out).
+`variant = "joint"` quantizes a dense model while it trains. The adapter is merged before rounding, and both are rounded
+together, with trained steps and offsets (`_joint.py` has the formulas):
 
-Source: Xu et al., QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models, 2023, arXiv 2309.14717.
+    y = x Ŵᵀ,   Ŵ = d q + m,   q = clamp(round((W + s d̄ B A − m) / d), 0, 2^bits − 1)
+
+The model starts as W rounded to nearest, and not as it was: so its paper has it. The base stays dense in training; that
+is the full-precision teacher of `--objective distill`, and text that it wrote (`ftkit data generate`) is all the data
+that is needed. Choose it where rounding to nearest costs too much: 3 bits, 2, or 4 bits in large groups. The result is
+in the blocks of 4 bits of `int4_group:32` and of GGUF's Q4_1, also where codes have fewer bits: files have 5 bits a
+weight.
+
+Trainable parameters: Σ over target layers of rank · (in / group + out); joint: rank · (in + out) + 2 out · in / group.
+
+Source: Xu et al., QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models, 2023, arXiv 2309.14717;
+joint: He et al., EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models, 2023,
+arXiv 2310.03270.
 """
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ftkit.adapters._joint import BLOCK, Joint
 from ftkit.adapters._targets import ALL_LINEAR, select
 from ftkit.config import option
 from ftkit.errors import InputError
@@ -52,6 +66,21 @@ class Config:
         ALL_LINEAR, "all-linear, layer names such as q_proj, or a regular expression for whole names"
     )
     exclude_modules: tuple[str, ...] = option((), "layers that target_modules would select and that are left out")
+    variant: Literal["offsets", "joint"] = option(
+        "offsets", "offsets: moves those of 4-bit weights; joint: quantizes weights and adapter together while training"
+    )
+    bits: Literal[2, 3, 4] = option(4, "joint: bits of a code")
+    group: int = option(32, "joint: inputs that share a step and an offset, a multiple of 32; 0: the whole row")
+
+    def __post_init__(self) -> None:
+        if self.group < 0 or self.group % BLOCK:
+            raise InputError(f"group: expected a multiple of {BLOCK}, or 0, got {self.group}")
+        if self.variant != "joint" and (self.bits, self.group) != (4, 32):
+            raise InputError(
+                f"bits and group: expected them with variant 'joint', got {self.bits} and {self.group} with "
+                f"{self.variant!r}",
+                "bits and groups of the other variant are those that the base's weights are held in",
+            )
 
 
 class Qalora(nn.Module):
@@ -99,18 +128,28 @@ class Qalora(nn.Module):
         return None
 
 
-def scheme_for(source: str) -> str:
-    """The scheme that a base is held as when none is asked for: a GGUF file's own blocks, else groups of 32."""
+def scheme_for(source: str, options: Mapping[str, Any]) -> str:
+    """The scheme that a base is held as when none is asked for: a GGUF file's own blocks, else groups of 32; joint:
+    none, dense."""
+    if options.get("variant") == "joint":
+        return "none"
     return "gguf" if source.endswith(".gguf") else "int4_group:32"
 
 
 def attach(model: Decoder, config: Config, seed: int, adapter_id: int) -> None:
-    """Puts adapters on the target layers. Raises InputError for a target without float offsets."""
+    """Puts adapters on the target layers. Raises InputError for a target that cannot have one."""
     linears = model.linears()
     targets = [linears[name] for name in _targets(linears, config)]
+    scale = config.alpha / config.rank
     for linear in targets:
-        offsets = _offsets(linear.weight)
-        adapter = Qalora(linear.shape, offsets.group, config.rank, config.alpha / config.rank, model.norm.weight)
+        adapter: Qalora | Joint
+        if config.variant == "joint":
+            group = config.group or linear.shape[1]
+            adapter = Joint(linear.shape, group, config.bits, config.rank, scale, model.norm.weight)
+            adapter.fit(linear.weight)
+        else:
+            offsets = _offsets(linear.weight)
+            adapter = Qalora(linear.shape, offsets.group, config.rank, scale, model.norm.weight)
         # a layer's first values depend on the seed and its name, and not on which other layers are targets
         digest = hashlib.sha256(f"{seed} {linear.name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -122,37 +161,44 @@ def attach(model: Decoder, config: Config, seed: int, adapter_id: int) -> None:
 
 
 def notices(model: Decoder, config: Config) -> list[str]:
-    """What `all-linear` leaves out."""
+    """What `all-linear` leaves out, and what joint starts from."""
     linears = model.linears()
-    left = sorted(set(_wanted(linears, config)) - set(_targets(linears, config)))
-    if not left:
-        return []
-    return [f"qalora: {len(left)} layers have no float offsets and are not adapted: {', '.join(left)}"]
+    targets = _targets(linears, config)
+    left = sorted(set(_wanted(linears, config)) - set(targets))
+    found = []
+    if config.variant == "joint":
+        groups = f"groups of {config.group}" if config.group else "whole rows"
+        found.append(f"qalora: {len(targets)} layers start rounded to nearest, to {config.bits} bits in {groups}")
+    if left:
+        why = _lacking(config)
+        found.append(f"qalora: {len(left)} layers have no {why} and are not adapted: {', '.join(left)}")
+    return found
 
 
 def to_peft(model: Decoder, config: Config) -> dict[str, Any]:
     """The method's part of adapter_config.json."""
     linears = model.linears()
     targets = _targets(linears, config)
-    return {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "target_modules": targets,
-        "pooling": _POOLING,
-        "group_size": _offsets(linears[targets[0]].weight).group,
-    }
+    table = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": targets, "variant": config.variant}
+    if config.variant == "joint":
+        return table | {"bits": config.bits, "group_size": config.group}
+    return table | {"pooling": _POOLING, "group_size": _offsets(linears[targets[0]].weight).group}
 
 
 def of_peft(table: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:  # noqa: ARG001
     """The options in an adapter_config.json. Raises InputError for another pooling."""
-    if table.get("pooling") != _POOLING:
-        raise InputError(f"adapter_config.json: pooling: expected {_POOLING!r}, got {table.get('pooling')!r}")
-    return {
+    found = {
         "rank": table.get("r"),
         "alpha": table.get("lora_alpha"),
         "target_modules": tuple(table.get("target_modules") or ()),
         "exclude_modules": (),
+        "variant": table.get("variant", "offsets"),
     }
+    if found["variant"] == "joint":
+        return found | {"bits": table.get("bits"), "group": table.get("group_size")}
+    if table.get("pooling") != _POOLING:
+        raise InputError(f"adapter_config.json: pooling: expected {_POOLING!r}, got {table.get('pooling')!r}")
+    return found
 
 
 def _wanted(linears: Mapping[str, Linear], config: Config) -> list[str]:
@@ -164,17 +210,30 @@ def _wanted(linears: Mapping[str, Linear], config: Config) -> list[str]:
 def _targets(linears: Mapping[str, Linear], config: Config) -> list[str]:
     """Those of them that are adapted."""
     wanted = _wanted(linears, config)
-    able = [name for name in wanted if linears[name].weight.group_offsets() is not None]
+    able = [name for name in wanted if _able(linears[name].weight, config)]
+    if not wanted:
+        raise InputError("qalora: expected layers, got none")
     if not able or (config.target_modules != ALL_LINEAR and len(able) < len(wanted)):
         wrong = [name for name in wanted if name not in able]
+        got = f"got {len(wrong)} without, such as {', '.join(wrong[:3])}"
+        if config.variant == "joint":
+            raise InputError(f"qalora: expected weights with {_lacking(config)}, {got}", "method.group is their size")
         raise InputError(
-            "qalora: expected weights with a float offset a group (q4_1 and q5_1 of a .gguf file, int4_group), "
-            f"got {len(wrong)} without, such as {', '.join(wrong[:3])}"
-            if wrong
-            else "qalora: expected layers, got none",
+            f"qalora: expected weights with a float offset a group (q4_1 and q5_1 of a .gguf file, int4_group), {got}",
             "--quant gguf holds a .gguf file's blocks as they are, --quant int4_group:32 converts any model",
         )
     return able
+
+
+def _able(weight: Weight, config: Config) -> bool:
+    if config.variant == "joint":
+        return weight.shape[1] % (config.group or BLOCK) == 0
+    return weight.group_offsets() is not None
+
+
+def _lacking(config: Config) -> str:
+    """What a layer needs."""
+    return f"rows of whole groups of {config.group or BLOCK}" if config.variant == "joint" else "float offsets"
 
 
 def _offsets(weight: Weight) -> GroupOffsets:

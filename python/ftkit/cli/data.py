@@ -1,5 +1,6 @@
-"""Shows what a model would see of a dataset: counts, lengths, and which tokens are trained on."""
+"""Shows what a model would see of a dataset: counts, lengths, and which tokens are trained on; or makes one."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,7 +10,8 @@ if TYPE_CHECKING:
     from ftkit.config import DataConfig
 
 command = typer.Typer(
-    help="What the model will see of a dataset: check counts everything, show prints examples, pack fills the cache.",
+    help="What the model will see of a dataset: check counts everything, show prints examples, pack fills the cache; "
+    "generate lets a model write one.",
     no_args_is_help=True,
 )
 
@@ -106,6 +108,50 @@ def show(
         console.rule(f"sequence {index}: {len(ids):,} tokens, {sum(trained):,} trained", align="left")
         console.print(_coloured(tokenizer, ids, trained, plain=not console.is_terminal), soft_wrap=True)
     console.print("green: trained on" if console.is_terminal else "⟦…⟧: trained on", style="dim")
+
+
+@command.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that writes; a run brings its adapter.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where the rows go.")],
+    rows: Annotated[int, typer.Option(min=1, help="Texts to write.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same texts.")] = 0,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="The directory of runs.")] = Path("runs"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    as_json: _JSON = False,
+) -> None:
+    """Lets a model write texts from nothing, at temperature 1: rows of text to distil from without any data.
+
+    Example: ftkit data generate model.gguf --rows 256 --out self.jsonl
+    """
+    import json
+
+    from rich.console import Console
+
+    from ftkit.cli import print_json
+    from ftkit.data import generate as writing
+    from ftkit.engine import launch
+    from ftkit.errors import InputError
+    from ftkit.train import files
+
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: expected a path that is free, got one that exists", "--overwrite replaces it")
+    console = Console(stderr=True, quiet=as_json)
+    with console.status("loading the model") as status, launch(model, runs_dir=runs_dir) as engine:
+
+        def progress(count: int) -> None:
+            status.update(f"{count:,} of {rows:,} texts")
+            if not console.is_terminal:
+                console.print(f"{count:,} of {rows:,} texts", markup=False, highlight=False)
+
+        texts = writing.generate(engine, rows, tokens, seed, progress)
+    files.write_text(out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    table = {"out": str(out), "rows": len(texts), "bytes": out.stat().st_size}
+    if as_json:
+        print_json(table)
+    else:
+        console.print(f"{out}: {len(texts):,} rows", markup=False, highlight=False)
 
 
 def _config(

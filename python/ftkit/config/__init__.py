@@ -225,7 +225,7 @@ class RunConfig:
         scheme_for = getattr(plugins.load("adapters", sections["method"].name), "scheme_for", None)
         if scheme_for is not None and "quant" not in table["model"]:
             model: ModelConfig = sections["model"]
-            sections["model"] = dataclasses.replace(model, quant=scheme_for(model.source))
+            sections["model"] = dataclasses.replace(model, quant=scheme_for(model.source, sections["method"].options))
         return cls(**sections)
 
     def table(self) -> dict[str, Any]:

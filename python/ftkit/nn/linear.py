@@ -160,7 +160,8 @@ class Adapter(Protocol):
         """The dense [out, in] that does what the adapter does on `weight`."""
 
     def merged_weight(self, weight: Weight) -> Weight | None:
-        """`weight` stored as it is, with numbers that dequantize to `merged` to the bit; None where there are none."""
+        """Codes that dequantize to `merged` to the bit: in `weight`'s own format, or in that which the method quantizes
+        to; None where there are none."""
 
     def as_lora(self) -> tuple[Tensor, Tensor, float] | None:
         """(A [rank, in], B [out, rank], scale) with forward(x) = x Wᵀ + scale (x Aᵀ) Bᵀ right now, or None."""

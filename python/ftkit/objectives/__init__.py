@@ -9,7 +9,7 @@ machines divides once, by what was really trained on.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ftkit.nn.decoder import DecoderConfig
 from ftkit.nn.loss import token_losses
 from ftkit.nn.routes import Routes
 
-__all__ = ["Forward", "LossParts", "losses_of_trained", "sums_by_task"]
+__all__ = ["Forward", "LossParts", "losses_of_trained", "sums_by_task", "trained_rows"]
 
 
 class Forward(Protocol):
@@ -57,20 +57,21 @@ def losses_of_trained(forward: Forward, batch: RaggedBatch) -> Tensor:
     """
     if batch.targets is None:
         raise ValueError("expected a batch with targets, got one without")
+    hidden, options = trained_rows(forward, batch)
+    targets = batch.targets.index_select(0, batch.trained).long()
+    return token_losses(forward.head, hidden, targets, forward.config.vocab_size, **options)
+
+
+def trained_rows(forward: Forward, batch: RaggedBatch) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states [K, d] of the batch's trained positions, and what `nn.loss` wants to know of the head."""
     rows = batch.trained
     hidden = forward(batch).index_select(0, rows)
     routes = None
     if getattr(forward.lm_head, "adapters", None):
         single = batch.routes.single
         routes = Routes(((single, 0, len(rows)),)) if single is not None else batch.routes.take(rows.tolist())
-    return token_losses(
-        forward.head,
-        hidden,
-        batch.targets.index_select(0, rows).long(),
-        forward.config.vocab_size,
-        routes=routes,
-        head_is_trained=any(parameter.requires_grad for parameter in forward.lm_head.parameters()),
-    )
+    trained = any(parameter.requires_grad for parameter in forward.lm_head.parameters())
+    return hidden, {"routes": routes, "head_is_trained": trained}
 
 
 def sums_by_task(losses: Tensor, batch: RaggedBatch) -> LossParts:

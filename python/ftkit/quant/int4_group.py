@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ftkit.errors import InputError
+from ftkit.kernels._groups import fit, nearest
 from ftkit.kernels.coded_matmul import Coded
 from ftkit.quant._scheme import Parts, Scheme, Sides, finite, group_of, slabs, whole_groups
 
 OPTIONS = ("", "32", "64", "128")
 _HIGHEST = 15
-_REFINEMENTS = 3
 _BLOCK = 32
 """Values in a block of Q4_1: half-precision scale and offset, then value i in the low, i + 16 in the high half of a
 byte."""
@@ -39,8 +39,8 @@ def scheme(option: str = "") -> Scheme:
             values = finite(dense[part].float()).reshape(-1, group)
             if values.numel() and float(values.abs().amax()) > _LIMIT / 2:
                 raise InputError(f"int4_group: expected weights of at most {_LIMIT / 2:g}, got {values.abs().amax():g}")
-            d, m = _fit(values)
-            numbers = _codes(values, d, m).to(torch.uint8).view(-1, columns)
+            d, m = fit(values, _HIGHEST)
+            numbers = nearest(values, d, m, _HIGHEST).to(torch.uint8).view(-1, columns)
             codes[part] = numbers[:, ::2] << 4 | numbers[:, 1::2]
             scales[part], offsets[part] = d.view(-1, groups), m.view(-1, groups)
         return {"codes": codes, "scales": scales, "offsets": offsets}
@@ -71,29 +71,3 @@ def scheme(option: str = "") -> Scheme:
 
     name = f"int4_group:{option}" if option else "int4_group"
     return Scheme(name=name, version=1, layout=layout, encode=encode, coded=coded, group=group, blocks=blocks)
-
-
-def _fit(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The best scale and offset, [groups, 1] each, as half precision stores them, of values [groups, size]."""
-    least = values.amin(1, keepdim=True)
-    d, m = (values.amax(1, keepdim=True) - least) / _HIGHEST, least
-    best_d, best_m = d.half().float(), m.half().float()
-    best = torch.full_like(d, torch.inf)
-    for _ in range(1 + _REFINEMENTS):
-        d, m = d.half().float(), m.half().float()
-        codes = _codes(values, d, m)
-        error = (d * codes + m - values).square_().sum(1, keepdim=True)
-        better = error < best
-        best, best_d, best_m = (torch.where(better, a, b) for a, b in ((error, best), (d, best_d), (m, best_m)))
-        mean, middle = values.mean(1, keepdim=True), codes.mean(1, keepdim=True)
-        spread = (codes - middle).square().sum(1, keepdim=True)
-        slope = ((codes - middle) * (values - mean)).sum(1, keepdim=True) / spread.clamp(min=1e-9)
-        d = torch.where(spread > 0, slope, d)
-        m = mean - d * middle
-    return best_d, best_m
-
-
-def _codes(values: Tensor, d: Tensor, m: Tensor) -> Tensor:
-    """The nearest codes, as floats; 0 where the scale is 0."""
-    inverse = torch.where(d > 0, 1 / d, torch.zeros_like(d))
-    return ((values - m) * inverse).round_().clamp_(0, _HIGHEST)
