@@ -1,18 +1,21 @@
 """The adapter of QA-LoRA's `joint` variant: weight and low-rank matrix are quantized together, in every forward pass.
 
-    y = x Ŵᵀ,   Ŵ = d q + m,   q = clamp(round((W + s d̄ B A − m) / d), 0, 2^bits − 1)
+    y = x Ŵᵀ,   Ŵ = d q + m,   q = clamp(round((W + s c B A − m) / d), 0, 2^bits − 1)
+    d = exp(ρ / 8),   m = −d z / 8                  one of each for a group of inputs, stored in half precision
 
-d and m are trained for each group of inputs; d̄ is the layer's mean step before training. Optimizers move what they
-train by about the learning rate, whatever the gradient's size. So what is trained is chosen such that this is the
-scale-aware optimization of the paper: with d̄ before it, B A moves a layer's weights in proportion to the layer's steps
-(2e-4 at alpha = 2 rank is the paper's d̄ / 2500); ρ in d = exp(ρ) moves d by a share of itself, and z in m = −d z moves
-m in steps. ρ and z are flat, since optimizers decay matrices, and a step is nothing that should go to 1.
+Optimizers move what they train by about the learning rate, whatever the gradient's size. So what is trained is chosen
+such that every part moves at its own rate. c is the layer's mean step before training, as a multiple of the layers'
+mean: B A moves weights in proportion to the steps of their layer, which is the paper's scale-aware optimization, and in
+the mean over the layers as fast as a LoRA does. ρ moves d by a share of itself and z moves m by a share of a step, both
+at an eighth of the rate: they shift many weights together. ρ and z are flat, since optimizers decay matrices, and a
+step is nothing that should go to 1.
 
 Source: He et al., EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models, 2023,
 arXiv 2310.03270; Esser et al., Learned Step Size Quantization, 2020, arXiv 1902.08153; Bhalgat et al., LSQ+, 2020,
 arXiv 2004.09576.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,9 @@ from ftkit.nn.linear import Weight
 
 BLOCK = 32
 """Values in a row that share a scale in the format that holds the result; a group is a multiple of it."""
+
+_SLOWER = 8
+"""What the rates of steps and offsets are divided by. A power of two, so that dividing is exact."""
 
 _SLAB = 1 << 18
 """Values whose first steps are found at a time."""
@@ -51,7 +57,7 @@ class Joint(nn.Module):
 
     @torch.no_grad()
     def fit(self, weight: Weight) -> None:
-        """The first steps and offsets: those that hold W best; and from W alone d̄."""
+        """The first steps and offsets: those that hold W best; and from W alone the mean step, in `unit`."""
         dense = weight.dense()
         values = dense.reshape(-1, self.group)
         spans = torch.empty(values.shape[0], dtype=torch.float64, device=values.device)
@@ -60,8 +66,8 @@ class Joint(nn.Module):
             spans[part] = some.amax(1).double() - some.amin(1).double()
             d, m = (found.squeeze(1).double() for found in fit(some, self.highest))
             d = d.clamp_(min=LEAST_STEP)
-            self.log_steps[part] = d.log().to(self.log_steps.dtype)
-            self.zero_points[part] = (m / d).neg_().to(self.zero_points.dtype)
+            self.log_steps[part] = d.log().mul_(_SLOWER).to(self.log_steps.dtype)
+            self.zero_points[part] = (m / d).mul_(-_SLOWER).to(self.zero_points.dtype)
         self.unit.copy_(spans.mean() / self.highest)
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
@@ -104,11 +110,19 @@ class Joint(nn.Module):
 
     @property
     def _trained(self) -> Trained:
-        return Trained(a=self.lora_A, b=self.lora_B, log_steps=self.log_steps, zero_points=self.zero_points)
+        log_steps, zero_points = self.log_steps / _SLOWER, self.zero_points / _SLOWER
+        return Trained(a=self.lora_A, b=self.lora_B, log_steps=log_steps, zero_points=zero_points)
 
     @property
     def _grid(self) -> Grid:
         return Grid(highest=self.highest, group=self.group, scale=self.scale * self.unit)
+
+
+def balance(layers: Sequence[Joint]) -> None:
+    """Makes each layer's `unit` a multiple of their mean."""
+    mean = torch.stack([layer.unit for layer in layers]).mean()
+    for layer in layers:
+        layer.unit.div_(mean)
 
 
 def _slabs(values: Tensor) -> list[slice]:

@@ -16,7 +16,7 @@ can't be adapted; `all-linear` leaves them out, and a name of one is an error.
 `variant = "joint"` quantizes a dense model while it trains. The adapter is merged before rounding, and both are rounded
 together, with trained steps and offsets (`_joint.py` has the formulas):
 
-    y = x Ŵᵀ,   Ŵ = d q + m,   q = clamp(round((W + s d̄ B A − m) / d), 0, 2^bits − 1)
+    y = x Ŵᵀ,   Ŵ = d q + m,   q = clamp(round((W + s c B A − m) / d), 0, 2^bits − 1)
 
 The model starts as W rounded to nearest, and not as it was: so its paper has it. The base stays dense in training; that
 is the full-precision teacher of `--objective distill`, and text that it wrote (`ftkit data generate`) is all the data
@@ -40,7 +40,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ftkit.adapters._joint import BLOCK, Joint
+from ftkit.adapters._joint import BLOCK, Joint, balance
 from ftkit.adapters._targets import ALL_LINEAR, select
 from ftkit.config import option
 from ftkit.errors import InputError
@@ -140,13 +140,14 @@ def attach(model: Decoder, config: Config, seed: int, adapter_id: int) -> None:
     """Puts adapters on the target layers. Raises InputError for a target that cannot have one."""
     linears = model.linears()
     targets = [linears[name] for name in _targets(linears, config)]
-    scale = config.alpha / config.rank
+    scale, joint = config.alpha / config.rank, []
     for linear in targets:
         adapter: Qalora | Joint
         if config.variant == "joint":
             group = config.group or linear.shape[1]
             adapter = Joint(linear.shape, group, config.bits, config.rank, scale, model.norm.weight)
             adapter.fit(linear.weight)
+            joint.append(adapter)
         else:
             offsets = _offsets(linear.weight)
             adapter = Qalora(linear.shape, offsets.group, config.rank, scale, model.norm.weight)
@@ -158,6 +159,8 @@ def attach(model: Decoder, config: Config, seed: int, adapter_id: int) -> None:
         with torch.no_grad():
             adapter.lora_A.copy_(first.uniform_(-bound, bound, generator=generator))
         linear.adapters[str(adapter_id)] = adapter
+    if joint:
+        balance(joint)
 
 
 def notices(model: Decoder, config: Config) -> list[str]:

@@ -94,7 +94,9 @@ def joint_linear(x: Tensor, weight: Dense, trained: Trained, grid: Grid) -> Tens
     delta = (trained.b.double() @ trained.a.double()) * grid.scale
     v = (weight.dense() + delta).to(d.dtype).unflatten(1, (-1, grid.group))
     u = places(v, d, m)
-    q = _as(u.detach().round(), u).clamp(0, grid.highest)
+    rounded = u.detach().round()
+    q = rounded.clamp(0, grid.highest)
+    q = _as(q, u * (rounded == q))
     exact = (d.detach().float() * q.detach().float() + m.detach().float()).to(d.dtype)
     return functional.linear(x, _as(exact, d * q + m).flatten(1).to(x.dtype))
 

@@ -21,15 +21,18 @@ pytestmark = pytest.mark.unit
         {"training__activation_checkpointing": True},
         {"training__batch_rows": 2, "training__gradient_accumulation_steps": 2},
         {"data__train_on": "all"},
-        {"method__name": "full", "method__options": {}},
+        {"method__name": "full"},
         {"model__dtype": "bfloat16"},
+        {"objective__name": "distill"},
+        {"method__name": "qalora", "method__variant": "joint", "objective__name": "distill", "data__train_on": "all"},
     ],
     ids=str,
 )
 def test_the_plan_bounds_the_run(settings: Callable[..., dict[str, Any]], changes: dict[str, Any]) -> None:
-    table = settings(**{key: value for key, value in changes.items() if key != "method__options"})
-    if changes.get("method__name") == "full":
-        table = {key: value for key, value in table.items() if not key.startswith("method.") or key == "method.name"}
+    table = settings(**changes)
+    if "method__name" in changes:
+        given = {key.replace("__", ".") for key in changes}
+        table = {key: value for key, value in table.items() if not key.startswith("method.") or key in given}
     result = train.run(RunConfig.from_toml(None, table | {"training.max_steps": 3}))
     assert result.planned_peak_bytes is not None
     assert result.peak_bytes <= result.planned_peak_bytes <= 1.35 * result.peak_bytes
