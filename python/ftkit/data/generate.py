@@ -1,4 +1,4 @@
-"""Texts that a model writes by itself, from nothing but the token that opens a text: data for distillation without data.
+"""Texts that a model writes by itself, from nothing but the token that opens a text: to distil from without data.
 
 Every token is drawn from the model's own distribution, unchanged, so the texts are samples of what the model knows. The
 i-th text depends on the model, the seed and i alone.
@@ -18,7 +18,7 @@ _PORTION = 64
 
 
 def generate(
-    engine: Engine, rows: int, tokens: int, seed: int = 0, progress: Callable[[int], None] = lambda rows: None
+    engine: Engine, rows: int, tokens: int, seed: int = 0, progress: Callable[[int], None] = lambda rows: None,  # noqa: ARG005
 ) -> list[str]:
     """`rows` texts of at most `tokens` tokens each; those that end before they begin are left out.
 
