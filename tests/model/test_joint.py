@@ -22,7 +22,7 @@ from ftkit.train import run
 pytestmark = pytest.mark.model
 
 PROMPTS = ["The capital of France is", "def mean(values):", "Once upon a time", "The keeper of the lighthouse is"]
-JOINT = {"variant": "joint", "bits": 3}
+JOINT = {"variant": "joint", "bits": 3, "target_modules": ["k_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,10 @@ def test_others_read_the_numbers_that_were_trained(
         assert np.array_equal(ours.contiguous().numpy().view(np.uint32), theirs.reshape(ours.shape).view(np.uint32))
         if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1:
             codes = tensor.data.reshape(-1, 20)[:, 4:]
-            assert int((codes & 15).max()) == int((codes >> 4).max()) == 7
-            rounded += 1
-    assert rounded == 210
+            highest = {int((codes & 15).max()), int((codes >> 4).max())}
+            assert highest == ({7} if "attn_k" in tensor.name or "ffn_down" in tensor.name else {15})
+            rounded += highest == {7}
+    assert rounded == 60
 
 
 def test_the_file_answers_as_the_adapter_in_training_and_in_serving(
@@ -84,7 +85,7 @@ def test_the_file_answers_as_the_adapter_in_training_and_in_serving(
     trained = logits(loaded, 0)  # with gradients, as a training step computes it
     assert torch.equal(logits(models.load(written), -1), trained)
     assert (trained - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert (base - expected).abs().max() > 1
+    assert (base - expected).abs().max() > 0.3
     greedy = Sampling(temperature=0, max_tokens=12)
     with launch(smollm2, {"tuned": adapter}) as engine, launch(written) as other:
         unmerged = engine.generate_many(PROMPTS, greedy, model="tuned")
@@ -102,7 +103,7 @@ def test_a_run_learns_from_the_dense_model_within_its_plan(smollm2: Path, tmp_pa
         "method.variant": "joint",
         "method.bits": 3,
         "method.group": 64,
-        "method.alpha": 128,
+        "method.target_modules": ["down_proj"],
         "objective.name": "distill",
         "data.path": str(data),
         "data.max_tokens": 32,
@@ -130,14 +131,14 @@ def test_what_does_not_fit_is_refused_or_told(smollm2: Path) -> None:
     loaded = models.load(smollm2)
     attach = adapters.attach
     for options, message in (
-        ({"variant": "offsets", "bits": 3}, "expected them with variant 'joint'"),
+        ({"bits": 3}, "expected them with variant 'joint'"),
         ({**JOINT, "group": 48}, "expected a multiple of 32"),
         ({**JOINT, "bits": 5}, "expected one of 2, 3, 4"),
         ({**JOINT, "group": 128, "target_modules": ["q_proj"]}, r"rows of whole groups of 128, got 30 without"),
     ):
         with pytest.raises(InputError, match=message):
             attach(loaded.model, "qalora", options, seed=0)
-    attach(loaded.model, "qalora", {**JOINT, "group": 128, "target_modules": "all-linear"}, seed=0)
+    attach(loaded.model, "qalora", {"variant": "joint", "bits": 3, "group": 128}, seed=0)
     first, second = adapters.notices(loaded.model)
     assert first == "qalora: 30 layers start rounded to nearest, to 3 bits in groups of 128"
     assert second.startswith(

@@ -18,7 +18,11 @@ _PORTION = 64
 
 
 def generate(
-    engine: Engine, rows: int, tokens: int, seed: int = 0, progress: Callable[[int], None] = lambda rows: None,  # noqa: ARG005
+    engine: Engine,
+    rows: int,
+    tokens: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,  # noqa: ARG005
 ) -> list[str]:
     """`rows` texts of at most `tokens` tokens each; those that end before they begin are left out.
 
