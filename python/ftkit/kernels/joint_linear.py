@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from ftkit.kernels import operation
 from ftkit.kernels._groups import places
+from ftkit.kernels.block_matmul import block_matmul
 
 LEAST_STEP = 2.0**-20
 """The smallest step that is stored: 16 times the smallest half."""
@@ -127,6 +128,8 @@ class _JointLinear(torch.autograd.Function):
         quantized = x.new_empty(w.shape)
         for rows, u in _places(w, trained, grid):
             quantized[rows] = _decoded(u.round_().clamp_(0, grid.highest), d[rows], m[rows])
+        if quantized.dtype == torch.float32 and quantized.device.type == "cpu":  # as a dense weight of these values
+            return block_matmul(x, "f32", quantized.view(torch.uint8))
         return functional.linear(x, quantized)
 
     @staticmethod
