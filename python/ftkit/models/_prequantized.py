@@ -54,6 +54,10 @@ class Prequantized:
         """The tensor, dequantized where it is quantized."""
         return self.weight(name, dtype).dense() if name in self.sides else self._file.read(name, dtype)
 
+    def read_mapped(self, name: str) -> Tensor:
+        """The tensor as it is stored; in float32 where it is quantized."""
+        return self.weight(name, torch.float32).dense() if name in self.sides else self._file.read_mapped(name)
+
     def weight(self, name: str, dtype: torch.dtype) -> Weight:
         """A quantized matrix as it is in the file; `dtype` is what the model computes in.
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from families import saved
 from typer.testing import CliRunner
 
+from families import saved
 from ftkit import _core, cli
 from ftkit._core import GgufFile
 from ftkit.errors import InputError

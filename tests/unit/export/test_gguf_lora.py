@@ -7,9 +7,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, saved
 from torch import Tensor
 
+from families import FAMILIES, saved
 from ftkit import adapters
 from ftkit.engine.llama_cpp import open_model
 from ftkit.errors import GateError, InputError

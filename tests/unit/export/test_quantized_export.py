@@ -8,11 +8,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from families import saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from families import saved
 from ftkit import adapters, merge
 from ftkit.errors import InputError
 from ftkit.export import Material, export, safetensors
