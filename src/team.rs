@@ -113,7 +113,7 @@ impl Team {
     /// Calls `task` with 0 to `count` − 1, each once, in any order, on any of the threads; returns when all are done.
     pub fn each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
         let threads = self.threads();
-        if threads == 1 || count < 2 || count > Open::MOST {
+        if threads == 1 || !(2..=Open::MOST).contains(&count) {
             return (0..count).for_each(task);
         }
         let job = Job(task);

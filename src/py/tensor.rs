@@ -3,7 +3,9 @@
 //! torch allocates, the core computes: ops get tensors that the caller made, check what they are, and write into them.
 
 use bytemuck::Pod;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 
 use crate::error::Error;
 
@@ -11,16 +13,24 @@ use crate::error::Error;
 pub(super) trait Element: Pod {
     /// torch's name of the type, such as `torch.float32`.
     const NAME: &'static str;
+    /// torch's object of the type, of which there is one.
+    fn dtype(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>>;
 }
 
 macro_rules! elements {
     ($($rust:ty => $torch:literal),* $(,)?) => {
-        $(impl Element for $rust { const NAME: &'static str = $torch; })*
+        $(impl Element for $rust {
+            const NAME: &'static str = concat!("torch.", $torch);
+            fn dtype(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+                static FOUND: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+                let found = FOUND.get_or_try_init(py, || Ok::<_, PyErr>(py.import("torch")?.getattr($torch)?.unbind()))?;
+                Ok(found.bind(py))
+            }
+        })*
     };
 }
 elements! {
-    u8 => "torch.uint8", i32 => "torch.int32", i64 => "torch.int64",
-    f32 => "torch.float32", half::bf16 => "torch.bfloat16", half::f16 => "torch.float16",
+    u8 => "uint8", i32 => "int32", i64 => "int64", f32 => "float32", half::bf16 => "bfloat16", half::f16 => "float16",
 }
 
 /// A contiguous CPU tensor's memory. Holds no reference: the caller keeps the tensor alive during the call.
@@ -41,19 +51,20 @@ unsafe impl<T: Sync> Sync for Memory<T> {}
 impl<T: Element> Memory<T> {
     /// Checks dtype, device and contiguity of the tensor called `name` in messages.
     pub fn of(name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let dtype = tensor.getattr("dtype")?.str()?.to_string();
-        if dtype != T::NAME {
+        let py = tensor.py();
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        if !dtype.is(T::dtype(py)?) {
             return Err(Error::failure(format!("{name}: expected dtype {}, got {dtype}", T::NAME)).into());
         }
-        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
-        if device != "cpu" {
+        if !tensor.getattr(intern!(py, "is_cpu"))?.extract::<bool>()? {
+            let device = tensor.getattr(intern!(py, "device"))?;
             return Err(Error::failure(format!("{name}: expected a cpu tensor, got {device}")).into());
         }
-        if !tensor.call_method0("is_contiguous")?.extract::<bool>()? {
+        if !tensor.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
             return Err(Error::failure(format!("{name}: expected a contiguous tensor")).into());
         }
-        let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
-        let pointer: usize = tensor.call_method0("data_ptr")?.extract()?;
+        let shape: Vec<usize> = tensor.getattr(intern!(py, "shape"))?.extract()?;
+        let pointer: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         if !pointer.is_multiple_of(align_of::<T>()) {
             return Err(Error::failure(format!("{name}: expected memory aligned to {} bytes", align_of::<T>())).into());
         }

@@ -45,13 +45,16 @@ def log_probabilities(
         assert batch.targets is not None
         rows = batch.trained
         targets = batch.targets.index_select(0, rows).long()
+        given = batch.with_adapter(adapter)
+        # the mode is the thread's, and would be the reader's too if it were left on at a `yield`
         with torch.inference_mode():
-            given = batch.with_adapter(adapter)
             hidden, routes = loaded.model(given).index_select(0, rows), given.routes.take(rows.tolist())
-            for begin in range(0, len(rows), _CHUNK_ROWS):
-                end = min(begin + _CHUNK_ROWS, len(rows))
+        for begin in range(0, len(rows), _CHUNK_ROWS):
+            end = min(begin + _CHUNK_ROWS, len(rows))
+            with torch.inference_mode():
                 logits = loaded.model.head(hidden[begin:end], routes.take(range(begin, end)))
-                yield logits.double().log_softmax(-1), targets[begin:end]
+                found = logits.double().log_softmax(-1)
+            yield found, targets[begin:end]
 
 
 def summary(

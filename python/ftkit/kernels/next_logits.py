@@ -34,8 +34,7 @@ def _run(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
     """One call into the core."""
     x = model.embed_tokens(batch.tokens, batch.routes)
     cos, sin = model.rotary(batch.positions, x.dtype)
-    layers = fused_layers(model)
-    assert layers is not None
+    layers = model._fused.layers[None]  # which `_supports` has just looked at
     logits: Tensor = x.new_empty(len(rows), model.config.vocab_size)
     places = (batch.positions, batch.cu_seqlens, batch.block_table.contiguous())
     layers.forward(x, cos, sin, *places, cache.pages, list(batch.routes.spans), (rows, logits))

@@ -7,7 +7,8 @@
 Modules carry the names of published safetensors (`model.layers.0.self_attn.q_proj`).
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +243,8 @@ class Maker:
         return DenseWeight(self._tensor(f"{name}.weight", (rows, columns))) if stored is None else stored
 
 
-def shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=8)
+def shapes(config: DecoderConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """(published name, shape) of every weight of a model of this configuration, without making any."""
     with torch.device("meta"):
         found: list[tuple[str, tuple[int, ...]]] = []
@@ -252,4 +254,4 @@ def shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             return torch.empty(shape)
 
         Decoder(config, Maker(note, config.norm_epsilon))
-    return iter(found)
+    return tuple(found)

@@ -11,11 +11,14 @@
 //!
 //! Matrices are packed for it once: 16 rows side by side, so that a vector holds four codes of each.
 
+mod bytes;
 mod kernel;
 
 use std::cell::RefCell;
 
 pub use kernel::Path;
+
+use self::bytes::Bytes;
 
 use super::Kind;
 use crate::error::{Error, Result};
@@ -82,13 +85,8 @@ pub struct Packed {
     integers: IntegerForm,
     rows: usize,
     columns: usize,
-    bytes: Vec<Line>,
+    bytes: Bytes,
 }
-
-/// A line of the cache.
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 impl Packed {
     /// Packs blocks; `None` for a format that isn't whole numbers.
@@ -106,14 +104,13 @@ impl Packed {
             )));
         }
         let tile_bytes = columns / STEP * integers.step_bytes();
-        let mut lines = vec![Line([0; 64]); (rows.div_ceil(TILE) * tile_bytes).div_ceil(64)];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut lines);
+        let mut bytes = Bytes::zeros(rows.div_ceil(TILE) * tile_bytes)?;
         if tile_bytes > 0 {
             use rayon::prelude::*;
-            let tiles = bytes.par_chunks_exact_mut(tile_bytes).zip(blocks.par_chunks(TILE * row_bytes));
+            let tiles = bytes.as_mut_slice().par_chunks_exact_mut(tile_bytes).zip(blocks.par_chunks(TILE * row_bytes));
             tiles.for_each(|(tile, rows)| pack_tile(kind, &integers, rows, row_bytes, tile));
         }
-        Ok(Some(Self { integers, rows, columns, bytes: lines }))
+        Ok(Some(Self { integers, rows, columns, bytes }))
     }
 
     /// Outputs of the product.
@@ -128,12 +125,12 @@ impl Packed {
 
     /// Bytes that are held.
     pub fn nbytes(&self) -> usize {
-        self.bytes.len() * 64
+        self.bytes.as_slice().len()
     }
 
     fn tile(&self, index: usize) -> &[u8] {
         let bytes = self.columns / STEP * self.integers.step_bytes();
-        &bytemuck::cast_slice(&self.bytes)[index * bytes..][..bytes]
+        &self.bytes.as_slice()[index * bytes..][..bytes]
     }
 }
 

@@ -108,7 +108,7 @@ mod tests {
         ) {
             let columns = blocks * kind.block_size().max(96);
             let mut bytes = vec![0; rows * columns / kind.block_size() * kind.block_bytes()];
-            crate::quant::quantize(kind, &noise(rows * columns, seed), &mut bytes).unwrap();
+            crate::quant::quantize(kind, &noise(rows * columns, seed), None, &mut bytes).unwrap();
             let mut values = vec![0.0; rows * columns];
             crate::quant::dequantize(kind, &bytes, &mut values).unwrap();
             let dy = noise(count * rows, seed + 1);
