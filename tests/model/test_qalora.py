@@ -13,12 +13,14 @@ from torch import Tensor
 from ftkit import adapters, merge, models
 from ftkit.config import RunConfig
 from ftkit.engine import launch
+from ftkit.engine.llama_cpp import open_model
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
 from ftkit.export import Material, export
 from ftkit.export import gguf as gguf_target
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
+from ftkit.recipes.quickstart import DATA
 from ftkit.train import run
 
 pytestmark = pytest.mark.model
@@ -214,3 +216,49 @@ def test_adapters_of_another_pooling_and_numbers_too_large_are_refused(
     with pytest.raises(InputError, match="expected offsets that half precision holds"):
         adapters.merged(loaded.model, 1)
     adapters.detach(loaded.model, 1)
+
+
+def test_256_prompts_are_answered_alike(smollm2: Path, live: tuple[LoadedModel, Path], written: Path) -> None:
+    """Unmerged over the base, and from the written file: greedy tokens the same, logits within 1e-5."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "user"]
+    prompts = [*asked, *(f"{a} + {b} =" for a in range(16) for b in range(16))][:256]
+    greedy = Sampling(temperature=0, max_tokens=4, ignore_end=True)
+    with launch(smollm2, {"tuned": live[1]}) as engine, launch(written) as other:
+        unmerged = engine.generate_many(prompts, greedy, model="tuned")
+        assert [a.tokens for a in unmerged] == [a.tokens for a in other.generate_many(prompts, greedy)]
+        loaded, merged = engine.loaded, other.loaded
+        number = next(iter(loaded.model.attached))
+        batch = RaggedBatch.pack([loaded.tokenizer.encode(text) for text in prompts])
+        last = (batch.cu_seqlens[1:] - 1).tolist()
+        with torch.inference_mode():
+            expected, got = (
+                model.model.head(model.model(given)[last], given.routes.take(last))
+                for model, given in ((loaded, batch.with_adapter(number)), (merged, batch))
+            )
+        assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.llama
+def test_llama_cpp_agrees_with_the_written_file_as_it_does_with_the_base(smollm2: Path, written: Path) -> None:
+    """The share of positions whose likeliest token is the same; its activations are rounded to 8 bits, ours are not."""
+    pytest.importorskip("llama_cpp")
+    text = (Path(__file__).parent.parent.parent / "bench/held_out.txt").read_text(encoding="utf-8")
+    shares = {}
+    for name, path in (("base", smollm2), ("written", written)):
+        ours = models.load(path, quant="gguf")
+        pieces = [ours.tokenizer.encode(text)[start : start + 256] for start in range(0, 1024, 256)]
+        theirs = open_model(path, n_ctx=256, n_threads=2, n_batch=256, logits_all=True)
+        same = []
+        for tokens in pieces:
+            theirs.reset()
+            theirs.eval(tokens)
+            with torch.inference_mode():
+                mine = ours.model.head(ours.model(RaggedBatch.pack([tokens]))).argmax(-1).numpy()
+            same.append(np.array(theirs.scores[: len(tokens)]).argmax(-1) == mine)
+        theirs.close()
+        shares[name] = float(np.concatenate(same).mean())
+    print(f"top-1 agreement with llama.cpp: {shares}")
+    # a standard error of such a share over 1,024 positions is 0.4 %
+    assert shares["written"] >= shares["base"] - 0.01
+    assert shares["base"] > 0.95
