@@ -3,6 +3,8 @@
 //! Bytes: d [2], codes [16] laid out as in Q4_0.
 
 use super::int8::IntegerForm;
+#[cfg(target_arch = "x86_64")]
+use super::scales::x86;
 use super::scales::{half_at, half_bytes};
 use super::search::{self, Codes};
 use super::weights::Weights;
@@ -31,13 +33,38 @@ fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
 /// w = d t[q].
 #[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, plain);
+}
+
+/// The same by AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub(super) fn dequantize_512(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, d, out| x86::table_512(codes, &TABLE, d, out));
+}
+
+/// The same by AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, d, out| x86::table_256(codes, &TABLE, d, out));
+}
+
+#[inline(always)]
+fn each(blocks: &[u8], out: &mut [f32], put: impl Fn(&[u8; 16], f32, &mut [f32; BLOCK])) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
-        let d = half_at(block, 0);
-        for i in 0..16 {
-            let codes = block[2 + i];
-            out[i] = d * f32::from(TABLE[usize::from(codes & 0x0f)]);
-            out[i + 16] = d * f32::from(TABLE[usize::from(codes >> 4)]);
-        }
+        put(block.last_chunk().unwrap_or(&[0; 16]), half_at(block, 0), out); // there always is one: the block is longer
+    }
+}
+
+/// 32 values of one scale.
+#[inline(always)]
+pub(super) fn plain(codes: &[u8; 16], d: f32, out: &mut [f32; 32]) {
+    for (i, codes) in codes.iter().enumerate() {
+        out[i] = d * f32::from(TABLE[usize::from(codes & 0x0f)]);
+        out[i + 16] = d * f32::from(TABLE[usize::from(codes >> 4)]);
     }
 }
 

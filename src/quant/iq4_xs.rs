@@ -4,9 +4,11 @@
 //! first 16 in the low halves.
 
 use super::int8::IntegerForm;
-use super::iq4_nl::{TABLE, Table, code_of};
+use super::iq4_nl::{TABLE, Table, code_of, plain};
 use super::nested;
 use super::scales::half_at;
+#[cfg(target_arch = "x86_64")]
+use super::scales::x86;
 use super::weights::Weights;
 
 /// Values in a block.
@@ -36,18 +38,35 @@ fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
 /// w = (d s) t[q].
 #[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, plain);
+}
+
+/// The same by AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub(super) fn dequantize_512(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, d, out| x86::table_512(codes, &TABLE, d, out));
+}
+
+/// The same by AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, d, out| x86::table_256(codes, &TABLE, d, out));
+}
+
+#[inline(always)]
+fn each(blocks: &[u8], out: &mut [f32], put: impl Fn(&[u8; 16], f32, &mut [f32; 32])) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let d = half_at(block, 0);
         let high = u16::from_le_bytes([block[2], block[3]]);
-        for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let groups = block[8..].as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<32>().0);
+        for (group, (codes, out)) in groups.enumerate() {
             let low = (block[4 + group / 2] >> (group % 2 * 4)) & 0x0f;
             let scale = (low | (((high >> (group * 2)) & 3) as u8) << 4) as i8 - 32;
-            let scale = d * f32::from(scale);
-            let codes = &block[8 + group * 16..][..16];
-            for (i, codes) in codes.iter().enumerate() {
-                out[i] = scale * f32::from(TABLE[usize::from(codes & 0x0f)]);
-                out[i + 16] = scale * f32::from(TABLE[usize::from(codes >> 4)]);
-            }
+            put(codes, d * f32::from(scale), out);
         }
     }
 }

@@ -50,6 +50,8 @@ macro_rules! kinds {
                 match self {
                     Self::Q4_0 => q4_0::dequantize_512(blocks, out),
                     Self::Q4_1 => q4_1::dequantize_512(blocks, out),
+                    Self::Iq4Nl => iq4_nl::dequantize_512(blocks, out),
+                    Self::Iq4Xs => iq4_xs::dequantize_512(blocks, out),
                     other => other.dequantize(blocks, out),
                 }
             }
@@ -62,6 +64,8 @@ macro_rules! kinds {
                 match self {
                     Self::Q4_0 => q4_0::dequantize_256(blocks, out),
                     Self::Q4_1 => q4_1::dequantize_256(blocks, out),
+                    Self::Iq4Nl => iq4_nl::dequantize_256(blocks, out),
+                    Self::Iq4Xs => iq4_xs::dequantize_256(blocks, out),
                     other => other.dequantize(blocks, out),
                 }
             }

@@ -93,4 +93,33 @@ pub(super) mod x86 {
             }
         }
     }
+
+    /// out = t[code] d.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+    pub(in super::super) fn table_512(bytes: &[u8; 16], table: &[i8; 16], d: f32, out: &mut [f32; 32]) {
+        // SAFETY: sixteen bytes are there.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        for (half, out) in halves(bytes).into_iter().zip(out.as_chunks_mut::<16>().0) {
+            let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(table, half)));
+            // SAFETY: room for sixteen floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(values, _mm512_set1_ps(d))) };
+        }
+    }
+
+    /// The same with vectors half as wide.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(in super::super) fn table_256(bytes: &[u8; 16], table: &[i8; 16], d: f32, out: &mut [f32; 32]) {
+        // SAFETY: sixteen bytes are there.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        for (half, out) in halves(bytes).into_iter().zip(out.as_chunks_mut::<16>().0) {
+            let codes = _mm_shuffle_epi8(table, half);
+            for (part, out) in [codes, _mm_srli_si128::<8>(codes)].into_iter().zip(out.as_chunks_mut::<8>().0) {
+                let values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part));
+                // SAFETY: room for eight floats.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(values, _mm256_set1_ps(d))) };
+            }
+        }
+    }
 }
