@@ -387,6 +387,10 @@ class Stream:
 
         The last two come with the last item. Waits; Ctrl-C interrupts. Raises FtkitError when the request failed.
         """
+    def rest(
+        self,
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
+        """All that is still to come, as one item. Waits and raises as an iteration does."""
     def cancel(self) -> None:
         """Ends the request; its pages are free before the next step."""
 

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -220,9 +220,49 @@ impl Stream {
         }
     }
 
+    /// All that is still to come, as one item. Python's lock is free for the engine's steps meanwhile.
+    fn rest(&self, py: Python<'_>) -> PyResult<Shown> {
+        let mut all = Delta::default();
+        loop {
+            let event = py.detach(|| {
+                let receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
+                let until = Instant::now() + Duration::from_millis(100);
+                loop {
+                    match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                        Ok(Event::Delta(delta)) => append(&mut all, delta),
+                        other => return other,
+                    }
+                }
+            });
+            match event {
+                Ok(Event::Finished { delta, reason, usage }) => {
+                    self.cancel();
+                    append(&mut all, delta);
+                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    return Ok(shown(all, Some(reason.as_str()), Some(usage)));
+                }
+                Ok(Event::Failed(error)) => {
+                    self.cancel();
+                    return Err(error.into());
+                }
+                Ok(Event::Delta(delta)) => append(&mut all, delta),
+                Err(RecvTimeoutError::Timeout) => py.check_signals().inspect_err(|_| self.cancel())?,
+                Err(RecvTimeoutError::Disconnected) => return Ok(shown(all, None, None)),
+            }
+            if self.closed.load(Ordering::Acquire) {
+                return Ok(shown(all, None, None));
+            }
+        }
+    }
+
     fn cancel(&self) {
         self.closed.store(true, Ordering::Release);
     }
+}
+
+fn append(all: &mut Delta, delta: Delta) {
+    all.text.push_str(&delta.text);
+    all.tokens.extend(delta.tokens);
 }
 
 impl Drop for Stream {

@@ -315,8 +315,7 @@ def launch(
 def _deltas(stream: _core.Stream) -> Iterator[Delta]:
     try:
         for text, tokens, reason, usage in stream:
-            made = tuple(Token(id, logprob, tuple(top)) for id, logprob, top in tokens)
-            yield Delta(text, made, reason, *(usage or (0, 0)))
+            yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0)))
             if reason is not None:
                 return
     finally:
@@ -324,20 +323,23 @@ def _deltas(stream: _core.Stream) -> Iterator[Delta]:
 
 
 def _whole(stream: _core.Stream, sampling: Sampling) -> Completion:
-    texts: list[str] = []
-    tokens: list[Token] = []
-    last = Delta("", (), "stop")
-    for last in _deltas(stream):
-        texts.append(last.text)
-        tokens.extend(last.tokens)
+    try:
+        text, found, reason, usage = stream.rest()
+    finally:
+        stream.cancel()
+    tokens, (prompt_tokens, completion_tokens) = _tokens(found), usage or (0, 0)
     return Completion(
-        text="".join(texts),
+        text=text,
         tokens=[token.id for token in tokens],
-        finish_reason=last.finish_reason or "stop",
-        prompt_tokens=last.prompt_tokens,
-        completion_tokens=last.completion_tokens,
-        logprobs=None if sampling.logprobs is None else tokens,
+        finish_reason=reason or "stop",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        logprobs=None if sampling.logprobs is None else list(tokens),
     )
+
+
+def _tokens(found: list[tuple[int, float | None, list[tuple[int, float]]]]) -> tuple[Token, ...]:
+    return tuple(Token(id, logprob, tuple(top)) for id, logprob, top in found)
 
 
 def _short(loaded: LoadedModel) -> str:
