@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, saved
 from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, saved
 from ftkit import adapters
 from ftkit._core import GgufFile
 from ftkit.errors import InputError

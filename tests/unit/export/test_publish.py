@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import saved
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from families import saved
 from ftkit import adapters, cli
 from ftkit.errors import GateError, InputError
 from ftkit.eval.parity import Bounds
