@@ -4,7 +4,7 @@
 //! one, and few pages mean few misses in its tables of them.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use memmap2::MmapMut;
 
@@ -52,15 +52,17 @@ impl Bytes {
     /// The system has no memory.
     pub fn zeros(len: usize) -> Result<Self> {
         /// The chunk that is being filled, and how far it is.
-        static OPEN: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
+        static OPEN: Mutex<Option<(Weak<Chunk>, usize)>> = Mutex::new(None);
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let fitting = open.take().filter(|(chunk, used)| chunk.len - used >= len && Arc::strong_count(chunk) > 1);
+        // it goes with the last of its matrices
+        let found = open.take().and_then(|(chunk, used)| Some((chunk.upgrade()?, used)));
+        let fitting = found.filter(|(chunk, used)| chunk.len - used >= len);
         let (chunk, used) = match fitting {
             Some(found) => found,
             None => (Arc::new(Chunk::new(len.max(CHUNK))?), 0),
         };
         let range = used..used + len;
-        *open = Some((chunk.clone(), range.end.next_multiple_of(LINE).min(chunk.len)));
+        *open = Some((Arc::downgrade(&chunk), range.end.next_multiple_of(LINE).min(chunk.len)));
         Ok(Self { chunk, range })
     }
 
