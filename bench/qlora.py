@@ -18,7 +18,7 @@ from typing import Any
 from bench._figures import line, smollm2
 
 SEEDS = (0, 1, 2)
-STEPS = 60
+STEPS = 160
 _SETTINGS = {
     "method.rank": 16,
     "method.alpha": 32,

@@ -17,6 +17,13 @@ def replay(events: list[tuple[int, int, int]], categories: int) -> tuple[int, li
     Raises FtkitError for a trace that frees what does not live, or allocates what lives.
     """
 
+def replay_on_gpu(events: list[tuple[int, int, int]], capacity: int, expandable: bool) -> int | None:
+    """The most bytes that torch's caching allocator reserves for such a trace on a GPU of `capacity` bytes, with or
+    without expandable segments; None where it has no room.
+
+    Raises FtkitError as `replay` does.
+    """
+
 # gguf
 @final
 class GgufFile:

@@ -92,7 +92,7 @@ def test_a_run_takes_less_than_planned_and_than_the_dense_run(smollm2: Path, tmp
     ours, theirs = results["gguf"], results["none"]
     assert ours.final_loss == theirs.final_loss
     assert ours.adapter_sha256 == theirs.adapter_sha256
-    assert ours.peak_bytes <= ours.planned_peak_bytes <= 1.35 * ours.peak_bytes
+    assert ours.peak_bytes <= ours.planned_peak_bytes <= 1.01 * ours.peak_bytes
     # the head's matrix is the largest that is dense for a moment: a fifth of the model
     assert ours.peak_bytes < 0.55 * theirs.peak_bytes
 

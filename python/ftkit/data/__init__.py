@@ -62,6 +62,8 @@ class Dataset:
             cu_seqlens=cu_seqlens,
             group=group,
             adapter=torch.zeros(sequences, dtype=torch.int32),
+            host_lengths=tuple(self.rows.lengths(rows)),
+            host_adapter=(0,) * sequences,
         )
 
 

@@ -14,7 +14,8 @@ The environment variable `FTKIT_KERNELS` pins the choice: `reference`, or the na
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, ParamSpec, TypeVar
 
 from ftkit import plugins
@@ -65,6 +66,20 @@ class Operation(Generic[Arguments, Result]):
 def operation(reference: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
     """Makes an operation of its reference."""
     return Operation(reference)
+
+
+@contextmanager
+def pinned(names: str) -> Iterator[None]:
+    """Inside, only these backends are used, as `FTKIT_KERNELS` would have it."""
+    before = os.environ.get(PIN)
+    os.environ[PIN] = names
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PIN]
+        else:
+            os.environ[PIN] = before
 
 
 def backends() -> dict[str, list[str]]:

@@ -32,9 +32,11 @@ __all__ = [
     "Source",
     "build",
     "config_of",
+    "config_of_file",
     "family",
     "family_of_hf",
     "formats",
+    "formats_of",
     "load",
     "resolve",
     "save",
@@ -184,6 +186,11 @@ def config_of(source: str | Path | Source) -> DecoderConfig:
     return _open(place.path)[0]
 
 
+def config_of_file(path: Path) -> DecoderConfig:
+    """The configuration that a config.json says, without a model beside it. Raises InputError for another file."""
+    return _of_table(read_json(path), path)[0]
+
+
 def formats(source: str | Path | Source, quant: str) -> dict[str, str]:
     """Published name → format of the matrices that `load` holds as the scheme `quant` does; no tensor is read."""
     place = source if isinstance(source, Source) else resolve(source)
@@ -191,6 +198,18 @@ def formats(source: str | Path | Source, quant: str) -> dict[str, str]:
     names = _names(config, weights, owner)
     kinds = _formats(place.path, config, weights, names, quant)
     return {name: kinds[stored] for name, stored in names.items() if stored in kinds}
+
+
+def formats_of(config: DecoderConfig, quant: str) -> dict[str, str]:
+    """The same for a model in dense matrices that need not be here.
+
+    Raises InputError for a scheme that leaves matrices as a file has them.
+    """
+    if quant == DENSE:
+        return {}
+    if scheme_of(quant) is None:
+        raise InputError(f"--quant {quant}: expected a scheme that matrices are converted to, without a file of blocks")
+    return {name: quant for name, shape in shapes(config) if len(shape) == 2 and name not in STAY_DENSE}
 
 
 def save(
@@ -255,17 +274,22 @@ def _open(path: Path) -> tuple[DecoderConfig, Weights, Family]:
         except InputError as error:
             raise InputError(f"{path}: {error.message}", error.hint) from None
     table = read_json(path / "config.json")
-    try:
-        owner = family_of_hf(table)
-        config = owner.from_hf(table)
-    except InputError as error:
-        raise InputError(f"{path / 'config.json'}: {error.message}", error.hint) from None
+    config, owner = _of_table(table, path / "config.json")
     quantized = table.get("quantization_config")
     if quantized is None:
         return config, Safetensors(path), owner
     if not isinstance(quantized, dict):
         raise InputError(f"{path / 'config.json'}: quantization_config: expected an object, got {quantized!r}")
     return config, Prequantized(path, quantized), owner
+
+
+def _of_table(table: dict[str, Any], path: Path) -> tuple[DecoderConfig, Family]:
+    """What a config.json says."""
+    try:
+        owner = family_of_hf(table)
+        return owner.from_hf(table), owner
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from None
 
 
 def _formats(
@@ -277,8 +301,7 @@ def _formats(
     if quant == DENSE:
         return {}
     if scheme_of(quant) is not None:
-        matrices = [name for name, shape in shapes(config) if len(shape) == 2 and name not in STAY_DENSE]
-        return {names[name]: quant for name in matrices}
+        return {names[name]: quant for name in formats_of(config, quant)}
     if not isinstance(weights, Gguf):
         raise InputError(f"--quant {quant}: expected a .gguf file, got {path}", f"ftkit export {path} --to gguf")
     return weights.formats

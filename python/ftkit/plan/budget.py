@@ -1,6 +1,8 @@
 """How much memory a run may take: what the user says, or what is free now."""
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ftkit.errors import InputError
@@ -8,6 +10,32 @@ from ftkit.errors import InputError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MARGIN = 0.05
 """Share of the free memory that is left to others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU to plan for, which need not be here."""
+
+    bytes: int
+    """What torch may reserve on it."""
+    expandable: bool
+    """Whether torch's allocator has expandable segments there."""
+
+    @classmethod
+    def of(cls, size: int) -> "Gpu":
+        """One that has `size` bytes, with torch's allocator as the environment sets it."""
+        settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+        return cls(bytes=size, expandable="expandable_segments:true" in settings.lower())
+
+
+def parse_device(text: str) -> Gpu | None:
+    """`cuda:24GiB` as a GPU of that size, `cpu` as None. Raises InputError for anything else."""
+    kind, colon, size = text.partition(":")
+    if text == "cpu":
+        return None
+    if kind != "cuda" or not colon:
+        raise InputError(f"device: expected cpu, or a GPU with its memory such as cuda:24GiB, got {text!r}")
+    return Gpu.of(parse_bytes(size))
 
 
 def parse_bytes(text: str) -> int:

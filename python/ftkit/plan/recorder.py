@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ftkit import _core
 from ftkit.kernels import block_matmul, coded_matmul
+from ftkit.plan.budget import Gpu
 
 PRODUCTS = {
     getattr(torch.ops.ftkit, f"{room.__name__.rpartition('.')[2]}{way}")
@@ -94,10 +95,19 @@ class Recorder(TorchDispatchMode):
 
     def peak(self) -> Peak:
         """The peak of what was recorded so far, by the exact sizes of the storages."""
-        events = [(storage, size, self._category[storage]) for storage, size in self._events]
-        total, shares, _, left = _core.replay(events, len(CATEGORIES))
+        total, shares, _, left = _core.replay(self._told(), len(CATEGORIES))
         by_category = {name: share for name, share in zip(CATEGORIES, shares, strict=True) if share}
         return Peak(bytes=total, by_category=by_category, left_bytes=left)
+
+    def reserved(self, gpu: Gpu) -> int:
+        """What torch's allocator reserves on a GPU for what was recorded so far; where it does not
+        fit, what it would reserve on a larger one."""
+        found = _core.replay_on_gpu(self._told(), gpu.bytes, gpu.expandable)
+        # one that does not fit is told by how much
+        return found if found is not None else _core.replay_on_gpu(self._told(), 1 << 50, gpu.expandable) or 1 << 50
+
+    def _told(self) -> list[tuple[int, int, int]]:
+        return [(storage, size, self._category[storage]) for storage, size in self._events]
 
     def _see(self, tensor: torch.Tensor) -> int:
         """The number of the tensor's storage, noting its birth when it is new."""

@@ -12,6 +12,7 @@ import time
 import torch
 
 from ftkit.errors import Interrupted
+from ftkit.nn.batch import UNTRAINED
 from ftkit.optim import schedules
 from ftkit.train import checkpoint, checkpoints, memory, watchdog
 from ftkit.train.directory import RunDirectory
@@ -41,8 +42,7 @@ class Loop:
         self._losses = losses
         self._watchdog = watchdog.Watchdog(session.config.training.stop_after_bad_steps)
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
-        self._measured_tokens = 0
-        self._measured = 0
+        self._measured = (0, 0)  # the most tokens and targets of a batch whose memory was counted
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
         self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
@@ -52,6 +52,7 @@ class Loop:
         session, progress = self.session, self.progress
         every = session.config.output.checkpoint_every_steps
         evaluate_every = session.config.evaluation.every_steps if session.evaluation is not None else 0
+        self._rehearse()
         if progress.step == 0 and evaluate_every:
             self._events.emit("evaluation", 0, loss=self._evaluate(), best=False)
         while progress.step < session.steps:
@@ -83,6 +84,30 @@ class Loop:
         self._saved = progress.step
         self._events.emit("checkpoint", progress.step, path=str(path))
 
+    def _rehearse(self) -> None:
+        """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
+        session = self.session
+        batch = session.worst()
+        self._make_room()
+        try:
+            _, peak = memory.peak_bytes_of(
+                lambda: session.loss(batch).sum.sum().backward(), session.tensors(), session.device
+            )
+        finally:
+            clear(session.parameters)
+        self.progress.peak_bytes = max(self.progress.peak_bytes, peak)
+        self._events.emit(
+            "memory",
+            self.progress.step,
+            peak_bytes=peak,
+            planned_peak_bytes=session.plan.peak_bytes,
+            peak_rss_bytes=memory.peak_rss_bytes(),
+            planned_peak_rss_bytes=session.plan.peak_rss_bytes,
+        )
+
+    def _make_room(self) -> None:
+        memory.keep_below(self.session.plan.peak_rss_bytes, self.session.plan.batch_bytes)
+
     def _step(self) -> None:
         session, progress, training = self.session, self.progress, self.session.config.training
         torch.manual_seed(_step_seed(training.seed, progress.step))
@@ -90,22 +115,24 @@ class Loop:
         start = time.perf_counter()
         clear(session.parameters)
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
-        tokens = sum(batch.tokens.numel() for batch in batches)
+        largest = (
+            max(batch.tokens.numel() for batch in batches),
+            max(int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None),
+        )
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
-            outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm)
+            outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room)
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
             if warning is None:
                 session.optimizer.step(factor)
             return outcome, warning
 
         try:
-            if self._measured < 2 or tokens > self._measured_tokens:
-                # The first step has no optimizer state yet; a longer one may need more than those before.
+            if any(now > before for now, before in zip(largest, self._measured, strict=True)):
+                # it may need more than those before
                 (outcome, warning), peak = memory.peak_bytes_of(work, session.tensors(), session.device)
                 progress.peak_bytes = max(progress.peak_bytes, peak)
-                self._measured_tokens = max(self._measured_tokens, tokens)
-                self._measured += 1
+                self._measured = (max(largest[0], self._measured[0]), max(largest[1], self._measured[1]))
             else:
                 outcome, warning = work()
         finally:

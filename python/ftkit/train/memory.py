@@ -1,5 +1,6 @@
 """What a run takes: tensor storage, counted exactly over a step, and the process' memory as the system counts it."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,19 @@ def peak_bytes_of(
     with recorder:
         result = run()
     return result, recorder.peak().bytes
+
+
+def keep_below(limit: int, more: int) -> None:
+    """Gives freed memory back to the system where the process could exceed `limit` bytes with `more` on top.
+
+    The C library keeps what was freed, and batches of other lengths do not fit where the last one was. Faulting the
+    pages in again costs a few percent of a step, which is why it isn't done each time.
+    """
+    if _trim is not None and rss_bytes() + more > limit:
+        _trim(0)
+
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc alone
 
 
 def rss_bytes() -> int:

@@ -1,20 +1,24 @@
-"""What a run will need, before a byte of its model is loaded: two optimizer steps of the real code on fake tensors.
+"""What a run will need, before a byte of its model is loaded: an optimizer step of the real code on fake tensors.
 
-The model's layers repeat, so two traces of few layers give the peak of any depth: what a further layer adds is the
-difference between the second and the third.
+The whole model is traced. What a further layer adds could be told from models of few layers, but not the peak: it is
+at another moment in a deep model (gradients and optimizer grow with each layer, the head's losses do not), and a line
+through few layers says too little. For a GPU the operations are the references, and the trace is replayed by the rules
+of torch's allocator there.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftkit import adapters, models, optim, plugins
+from ftkit import adapters, kernels, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.nn.batch import UNTRAINED, RaggedBatch
 from ftkit.nn.decoder import DecoderConfig
+from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import matmul_flops_per_second
 
@@ -26,10 +30,34 @@ RETAINED_SHARE = 0.25
 
 Measured with torch 2.15 on x86-64, runs of SmolLM2-135M: process and tensors differ by 0.75 to 1.35 GiB."""
 
+CONTEXT_BYTES = 600 << 20
+"""What a process takes of a GPU beside tensors, from above: the driver's context, kernels, cuBLAS' workspace."""
+
 MATMUL_SHARE = 0.5
 """The share of the machine's matmul speed that a training step reaches; the rest is attention, losses, small things."""
 
 _ADAPTER = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What decides the memory of a step's batches."""
+
+    lengths: tuple[int, ...]
+    """The sequences' lengths in a batch, in tokens."""
+    trained: int
+    """Targets that are trained on in it."""
+    accumulated: int = 1
+    """Batches of an optimizer step."""
+    rows: tuple[int, ...] = ()
+    """The rows of the dataset that it has; empty for a batch that is made up."""
+
+    @classmethod
+    def largest(cls, config: RunConfig) -> "Shape":
+        """Full rows, each one sequence, all trained: nothing that the configuration allows needs more."""
+        training = config.training
+        lengths = (config.data.max_tokens,) * training.batch_rows
+        return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,68 +72,74 @@ class Plan:
     """The model's file, as far as it stays mapped into memory."""
     flops: int
     """Floating-point operations of an optimizer step's matrix products."""
+    shape: Shape
+    """The batch that needs it."""
+    reserved_bytes: int | None = None
+    """What torch's allocator takes of a GPU for it; None on the CPU."""
 
     @property
-    def seconds_per_step(self) -> float:
-        """An estimate for this machine, from how fast it multiplies matrices now."""
-        return self.flops / matmul_flops_per_second() / MATMUL_SHARE
+    def seconds_per_step(self) -> float | None:
+        """An estimate for this machine, from how fast it multiplies matrices now; None for a GPU."""
+        return None if self.reserved_bytes is not None else self.flops / matmul_flops_per_second() / MATMUL_SHARE
 
     @property
     def peak_rss_bytes(self) -> int:
         """The process' resident memory, from above."""
         return int(self.peak_bytes * (1 + RETAINED_SHARE)) + self.mapped_bytes + OTHER_RESIDENT_BYTES
 
+    @property
+    def batch_bytes(self) -> int:
+        """What comes and goes with each batch."""
+        return sum(self.by_category.get(name, 0) for name in ("activations", "gradients"))
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What decides the memory of a step's batches."""
-
-    lengths: tuple[int, ...]
-    """The sequences' lengths in the largest batch, in tokens."""
-    trained: int
-    """The most targets that are trained on in a batch."""
-    accumulated: int = 1
-    """Batches of an optimizer step."""
-
-    @classmethod
-    def largest(cls, config: RunConfig) -> "Shape":
-        """Full rows, each one sequence, all trained: nothing that the configuration allows needs more."""
-        training = config.training
-        lengths = (config.data.max_tokens,) * training.batch_rows
-        return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free: on the GPU, or for the process."""
+        return self.peak_rss_bytes if self.reserved_bytes is None else self.reserved_bytes + CONTEXT_BYTES
 
 
 def plan(
     config: RunConfig,
     architecture: DecoderConfig,
-    shape: Shape,
+    shapes: Sequence[Shape],
     mapped_bytes: int = 0,
     formats: Mapping[str, str] | None = None,
+    gpu: Gpu | None = None,
 ) -> Plan:
     """The peak of a training step of `config` on a model of `architecture`, exactly as the real one would count it.
 
-    `formats`: the block formats of matrices that are held quantized, by name. Those that stay in their file are part of
-    `mapped_bytes`, and no tensors of the plan.
+    `shapes`: of the batches among which the worst is. `formats`: the block formats of matrices that are held quantized,
+    by name. Those that stay in their file are part of `mapped_bytes`, and no tensors of the plan. `gpu`: one that it
+    would run on, which need not be here.
     """
-    formats = formats or {}
-    if architecture.layers <= 4:
-        found, flops = _trace(config, architecture, shape, formats)
-    else:
-        (few, few_flops), (more, more_flops) = (
-            _trace(config, _with_layers(architecture, layers), shape, formats) for layers in (3, 4)
+    plans = []
+    for shape in shapes:
+        recorder = _trace(config, architecture, shape, formats or {}, gpu)
+        peak = recorder.peak()
+        found = Plan(
+            peak_bytes=peak.bytes,
+            by_category=peak.by_category,
+            mapped_bytes=mapped_bytes,
+            shape=shape,
+            flops=recorder.flops // min(shape.accumulated, 2) * shape.accumulated,
+            reserved_bytes=None if gpu is None else recorder.reserved(gpu),
         )
-        further = architecture.layers - 3
-        found = {name: few.get(name, 0) + further * (more[name] - few.get(name, 0)) for name in more}
-        flops = few_flops + further * (more_flops - few_flops)
-    return Plan(peak_bytes=sum(found.values()), by_category=found, mapped_bytes=mapped_bytes, flops=flops)
+        plans.append(found)
+    return max(plans, key=lambda plan: plan.needed_bytes)
 
 
-def of_configuration(config: RunConfig) -> Plan:
-    """The plan of a run whose data has not been read: the largest batch that the configuration allows."""
+def of_configuration(config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConfig | None = None) -> Plan:
+    """The plan of a run whose data has not been read: the largest batch that the configuration allows.
+
+    `architecture`: of a model that is not here, instead of the configuration's.
+    """
+    shapes = [Shape.largest(config)]
+    if architecture is not None:
+        return plan(config, architecture, shapes, 0, models.formats_of(architecture, config.model.quant), gpu)
     source = models.resolve(config.model.source, config.output.runs_dir)
     size = source.path.stat().st_size if source.path.is_file() else 0
     formats = models.formats(source, config.model.quant)
-    return plan(config, models.config_of(source), Shape.largest(config), size, formats)
+    return plan(config, models.config_of(source), shapes, size, formats, gpu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +151,7 @@ class Option:
     plan: Plan
 
 
-def options(config: RunConfig) -> list[Option]:
+def options(config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConfig | None = None) -> list[Option]:
     """The configuration as it is, then ways to the same update in less memory, the fastest first."""
     training = config.training
     ways: list[dict[str, object]] = [{}]
@@ -135,23 +169,23 @@ def options(config: RunConfig) -> list[Option]:
     for way in ways:
         changes = {key.removeprefix("training."): value for key, value in way.items()}
         changed = dataclasses.replace(config, training=dataclasses.replace(training, **changes))  # type: ignore[arg-type]
-        found.append(Option(settings=way, plan=of_configuration(changed)))
+        found.append(Option(settings=way, plan=of_configuration(changed, gpu, architecture)))
     return found
 
 
-def _with_layers(architecture: DecoderConfig, layers: int) -> DecoderConfig:
-    return dataclasses.replace(architecture, layers=layers, windows=architecture.windows[:layers])
-
-
 def _trace(
-    config: RunConfig, architecture: DecoderConfig, shape: Shape, formats: Mapping[str, str]
-) -> tuple[dict[str, int], int]:
-    """Bytes by category at the peak of two optimizer steps (in the first there is no state yet), and a step's FLOPs."""
+    config: RunConfig,
+    architecture: DecoderConfig,
+    shape: Shape,
+    formats: Mapping[str, str],
+    gpu: Gpu | None,
+) -> Recorder:
+    """What an optimizer step and an evaluation allocate and free."""
     recorder, training = Recorder(), config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode():
+    with FakeTensorMode(), kernels.pinned("reference") if gpu is not None else contextlib.nullcontext():
         model = models.build(architecture, dtype, quant=config.model.quant, formats=formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         model.activation_checkpointing = training.activation_checkpointing
@@ -162,27 +196,30 @@ def _trace(
         held = [*model.parameters(), *model.buffers()]
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
         recorder.adopt(parameters.values(), "adapter")
-        recorder.adopt(optimizer.state().values(), "optimizer")
+        state = optimizer.state()
+        recorder.adopt(state.values(), "optimizer")
         batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
         with recorder:
-            for _ in range(2):
-                for batch in batches:
-                    with recorder.category("activations"):
-                        loss = objective.loss(model, batch, **options).sum.sum()
-                        loss.backward()
-                        del loss
-                    recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
-                gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-                with recorder.category("optimizer"):
-                    torch._foreach_div_(gradients, 2.0)
-                    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-                    torch.linalg.vector_norm(torch.stack(norms))
-                    optimizer.step(1.0)
-                del gradients
-                for parameter in parameters.values():
-                    parameter.grad = None
-        flops = recorder.flops // (2 * len(batches)) * shape.accumulated
-        return recorder.peak().by_category, flops
+            for batch in batches:  # as in `step.gradients`, whose numbers cannot be read here
+                with recorder.category("activations"):
+                    parts = objective.loss(model, batch, **options)
+                    parts.sum.sum().backward()
+                recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
+            gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+            with recorder.category("optimizer"):
+                torch._foreach_div_(gradients, 2.0)
+                norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+                torch.linalg.vector_norm(torch.stack(norms))
+                optimizer.step(1.0)
+            del gradients
+            for parameter in parameters.values():
+                parameter.grad = None
+            flops = recorder.flops
+            if config.evaluation.enabled:
+                with torch.no_grad(), recorder.category("activations"):
+                    objective.loss(model.eval(), _batch(shape), **options)
+            recorder.flops = flops
+        return recorder
 
 
 def _batch(shape: Shape) -> RaggedBatch:

@@ -31,6 +31,8 @@ class ProgressLine:
                 self._reading(event["rows"])
             case "step":
                 self._step(event)
+            case "memory":
+                self._say(_memory(event))
             case "evaluation":
                 best = " (best so far)" if event["best"] else ""
                 self._say(f"step {event['step']}: evaluation loss {_number(event['loss'], 4)}{best}")
@@ -78,6 +80,13 @@ class ProgressLine:
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style))
+
+
+def _memory(event: dict[str, Any]) -> str:
+    """What the largest batch took, beside what was planned."""
+    took, planned = (event[f"{kind}peak_bytes"] / 2**30 for kind in ("", "planned_"))
+    process = event["planned_peak_rss_bytes"] / 2**30
+    return f"memory: {took:.2f} GiB of tensors in the largest batch, planned {planned:.2f} (process: {process:.2f})"
 
 
 def describe(event: dict[str, Any], steps: int) -> str:

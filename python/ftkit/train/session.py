@@ -17,6 +17,8 @@ from ftkit.nn.batch import RaggedBatch
 from ftkit.train import lock, planned, samples
 from ftkit.train.step import Loss
 
+_TRACED = 4
+"""Batches that are planned exactly, when it isn't plain which one is the worst."""
 ADAPTER = 0  # the id under which the trained adapter hangs in the model
 
 
@@ -41,6 +43,10 @@ class Session:
         """The training batches, pass after pass, from the `start`-th on."""
         batches = self.dataset.batches(self.config.training.batch_rows, start=start)
         return (batch.to(self.device) for batch in batches)
+
+    def worst(self) -> RaggedBatch:
+        """The batch that needs most memory."""
+        return self.dataset.batch(list(self.plan.shape.rows)).to(self.device)
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
@@ -134,14 +140,31 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     )
 
 
-def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> planned.Shape:
-    """The most of everything in the first pass' batches; a later pass may have a batch that is a little larger."""
+def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[planned.Shape]:
+    """The batches of the first pass among which the one is that needs most: none has more tokens and more trained ones.
+
+    A later pass may have a batch that is a little larger.
+    """
     size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
     order = dataset.rows.order(config.training.seed, 0)
     cuts = [order[start : start + size] for start in range(0, len(order), size)][: steps * accumulated]
-    lengths = max((dataset.rows.lengths(rows) for rows in cuts), key=sum)
-    trained = max(map(dataset.rows.trained, cuts))
-    return planned.Shape(lengths=tuple(lengths), trained=trained, accumulated=accumulated)
+    found = [
+        planned.Shape(
+            lengths=tuple(dataset.rows.lengths(rows)),
+            trained=dataset.rows.trained(rows),
+            accumulated=accumulated,
+            rows=tuple(rows),
+        )
+        for rows in cuts
+    ]
+    found.sort(key=lambda shape: (-sum(shape.lengths), -shape.trained))
+    front: list[planned.Shape] = []
+    for shape in found:
+        if not front or shape.trained > front[-1].trained:
+            front.append(shape)
+    if len(front) <= _TRACED:
+        return front
+    return [dataclasses.replace(front[0], trained=front[-1].trained)]  # from above
 
 
 def _mapped_bytes(loaded: models.LoadedModel) -> int:

@@ -31,10 +31,20 @@ class StepOutcome:
     """What the mean is over: trained tokens, by weight."""
 
 
-def gradients(loss: Loss, parameters: Parameters, batches: Sequence[RaggedBatch], max_norm: float) -> StepOutcome:
-    """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`."""
+def gradients(
+    loss: Loss,
+    parameters: Parameters,
+    batches: Sequence[RaggedBatch],
+    max_norm: float,
+    before: Callable[[], None] = lambda: None,
+) -> StepOutcome:
+    """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`.
+
+    `before` is called before each batch.
+    """
     total, count = 0.0, 0.0
     for batch in batches:
+        before()
         parts = loss(batch)
         trained = float(parts.count.sum())
         if trained == 0:
