@@ -13,12 +13,15 @@ Sources: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, ar
 Approximations for Parallelism in Deep Learning, 2016, arXiv 1511.04561.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ftkit import _core
 from ftkit.kernels import operation
 
 BLOCK = 256
@@ -91,3 +94,26 @@ def write(state: Blocks, values: Tensor) -> None:
     state.greatest.copy_(blocks.abs().amax(1))
     shares = blocks / state.greatest.clamp(min=_TINY).unsqueeze(1)  # a block of zeros stays one
     state.codes.copy_(torch.bucketize(shares, edges_of(state.map), out_int32=True).view(-1)[: len(values)])
+
+
+@blockwise_adamw.backend("cpu", lambda weight, *_: weight.device.type == "cpu")
+def _cpu(weight: Tensor, gradient: Tensor, mean: Blocks, square: Blocks, factors: Factors) -> None:
+    states = [each for state in (mean, square) for each in (state.codes, state.greatest, state.map, edges_of(state.map))]
+    torch.ops.ftkit.blockwise_adamw_(weight, gradient, *states, *dataclasses.astuple(factors))
+
+
+_library = torch.library.Library("ftkit", "FRAGMENT")
+_library.define(
+    "blockwise_adamw_(Tensor(a!) weight, Tensor gradient, "
+    "Tensor(b!) mean, Tensor(c!) mean_greatest, Tensor mean_map, Tensor mean_edges, "
+    "Tensor(d!) square, Tensor(e!) square_greatest, Tensor square_map, Tensor square_edges, "
+    "float beta1, float beta2, float epsilon, float rate, float correction, float kept) -> ()"
+)
+
+
+def _run(weight: Tensor, gradient: Tensor, *rest: Any) -> None:
+    _core.blockwise_adamw(weight, gradient, rest[:4], rest[4:8], rest[8:])
+
+
+_library.impl("blockwise_adamw_", _run, "CPU")
+torch.library.register_fake("ftkit::blockwise_adamw_", lambda *_: None, lib=_library)

@@ -18,7 +18,7 @@ from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events
 from ftkit.train.session import Session
 from ftkit.train.signals import Interruption
-from ftkit.train.step import StepOutcome, clear, gradients, mean_loss
+from ftkit.train.step import StepOutcome, clear, gradients, mean_loss, step_in_backward
 
 
 class Loop:
@@ -39,7 +39,8 @@ class Loop:
         self._events = events
         self._stop = stop
         self._losses = losses
-        self._watchdog = watchdog.Watchdog(session.config.training.stop_after_bad_steps)
+        training = session.config.training
+        self._watchdog = watchdog.Watchdog(training.stop_after_bad_steps, in_backward=training.optimizer_in_backward)
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
         self._measured_tokens = 0
         self._measured = 0
@@ -93,9 +94,13 @@ class Loop:
         tokens = sum(batch.tokens.numel() for batch in batches)
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
-            outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm)
+            in_backward = training.optimizer_in_backward
+            if in_backward:
+                outcome = step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
+            else:
+                outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm)
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
-            if warning is None:
+            if warning is None and not in_backward:
                 session.optimizer.step(factor)
             return outcome, warning
 

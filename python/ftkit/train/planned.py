@@ -17,6 +17,7 @@ from ftkit.nn.batch import UNTRAINED, RaggedBatch
 from ftkit.nn.decoder import DecoderConfig
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import matmul_flops_per_second
+from ftkit.train.step import each_gradient
 
 OTHER_RESIDENT_BYTES = 1 << 30
 """Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
@@ -121,9 +122,13 @@ def options(config: RunConfig) -> list[Option]:
     """The configuration as it is, then ways to the same update in less memory, the fastest first."""
     training = config.training
     ways: list[dict[str, object]] = [{}]
+    freed: dict[str, object] = {"training.optimizer_in_backward": True}
+    may_free = not training.max_gradient_norm and training.gradient_accumulation_steps == 1
+    if may_free and not training.optimizer_in_backward:
+        ways.append(freed)
     if not training.activation_checkpointing:
-        ways.append({"training.activation_checkpointing": True})
-    if training.batch_rows > 1:
+        ways += [way | {"training.activation_checkpointing": True} for way in ways]
+    if training.batch_rows > 1 and not training.optimizer_in_backward:
         alone: dict[str, object] = {
             "training.batch_rows": 1,
             "training.gradient_accumulation_steps": training.batch_rows * training.gradient_accumulation_steps,
@@ -164,8 +169,23 @@ def _trace(
         recorder.adopt(parameters.values(), "adapter")
         recorder.adopt(optimizer.state().values(), "optimizer")
         batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
+
+        def update(name: str, gradient: torch.Tensor) -> None:
+            recorder.adopt([gradient], "gradients")
+            with recorder.category("optimizer"):
+                torch.linalg.vector_norm(gradient.div_(2.0), dtype=torch.float32)
+                optimizer.update(name, 1.0)
+
         with recorder:
             for _ in range(2):
+                if training.optimizer_in_backward:
+                    with recorder.category("activations"):
+                        loss = objective.loss(model, batches[0], **options).sum.sum()
+                        optimizer.begin()
+                        with each_gradient(parameters, update):
+                            loss.backward()
+                        del loss
+                    continue
                 for batch in batches:
                     with recorder.category("activations"):
                         loss = objective.loss(model, batch, **options).sum.sum()
