@@ -98,7 +98,9 @@ def write(state: Blocks, values: Tensor) -> None:
 
 @blockwise_adamw.backend("cpu", lambda weight, *_: weight.device.type == "cpu")
 def _cpu(weight: Tensor, gradient: Tensor, mean: Blocks, square: Blocks, factors: Factors) -> None:
-    states = [each for state in (mean, square) for each in (state.codes, state.greatest, state.map, edges_of(state.map))]
+    states = [
+        each for state in (mean, square) for each in (state.codes, state.greatest, state.map, edges_of(state.map))
+    ]
     torch.ops.ftkit.blockwise_adamw_(weight, gradient, *states, *dataclasses.astuple(factors))
 
 

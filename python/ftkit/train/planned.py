@@ -167,7 +167,8 @@ def _trace(
         held = [*model.parameters(), *model.buffers()]
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
         recorder.adopt(parameters.values(), "adapter")
-        recorder.adopt(optimizer.state().values(), "optimizer")
+        state = optimizer.state()  # held as a run holds it, its counter of steps included
+        recorder.adopt(state.values(), "optimizer")
         batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
 
         def update(name: str, gradient: torch.Tensor) -> None:
@@ -180,11 +181,11 @@ def _trace(
             for _ in range(2):
                 if training.optimizer_in_backward:
                     with recorder.category("activations"):
-                        loss = objective.loss(model, batches[0], **options).sum.sum()
+                        parts = objective.loss(model, batches[0], **options)
                         optimizer.begin()
                         with each_gradient(parameters, update):
-                            loss.backward()
-                        del loss
+                            parts.sum.sum().backward()
+                        del parts
                     continue
                 for batch in batches:
                     with recorder.category("activations"):

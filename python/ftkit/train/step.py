@@ -69,18 +69,22 @@ def step_in_backward(
     parts = loss(batch)
     count, total = float(parts.count.sum()), float(parts.sum.detach().double().sum())
     mean = total / count if count else float("nan")
+    summed = parts.sum.sum()
+    del parts
     norms = []
 
     def update(name: str, gradient: torch.Tensor) -> None:
         gradient.div_(count)
-        norms.append(float(torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))))
+        norms.append(
+            float(torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)))
+        )
         if math.isfinite(norms[-1]):
             optimizer.update(name, factor)
 
     if math.isfinite(mean):
         optimizer.begin()
         with each_gradient(parameters, update):
-            parts.sum.sum().backward()
+            summed.backward()
     return StepOutcome(loss=mean, gradient_norm=math.hypot(*norms), tokens=batch.tokens.numel(), trained=count)
 
 

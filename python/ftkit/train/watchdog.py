@@ -42,9 +42,7 @@ class Watchdog:
         return warning
 
 
-def _look(
-    step: int, trained_tokens: float, loss: float, gradient_norm: float, in_backward: bool
-) -> Warning | None:
+def _look(step: int, trained_tokens: float, loss: float, gradient_norm: float, in_backward: bool) -> Warning | None:
     if trained_tokens == 0:
         return Warning(
             kind="nothing_trained",
