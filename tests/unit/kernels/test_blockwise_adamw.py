@@ -1,4 +1,4 @@
-"""AdamW over 8 bits in the core against its reference: codes, scales and weights, for sizes that blocks don't divide."""
+"""AdamW over 8 bits in the core against its reference: codes, scales and weights, on sizes that no block divides."""
 
 import pytest
 import torch
