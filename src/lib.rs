@@ -6,6 +6,7 @@ pub mod data;
 pub mod decoder;
 pub mod error;
 pub mod gguf;
+pub mod optim;
 pub mod plan;
 #[cfg(feature = "python")]
 mod py;

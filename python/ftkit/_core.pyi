@@ -24,6 +24,18 @@ def replay_on_gpu(events: list[tuple[int, int, int]], capacity: int, expandable:
     Raises FtkitError as `replay` does.
     """
 
+# optim
+def blockwise_adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: tuple[Tensor, Tensor, Tensor, Tensor],
+    square: tuple[Tensor, Tensor, Tensor, Tensor],
+    factors: tuple[float, float, float, float, float, float],
+) -> None:
+    """Moves weight and states in place: float32 [n]; a state is (codes uint8 [n], greatest float32 [⌈n / 256⌉], map
+    float32 [256], edges float32 [255]); factors: beta1, beta2, epsilon, rate, correction, kept.
+    """
+
 # gguf
 @final
 class GgufFile:

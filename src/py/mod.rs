@@ -6,6 +6,7 @@ mod data;
 mod decoder;
 mod errors;
 mod gguf;
+mod optim;
 mod plan;
 mod quant;
 mod serve;
@@ -21,6 +22,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gguf::register(module)?;
     quant::register(module)?;
     decoder::register(module)?;
+    optim::register(module)?;
     plan::register(module)?;
     serve::register(module)?;
     // pyo3 keeps an `__all__` of its own; what is public is said once, in `_core.pyi`.

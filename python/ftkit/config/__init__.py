@@ -96,6 +96,9 @@ class TrainingConfig:
     )
     max_gradient_norm: float = option(1.0, "longer gradients are scaled down to this; 0 leaves them", at_least=0)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    optimizer_in_backward: bool = option(
+        False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
+    )
     seed: int = option(0, "of the data's order, the adapter's first weights and dropout", at_least=0, below=2**63)
     threads: int | None = option(
         None, "processor threads; all that this process may use when not given", at_least=1, at_most=1024
@@ -105,6 +108,21 @@ class TrainingConfig:
         "steps in a row without a usable gradient (NaN, infinite, all zero, nothing trained) that end the run",
         at_least=1,
     )
+
+    def __post_init__(self) -> None:
+        if not self.optimizer_in_backward:
+            return
+        if self.gradient_accumulation_steps > 1:
+            raise InputError(
+                "gradient_accumulation_steps: expected 1 with optimizer_in_backward, got "
+                f"{self.gradient_accumulation_steps}",
+                "gradients that are freed cannot add up; batch_rows makes a batch larger",
+            )
+        if self.max_gradient_norm:
+            raise InputError(
+                f"max_gradient_norm: expected 0 with optimizer_in_backward, got {self.max_gradient_norm}",
+                "the norm is not known before the last gradient is; set training.max_gradient_norm=0",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

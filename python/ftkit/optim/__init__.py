@@ -1,43 +1,26 @@
 """Optimizers: one file each; their schedules are in `schedules`.
 
-A plugin has a settings class `Config` with at least `learning_rate`, and
-`build(parameters, config) -> Optimizer`, where `parameters` maps names to the tensors that are trained. Optimizers
-read `.grad`, keep their state in float32 whatever the parameters are in, and name it after the parameters, so that
-a checkpoint is a plain file of named tensors.
+A plugin has a settings class `Config` with at least `learning_rate`, and `rule(config) -> Rule`, which says how one
+parameter moves. What all of them share is in `Optimizer`: state in float32 whatever the parameters are in, named after
+them so that a checkpoint is a plain file of named tensors, and a float32 copy of weights in low precision.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ftkit import config, plugins
+from ftkit.optim._optimizer import Moment, Optimizer, Rule
 
-
-class Optimizer(Protocol):
-    """What the training loop asks of an optimizer."""
-
-    learning_rate: float
-    """The rate that a schedule's factor of 1 stands for."""
-
-    def step(self, factor: float) -> None:
-        """One update from the parameters' gradients, at `factor` times the learning rate."""
-        ...
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The state by name: all that an uninterrupted run would have, down to the bit."""
-        ...
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes back what `state` gave. Raises KeyError when a name is missing."""
-        ...
+__all__ = ["Moment", "Optimizer", "Rule", "build", "clip"]
 
 
 def build(choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter]) -> Optimizer:
     """The optimizer that a configuration names, over named parameters."""
     plugin: Any = plugins.load("optim", choice.name)
-    optimizer: Optimizer = plugin.build(parameters, plugin.Config(**choice.options))
-    return optimizer
+    settings = plugin.Config(**choice.options)
+    return Optimizer(parameters, plugin.rule(settings), settings.learning_rate)
 
 
 def clip(parameters: Mapping[str, torch.nn.Parameter], max_norm: float) -> float:

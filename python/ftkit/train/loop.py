@@ -19,7 +19,7 @@ from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events
 from ftkit.train.session import Session
 from ftkit.train.signals import Interruption
-from ftkit.train.step import StepOutcome, clear, gradients, mean_loss
+from ftkit.train.step import StepOutcome, clear, each_gradient, gradients, mean_loss, step_in_backward
 
 
 class Loop:
@@ -40,7 +40,8 @@ class Loop:
         self._events = events
         self._stop = stop
         self._losses = losses
-        self._watchdog = watchdog.Watchdog(session.config.training.stop_after_bad_steps)
+        training = session.config.training
+        self._watchdog = watchdog.Watchdog(training.stop_after_bad_steps, in_backward=training.optimizer_in_backward)
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
         self._measured = (0, 0)  # the most tokens and targets of a batch whose memory was counted
         self._started = (progress.step, progress.seconds)
@@ -88,11 +89,17 @@ class Loop:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
         session = self.session
         batch = session.worst()
+
+        def work() -> None:
+            if session.config.training.optimizer_in_backward:
+                with each_gradient(session.parameters, lambda *_: None):
+                    session.loss(batch).sum.sum().backward()
+            else:
+                session.loss(batch).sum.sum().backward()
+
         self._make_room()
         try:
-            _, peak = memory.peak_bytes_of(
-                lambda: session.loss(batch).sum.sum().backward(), session.tensors(), session.device
-            )
+            _, peak = memory.peak_bytes_of(work, session.tensors(), session.device)
         finally:
             clear(session.parameters)
         self.progress.peak_bytes = max(self.progress.peak_bytes, peak)
@@ -121,9 +128,16 @@ class Loop:
         )
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
-            outcome = gradients(session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room)
+            in_backward = training.optimizer_in_backward
+            if in_backward:
+                self._make_room()
+                outcome = step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
+            else:
+                outcome = gradients(
+                    session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room
+                )
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
-            if warning is None:
+            if warning is None and not in_backward:
                 session.optimizer.step(factor)
             return outcome, warning
 

@@ -21,6 +21,7 @@ from ftkit.nn.decoder import DecoderConfig
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import matmul_flops_per_second
+from ftkit.train.step import each_gradient
 
 OTHER_RESIDENT_BYTES = 1 << 30
 """Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
@@ -155,9 +156,13 @@ def options(config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConf
     """The configuration as it is, then ways to the same update in less memory, the fastest first."""
     training = config.training
     ways: list[dict[str, object]] = [{}]
+    freed: dict[str, object] = {"training.optimizer_in_backward": True}
+    may_free = not training.max_gradient_norm and training.gradient_accumulation_steps == 1
+    if may_free and not training.optimizer_in_backward:
+        ways.append(freed)
     if not training.activation_checkpointing:
-        ways.append({"training.activation_checkpointing": True})
-    if training.batch_rows > 1:
+        ways += [way | {"training.activation_checkpointing": True} for way in ways]
+    if training.batch_rows > 1 and not training.optimizer_in_backward:
         alone: dict[str, object] = {
             "training.batch_rows": 1,
             "training.gradient_accumulation_steps": training.batch_rows * training.gradient_accumulation_steps,
@@ -196,24 +201,41 @@ def _trace(
         held = [*model.parameters(), *model.buffers()]
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
         recorder.adopt(parameters.values(), "adapter")
-        state = optimizer.state()
+        state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
         batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
-        with recorder:
-            for batch in batches:  # as in `step.gradients`, whose numbers cannot be read here
-                with recorder.category("activations"):
-                    parts = objective.loss(model, batch, **options)
-                    parts.sum.sum().backward()
-                recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
-            gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+
+        def update(name: str, gradient: torch.Tensor) -> None:
+            recorder.adopt([gradient], "gradients")
             with recorder.category("optimizer"):
-                torch._foreach_div_(gradients, 2.0)
-                norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-                torch.linalg.vector_norm(torch.stack(norms))
-                optimizer.step(1.0)
-            del gradients
-            for parameter in parameters.values():
-                parameter.grad = None
+                torch.linalg.vector_norm(gradient.div_(2.0), dtype=torch.float32)
+                optimizer.update(name, 1.0)
+
+        with recorder:
+            if training.optimizer_in_backward:
+                with recorder.category("activations"):
+                    parts = objective.loss(model, batches[0], **options)
+                    summed = parts.sum.sum()
+                    del parts
+                    optimizer.begin()
+                    with each_gradient(parameters, update):
+                        summed.backward()
+                    del summed
+            else:
+                for batch in batches:  # as in `step.gradients`, whose numbers cannot be read here
+                    with recorder.category("activations"):
+                        parts = objective.loss(model, batch, **options)
+                        parts.sum.sum().backward()
+                    recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
+                gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+                with recorder.category("optimizer"):
+                    torch._foreach_div_(gradients, 2.0)
+                    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+                    torch.linalg.vector_norm(torch.stack(norms))
+                    optimizer.step(1.0)
+                del gradients
+                for parameter in parameters.values():
+                    parameter.grad = None
             flops = recorder.flops
             if config.evaluation.enabled:
                 with torch.no_grad(), recorder.category("activations"):

@@ -1,7 +1,8 @@
 """The watchdog: sees the ways in which a run quietly learns nothing, and says them in words.
 
 A step whose loss or gradient is not finite, whose gradient is all zero, or whose batch trains no token is skipped and
-counted; several in a row end the run. A loss that stays where it began is reported at the end.
+counted; several in a row end the run. Where updates happen in the backward pass, a gradient is seen too late for that:
+its parameter alone is skipped. A loss that stays where it began is reported at the end.
 """
 
 import math
@@ -22,14 +23,15 @@ class Warning:
 class Watchdog:
     """Judges steps as they come; `patience` bad ones in a row are too many."""
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, *, in_backward: bool = False) -> None:
         self._patience = patience
+        self._in_backward = in_backward
         self.bad_in_a_row = 0
         self.bad_steps = 0
 
     def judge(self, step: int, trained_tokens: float, loss: float, gradient_norm: float) -> Warning | None:
         """What is wrong with the step, so that it must be skipped, or None. Raises FtkitError after too many."""
-        warning = _look(step, trained_tokens, loss, gradient_norm)
+        warning = _look(step, trained_tokens, loss, gradient_norm, self._in_backward)
         if warning is None:
             self.bad_in_a_row = 0
             return None
@@ -40,7 +42,7 @@ class Watchdog:
         return warning
 
 
-def _look(step: int, trained_tokens: float, loss: float, gradient_norm: float) -> Warning | None:
+def _look(step: int, trained_tokens: float, loss: float, gradient_norm: float, in_backward: bool) -> Warning | None:
     if trained_tokens == 0:
         return Warning(
             kind="nothing_trained",
@@ -56,13 +58,15 @@ def _look(step: int, trained_tokens: float, loss: float, gradient_norm: float) -
     if not math.isfinite(gradient_norm):
         return Warning(
             kind="gradient_not_finite",
-            message=f"step {step}: expected a finite gradient, got a norm of {gradient_norm}; the step was skipped",
+            message=f"step {step}: expected a finite gradient, got a norm of {gradient_norm}; "
+            + ("parameters with such a gradient were skipped" if in_backward else "the step was skipped"),
             hint="lower optimizer.learning_rate, or compute in float32 (model.dtype)",
         )
     if gradient_norm == 0:
         return Warning(
             kind="gradient_zero",
-            message=f"step {step}: expected a gradient, got zero in every trained parameter; the step was skipped",
+            message=f"step {step}: expected a gradient, got zero in every trained parameter"
+            + ("" if in_backward else "; the step was skipped"),
             hint="the method's options may leave nothing that can learn, such as a scale of 0",
         )
     return None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ftkit.config import Choice
 from ftkit.errors import InputError
-from ftkit.optim import adamw
+from ftkit.optim import Optimizer, build
 from ftkit.train import checkpoint, checkpoints
 
 pytestmark = pytest.mark.unit
@@ -17,9 +18,9 @@ def parameters(rank: int = 3, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
     return {"a.lora_A": torch.nn.Parameter(torch.randn(rank, 7)), "b": torch.nn.Parameter(torch.randn(5).to(dtype))}
 
 
-def saved(folder: Path, step: int) -> tuple[dict[str, torch.nn.Parameter], adamw.AdamW, Path]:
+def saved(folder: Path, step: int) -> tuple[dict[str, torch.nn.Parameter], Optimizer, Path]:
     weights = parameters()
-    optimizer = adamw.build(weights, adamw.Config())
+    optimizer = build(Choice(name="adamw"), weights)
     for weight in weights.values():
         weight.grad = torch.randn_like(weight)
     optimizer.step(1.0)
@@ -31,7 +32,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     weights, optimizer, path = saved(tmp_path, 41)
     assert path.name == "step-000041"
     others = {name: torch.nn.Parameter(torch.zeros_like(weight)) for name, weight in weights.items()}
-    fresh = adamw.build(others, adamw.Config())
+    fresh = build(Choice(name="adamw"), others)
     progress = checkpoint.load(path, others, fresh)
     assert (progress.step, progress.batches, progress.best_loss, progress.loss) == (41, 7, 0.1 + 0.2, 1 / 3)
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -44,7 +45,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
 def test_parameters_of_another_configuration_are_refused(tmp_path: Path, other: dict[str, torch.nn.Parameter]) -> None:
     _, _, path = saved(tmp_path, 1)
     with pytest.raises(InputError, match="expected the parameters of this configuration"):
-        checkpoint.load(path, other, adamw.build(other, adamw.Config()))
+        checkpoint.load(path, other, build(Choice(name="adamw"), other))
 
 
 @pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors"])
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_an_input_error(tmp_path: Path, name: str, conte
     else:
         (path / name).write_bytes(content)
     with pytest.raises(InputError, match="step-000001: expected"):
-        checkpoint.load(path, weights, adamw.build(weights, adamw.Config()))
+        checkpoint.load(path, weights, build(Choice(name="adamw"), weights))
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ftkit import plugins
 from ftkit.cli import application
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
@@ -51,6 +52,25 @@ def test_json_is_one_document_and_options_reach_the_configuration(
     stored = RunConfig.from_toml(tmp_path / "here" / "named" / "config.toml")
     assert (stored.training.seed, stored.training.max_steps, stored.data.max_tokens) == (4, 3, 64)
     assert (stored.method.options["rank"], stored.optimizer.options["learning_rate"]) == (2, 0.01)
+
+
+@pytest.mark.parametrize("optimizer", plugins.names("optim"))
+def test_every_optimizer_can_be_planned_and_trained(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, optimizer: str
+) -> None:
+    base = settings()
+    words = [
+        "--model", base["model.source"], "--data", base["data.path"], "--max-steps", "2", "--max-tokens", "64",
+        "--set", f"optimizer.name={optimizer}", "--set", "method.rank=2", "--set", "output.samples=0", "--json",
+    ]  # fmt: skip
+    plan = CliRunner().invoke(application(), ["plan", *words], catch_exceptions=False)
+    assert json.loads(plan.stdout)["by_category"]["optimizer"] > 0
+    there = ["--name", optimizer, "--runs-dir", str(tmp_path)]
+    result = CliRunner().invoke(application(), ["train", *words, *there], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["steps"]) == (0, 2)
+    assert document["peak_bytes"] <= document["planned_peak_bytes"]
+    assert RunConfig.from_toml(tmp_path / optimizer / "config.toml").optimizer.name == optimizer
 
 
 def test_what_is_wrong_with_a_configuration_comes_at_once(tmp_path: Path) -> None:
