@@ -160,14 +160,17 @@ impl Encoder {
             outcome.truncated = true;
             vec![sequences.into_iter().map(|sequence| sequence.truncated(self.max_tokens, anywhere)).collect()]
         };
-        // the first token of a sequence is nobody's target
-        let learns = |sequence: &Tokens| sequence.trained.iter().skip(1).any(|&trained| trained);
-        outcome.units = units.into_iter().filter(|unit| unit.iter().all(learns)).collect();
+        outcome.units = units.into_iter().filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
         outcome
     }
 }
 
 impl Tokens {
+    /// How many tokens are learnt; the first one is nobody's target.
+    pub fn targets(&self) -> u64 {
+        self.trained.iter().skip(1).filter(|&&trained| trained).count() as u64
+    }
+
     fn truncated(mut self, room: usize, anywhere: bool) -> Self {
         let fits = |end: &&usize| **end <= room;
         let end = if anywhere { room } else { self.turn_ends.iter().rev().find(fits).copied().unwrap_or(0) };

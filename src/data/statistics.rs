@@ -19,6 +19,10 @@ pub struct Statistics {
     pub duplicate_rows: u64,
     /// Rows that are pairs of a chosen and a rejected answer.
     pub pairs: u64,
+    /// Tokens of pairs' chosen answers.
+    pub chosen_tokens: u64,
+    /// Tokens of pairs' rejected answers.
+    pub rejected_tokens: u64,
     /// Sequences that are trained on.
     pub sequences: u64,
     /// Their tokens.

@@ -43,6 +43,8 @@ impl PreparedData {
             ("masked_rows", counts.masked_rows),
             ("duplicate_rows", counts.duplicate_rows),
             ("pairs", counts.pairs),
+            ("chosen_tokens", counts.chosen_tokens),
+            ("rejected_tokens", counts.rejected_tokens),
             ("sequences", counts.sequences),
             ("tokens", counts.tokens),
             ("trained_tokens", counts.trained_tokens),

@@ -45,9 +45,9 @@ class LossParts:
     sum: Tensor
     """f32 [tasks], differentiable."""
     count: Tensor
-    """f32 [tasks]: what to divide by; the weights of the trained tokens, summed."""
+    """f32 [tasks]: what to divide by; the weights of the trained tokens, summed, or the number of pairs."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further sums to report, each divided by `count`'s total."""
+    """Further sums to report in the events of a run, each divided by `count`'s total; the first two are shown live."""
 
 
 def losses_of_trained(forward: Forward, batch: RaggedBatch) -> Tensor:

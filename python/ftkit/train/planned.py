@@ -69,9 +69,10 @@ class Shape:
 
     @classmethod
     def largest(cls, config: RunConfig) -> "Shape":
-        """Full rows, each one sequence, all trained: nothing that the configuration allows needs more."""
+        """Full rows, each one sequence or pair, all trained: nothing that the configuration allows needs more."""
         training = config.training
-        lengths = (config.data.max_tokens,) * training.batch_rows
+        pairs: bool = plugins.load("objectives", config.objective.name).PAIRS
+        lengths = (config.data.max_tokens,) * (training.batch_rows * (2 if pairs else 1))
         return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
 

@@ -4,8 +4,8 @@ An objective gives a sum and a count for every batch. The sums' gradients are ad
 once by the step's whole count, so that how the tokens fall into batches changes nothing but rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,40 +28,73 @@ class StepOutcome:
     tokens: int
     """Real tokens that went through the model."""
     trained: float
-    """What the mean is over: trained tokens, by weight."""
+    """What the mean is over: trained tokens, by weight, or pairs."""
+    trained_tokens: int
+    """Targets that were trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means of what the objective reports beside its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What batches gave that nothing is learnt from."""
+
+    loss: float
+    """NaN when nothing in them counts."""
+    metrics: Mapping[str, float]
+
+
+class _Totals:
+    """Sums over batches, on the host."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.count = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def add(self, parts: LossParts) -> None:
+        self.sum += float(parts.sum.detach().double().sum())
+        self.count += float(parts.count.sum())
+        for name, value in parts.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + float(value)
+
+    @property
+    def means(self) -> Means:
+        if not self.count:
+            return Means(loss=float("nan"), metrics={})
+        means = {name: value / self.count for name, value in self._metrics.items()}
+        return Means(loss=self.sum / self.count, metrics=means)
 
 
 def gradients(loss: Loss, parameters: Parameters, batches: Sequence[RaggedBatch], max_norm: float) -> StepOutcome:
     """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`."""
-    total, count = 0.0, 0.0
+    totals = _Totals()
     for batch in batches:
         parts = loss(batch)
-        trained = float(parts.count.sum())
-        if trained == 0:
+        if float(parts.count.sum()) == 0:
             continue
         parts.sum.sum().backward()
-        total += float(parts.sum.detach().double().sum())
-        count += trained
+        totals.add(parts)
     existing = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    if existing and count:
-        torch._foreach_div_(existing, count)
+    if existing and totals.count:
+        torch._foreach_div_(existing, totals.count)
     return StepOutcome(
-        loss=total / count if count else float("nan"),
+        loss=totals.means.loss,
         gradient_norm=clip(parameters, max_norm),
         tokens=sum(batch.tokens.numel() for batch in batches),
-        trained=count,
+        trained=totals.count,
+        trained_tokens=sum(batch.trained.numel() for batch in batches),
+        metrics=totals.means.metrics,
     )
 
 
 @torch.no_grad()
-def mean_loss(loss: Loss, batches: Sequence[RaggedBatch]) -> float:
-    """The mean loss over batches; NaN when nothing in them counts."""
-    total, count = 0.0, 0.0
+def means(loss: Loss, batches: Iterable[RaggedBatch]) -> Means:
+    """The mean loss over batches, and the means of what the objective reports beside it."""
+    totals = _Totals()
     for batch in batches:
-        parts = loss(batch)
-        total += float(parts.sum.double().sum())
-        count += float(parts.count.sum())
-    return total / count if count else float("nan")
+        totals.add(loss(batch))
+    return totals.means
 
 
 def clear(parameters: Parameters) -> None:
