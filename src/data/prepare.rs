@@ -174,6 +174,8 @@ impl Work<'_> {
         counts.split_rows += u64::from(outcome.split);
         counts.masked_rows += u64::from(outcome.units.is_empty());
         for (index, unit) in outcome.units.iter().enumerate() {
+            counts.labelled += u64::from(outcome.wanted.is_some());
+            counts.wanted += u64::from(outcome.wanted == Some(true));
             if let [chosen, rejected] = unit.as_slice() {
                 counts.pairs += 1;
                 counts.chosen_tokens += chosen.targets();

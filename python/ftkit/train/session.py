@@ -89,6 +89,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         template=loaded.template,
         seed=training.seed,
         pairs=objective.PAIRS,
+        labelled=getattr(objective, "LABELLED", False),
+        together=getattr(objective, "TOGETHER", 1),
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)

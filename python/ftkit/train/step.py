@@ -50,19 +50,21 @@ class _Totals:
     def __init__(self) -> None:
         self.sum = 0.0
         self.count = 0.0
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, tuple[float, float]] = {}
 
     def add(self, parts: LossParts) -> None:
         self.sum += float(parts.sum.detach().double().sum())
         self.count += float(parts.count.sum())
         for name, value in parts.metrics.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + float(value)
+            told, of = value.tolist() if value.numel() > 1 else (float(value), float(parts.count.sum()))
+            before = self._metrics.get(name, (0.0, 0.0))
+            self._metrics[name] = (before[0] + told, before[1] + of)
 
     @property
     def means(self) -> Means:
         if not self.count:
             return Means(loss=float("nan"), metrics={})
-        means = {name: value / self.count for name, value in self._metrics.items()}
+        means = {name: total / count for name, (total, count) in self._metrics.items() if count}
         return Means(loss=self.sum / self.count, metrics=means)
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
-from trl.trainer import dpo_trainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from ftkit import plugins
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import LossParts
+from ftkit.objectives.kto import mismatched
 from ftkit.objectives.orpo import log_odds
 
 pytestmark = pytest.mark.unit
@@ -53,38 +54,44 @@ def _trl_dpo(model: Given, given: list[Answer], **settings: Any) -> Tensor:
     inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], True)
     shape = (len(rows), inputs["input_ids"].shape[1] - 1)
 
-    padded = []
-    for table in (model.table, model.reference):
-        rows_of = [
-            torch.cat(
-                [table.new_zeros(len(prompt) - 1), each, table.new_zeros(shape[1] + 1 - len(prompt) - len(answer))]
-            )
-            for (prompt, answer), each in zip(ordered, logps(table, ordered), strict=True)
-        ]
-        padded.append(torch.stack(rows_of))
+    padded = [_padded(table, ordered, shape[1]) for table in (model.table, model.reference)]
     trainer = types.SimpleNamespace(
         model=_Outputs(padded[0]),
         ref_model=_Outputs(padded[1]),
-        accelerator=types.SimpleNamespace(
-            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda x: x
-        ),
-        args=types.SimpleNamespace(gradient_checkpointing_kwargs=None),
-        aux_loss_enabled=False,
         ld_alpha=None,
-        precompute_ref_logps=False,
         f_divergence_type="reverse_kl",
         loss_weights=[1.0],
         use_weighting=False,
         label_smoothing=0.0,
         _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
+        **_TRL_TRAINER,
     )
     vars(trainer).update(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo_trainer, "disable_gradient_checkpointing", lambda *_: contextlib.nullcontext())
         found: Tensor = dpo_trainer.DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
     return found
+
+
+def _padded(table: Tensor, given: list[Answer], width: int) -> Tensor:
+    """The answers' log-probabilities [rows, width] where trl has them, zeros elsewhere."""
+    rows = []
+    for (prompt, answer), each in zip(given, logps(table, given), strict=True):
+        before, after = len(prompt) - 1, width + 1 - len(prompt) - len(answer)
+        rows.append(torch.nn.functional.pad(each, (before, after)))
+    return torch.stack(rows)
+
+
+_TRL_TRAINER: dict[str, Any] = {
+    "accelerator": types.SimpleNamespace(
+        device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda x: x
+    ),
+    "args": types.SimpleNamespace(gradient_checkpointing_kwargs=None),
+    "aux_loss_enabled": False,
+    "precompute_ref_logps": False,
+    "_total_train_tokens": 0,
+    "_tp_size": 1,
+}
 
 
 class _Outputs(torch.nn.Module):
@@ -256,6 +263,99 @@ def test_odds_of_a_certain_answer_are_finite() -> None:
         exact = certain.detach().double()[2:]
         expected = exact - torch.log(-torch.expm1(exact))
         torch.testing.assert_close(odds.detach().double()[2:], expected, rtol=1e-6, atol=1e-6)
+
+
+def _trl_kto(model: Given, given: list[Answer], labels: list[bool], crossed: list[Answer], **settings: Any) -> Tensor:
+    """KTOTrainer's loss; it asks its model for the mismatched answers first, then for those of the rows."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            each = crossed if input_ids.shape[1] == inputs["KL_input_ids"].shape[1] else given
+            shape = (len(each), input_ids.shape[1] - 1)
+            nothing = torch.zeros(shape)
+            return types.SimpleNamespace(
+                log_probs=_padded(self.table, each, shape[1]), entropy=nothing, mean_logits=nothing
+            )
+
+    inputs: dict[str, Tensor] = {"label": torch.tensor(labels)}
+    for prefix, each, longer in (("", given, 0), ("KL_", crossed, 20)):  # apart by their width
+        rows = [torch.tensor(prompt + answer) for prompt, answer in each]
+        masks = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in each]
+        for name, values in (("input_ids", rows), ("completion_mask", masks), ("attention_mask", rows)):
+            inputs[prefix + name] = torch.nn.functional.pad(pad_sequence(values, True), (0, longer))
+    trainer = types.SimpleNamespace(
+        model=Model(model.table),
+        ref_model=Model(model.reference),
+        loss_type="kto",
+        calculate_KL=True,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        **_TRL_TRAINER,
+    )
+    vars(trainer).update(settings)
+    trainer._compute_kl_logps = types.MethodType(kto_trainer.KTOTrainer._compute_kl_logps, trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kto_trainer, "disable_gradient_checkpointing", lambda *_: contextlib.nullcontext())
+        trainer._metrics = {"train": defaultdict(list)}
+        found: Tensor = kto_trainer.KTOTrainer._compute_loss(trainer, trainer.model, inputs, False)
+    return found
+
+
+def _crossed(given: list[Answer], places: int) -> list[Answer]:
+    return [(prompt, given[(at + places) % len(given)][1]) for at, (prompt, _) in enumerate(given)]
+
+
+@pytest.mark.parametrize(("rows", "paired"), [(4, True), (3, False), (4, False), (1, False)])
+def test_kto_is_that_of_trl_in_a_group_with_its_own_mismatched_answers(rows: int, paired: bool) -> None:
+    nonzero = 0
+    for seed in range(4):
+        model, given = random_model(seed), answers(rows, seed)
+        given = given if paired or rows == 1 else given[:-1]  # an odd number of single answers
+        labels = [at % 2 == 0 for at in range(len(given))] if paired else [at % 3 == 0 for at in range(len(given))]
+        crossed = _crossed(given, 2 if len(given) > 2 else 1)
+        tasks = [0 if wanted else 1 for wanted in labels]
+        batch = packed(given, task=tasks, group=[0] * len(given))
+        options = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+        parts = loss_of("kto", model, batch, **options)
+        expected = _trl_kto(model, given, labels, crossed, **options)
+        torch.testing.assert_close(mean(parts), expected, rtol=1e-6, atol=1e-6)
+        gradients = [torch.autograd.grad(one, model.table)[0] for one in (mean(parts), expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+        nonzero += float(parts.metrics["kl"]) > 0
+    assert nonzero  # z counts, where it isn't cut off at 0
+
+
+def test_ktos_groups_are_alone_with_their_statistic() -> None:
+    """Groups of any sizes in any order, packed or each for itself, give one loss, and one half without a difference."""
+    model, given = random_model(1), answers(7)
+    sizes, tasks, start, apart = (4, 6, 2, 2), [0, 1] * 7, 0, []
+    for size in sizes:
+        mine = slice(start, start + size)
+        apart.append(loss_of("kto", model, packed(given[mine], task=tasks[mine], group=[5] * size)))
+        start += size
+    numbers = [number for number, size in enumerate(sizes) for _ in range(size)]
+    together = loss_of("kto", model, packed(given, task=tasks, group=numbers))
+    turned = loss_of("kto", model, packed(given[4:] + given[:4], task=tasks, group=numbers[4:] + numbers[:4]))
+    for other in (turned.sum, torch.stack([parts.sum for parts in apart]).sum(0)):
+        torch.testing.assert_close(together.sum, other, rtol=1e-12, atol=1e-12)
+    assert float(together.count) == 14
+    for name, total in together.metrics.items():
+        torch.testing.assert_close(total, torch.stack([parts.metrics[name] for parts in apart]).sum(0))
+    model.reference = model.table.detach().clone()
+    assert value(loss_of("kto", model, packed(given, task=tasks, group=numbers))) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_mismatched_answers_keep_their_targets() -> None:
+    given: list[Answer] = [([1, 2], [3]), ([1, 2], [4, 5]), ([0], [6, 6, 6]), ([0], [2])]
+    crossed = mismatched(packed(given, group=[0] * 4))
+    expected = packed(_crossed(given, 2), group=[0] * 4)
+    assert (crossed.lengths, crossed.host_trained) == (expected.lengths, expected.host_trained)
+    for name in ("tokens", "targets", "positions", "cu_seqlens"):
+        assert torch.equal(getattr(crossed, name), getattr(expected, name)), name
 
 
 # Optima: five answers, preferences of a known reward by Bradley and Terry's model.

@@ -27,7 +27,8 @@ def model(tmp_path: Path) -> Decoder:
 
 
 def batch(rows: slice = slice(None)) -> RaggedBatch:
-    return RaggedBatch.pack(ROWS[rows], targets=TARGETS[rows], adapter=0)
+    group = [0, 0, 1, 1, 2, 2][rows]
+    return RaggedBatch.pack(ROWS[rows], targets=TARGETS[rows], adapter=0, group=group, task=[0, 1] * (len(group) // 2))
 
 
 def loss_of(name: str, model: Decoder, rows: RaggedBatch, **options: Any) -> LossParts:
@@ -72,7 +73,7 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dpo", "lc_dpo", "ipo", "simpo", "cpo", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", "lc_dpo", "ipo", "simpo", "cpo", "orpo", "kto"])
 def test_packed_and_alone_are_one(model: Decoder, name: str) -> None:
     adapters.attach(model, "lora", {}, seed=1)
     disturb(model)
@@ -91,7 +92,7 @@ def test_a_new_adapter_is_its_reference(model: Decoder) -> None:
     assert float(parts.metrics["kl"]) == 0
 
 
-@pytest.mark.parametrize("name", ["dpo", "lc_dpo", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", "lc_dpo", "ipo", "kto"])
 def test_a_method_that_edits_the_base_has_no_reference(model: Decoder, name: str) -> None:
     adapters.attach(model, "full", {}, seed=1)
     with pytest.raises(InputError, match=f"{name}: expected a method that leaves the base as it is") as error:

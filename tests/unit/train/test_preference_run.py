@@ -19,7 +19,7 @@ from ftkit.train.watchdog import Preferences
 pytestmark = pytest.mark.unit
 
 Settings = Callable[..., dict[str, Any]]
-NAMES = ["dpo", "lc_dpo", "ipo", "simpo", "cpo", "orpo"]
+NAMES = ["dpo", "lc_dpo", "ipo", "simpo", "cpo", "orpo", "kto"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_a_run_learns_which_answer_is_better(settings: Settings, pairs: Path, na
     assert result.peak_bytes <= result.planned_peak_bytes <= 1.35 * result.peak_bytes
     if name in ("dpo", "lc_dpo", "ipo"):
         assert (first["kl"], last["kl"] > 0.01) == (0, True)
+    if name in ("dpo", "lc_dpo", "ipo", "kto"):
+        assert 0 == first["chosen_log_ratio"] == first["rejected_log_ratio"] > last["rejected_log_ratio"]
     report = Path(result.report).read_text()
     for metric in last:
         assert f"<figcaption>{metric.replace('_', ' ')}" in report
@@ -73,16 +75,17 @@ def test_the_command_shows_it_live(settings: Settings, pairs: Path) -> None:
 def test_a_plan_has_room_for_two_answers_of_full_length(settings: Settings) -> None:
     shapes = [
         Shape.largest(RunConfig.from_toml(None, settings(objective__name=name, data__max_tokens=64)))
-        for name in ("sft", "dpo")
+        for name in ("sft", "dpo", "kto")
     ]
-    assert [shape.lengths for shape in shapes] == [(64, 64), (64, 64, 64, 64)]
+    assert [shape.lengths for shape in shapes] == [(64,) * 2, (64,) * 4, (64,) * 16]
 
 
-def test_accumulated_is_the_update_of_one_big_batch(settings: Settings, pairs: Path) -> None:
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_accumulated_is_the_update_of_one_big_batch(settings: Settings, pairs: Path, name: str) -> None:
     ends = []
     for rows, accumulated in ((4, 1), (1, 4)):
         table = settings(
-            data__path=str(pairs), objective__name="dpo", training__batch_rows=rows, training__max_steps=2,
+            data__path=str(pairs), objective__name=name, training__batch_rows=rows, training__max_steps=2,
             training__gradient_accumulation_steps=accumulated, method__dropout=0.0, output__name=f"run-{rows}",
         )  # fmt: skip
         result = train.run(RunConfig.from_toml(None, table))
@@ -94,6 +97,54 @@ def test_accumulated_is_the_update_of_one_big_batch(settings: Settings, pairs: P
 def test_rows_that_are_no_pairs_are_refused(settings: Settings) -> None:
     with pytest.raises(InputError, match="expected pairs of a chosen and a rejected answer a row, got 48 other rows"):
         train.run(RunConfig.from_toml(None, settings(objective__name="dpo")))
+
+
+def labelled(folder: Path, labels: list[Any]) -> Path:
+    """Sums with an answer each that is right or wrong, and what is said of it."""
+    path = folder / "labelled.jsonl"
+    said = [(f"It is {n + n}.", True) if n % 3 else (f"Is {n} odd?", False) for n in range(len(labels))]
+    rows = [
+        {"prompt": f"{n} + {n}?", "completion": answer, "label": wanted if label is None else label}
+        for n, ((answer, wanted), label) in enumerate(zip(said, labels, strict=True))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_single_answers_are_learnt_from_by_their_labels(settings: Settings, tmp_path: Path) -> None:
+    path = labelled(tmp_path, [None] * 30)
+    table = settings(data__path=str(path), objective__name="kto", method__dropout=0.0)
+    train.run(RunConfig.from_toml(None, table))
+    first, last = (events(table, "step")[at]["metrics"] for at in (0, -1))
+    assert last["reward_accuracy"] > 0.9
+    assert last["chosen_log_ratio"] - last["rejected_log_ratio"] > 1
+    assert first["chosen_tokens"] > 0
+    one_pass = train.run(RunConfig.from_toml(None, table | {"training.max_steps": 2, "output.name": "one-pass"}))
+    assert one_pass.planned_peak_bytes is not None
+    assert one_pass.peak_bytes <= one_pass.planned_peak_bytes <= 1.35 * one_pass.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        ("kto", [True], "data: expected at least 2 rows, of which one's answer is held against the other's, got 1"),
+        ("kto", ["good", "bad"], "expected pairs of a chosen and a rejected answer a row, or an answer with its label"),
+        ("dpo", [True, False], "expected pairs of a chosen and a rejected answer a row, got 2 other rows"),
+        ("sft", [True, False], "expected answers to learn, got 2 that are labelled as wanted or not"),
+    ],
+)
+def test_answers_that_an_objective_cannot_use_are_refused(
+    settings: Settings, tmp_path: Path, name: str, labels: list[Any], message: str
+) -> None:
+    table = settings(data__path=str(labelled(tmp_path, labels)), objective__name=name)
+    with pytest.raises(InputError, match=message):
+        train.run(RunConfig.from_toml(None, table))
+
+
+def test_labelled_answers_are_all_learnt_when_asked_for(settings: Settings, tmp_path: Path) -> None:
+    path = labelled(tmp_path, [True, False])
+    table = settings(data__path=str(path), data__schema="prompt_completion", training__max_steps=1)
+    assert train.run(RunConfig.from_toml(None, table)).steps == 1
 
 
 def test_a_method_that_edits_the_base_is_refused_before_anything_is_written(settings: Settings, pairs: Path) -> None:
