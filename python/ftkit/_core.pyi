@@ -311,14 +311,20 @@ class PreparedData:
         """The sequences' lengths, in tokens."""
     def sequence(self, index: int) -> tuple[list[int], list[bool]]:
         """A sequence's token ids, and whether each is trained on."""
-    def split(self, room: int, seed: int, held_out: float) -> tuple[PackedRows, PackedRows | None]:
-        """Packs into rows of `room` tokens what is trained on, and the share `held_out` that isn't."""
+    def split(self, room: int, seed: int, held_out: float, together: int = 1) -> tuple[PackedRows, PackedRows | None]:
+        """Packs into rows of `room` tokens what is trained on, and the share `held_out` that isn't.
+
+        Examples that follow one another belong together as long as they have at most `together` sequences.
+        """
 
 @final
 class PackedRows:
     """Packed rows of a dataset, or of its held-out part."""
 
     def __len__(self) -> int: ...
+    @property
+    def units(self) -> int:
+        """How many examples there are."""
     @property
     def tokens(self) -> int:
         """Tokens in all rows."""
@@ -341,8 +347,9 @@ class PackedRows:
         positions: Tensor,
         cu_seqlens: Tensor,
         group: Tensor,
+        task: Tensor,
     ) -> None:
-        """Writes the rows to i32 tensors: [T], [T], [T], [N + 1], [N], with T and N as `sizes` says."""
+        """Writes the rows to i32 tensors: [T], [T], [T], [N + 1], [N], [N], with T and N as `sizes` says."""
 
 def prepare_data(
     paths: Sequence[str | PathLike[str]],

@@ -17,8 +17,9 @@ const UNTRAINED: i32 = -100;
 #[derive(Clone, Debug)]
 pub struct Part {
     cache: Arc<Cache>,
-    /// Row → indices of its sequences.
-    rows: Vec<Vec<u32>>,
+    /// Row → its groups → indices of their sequences.
+    rows: Vec<Vec<Vec<u32>>>,
+    units: usize,
     tokens: u64,
     room: u32,
 }
@@ -35,14 +36,17 @@ pub struct Arrays<'a> {
     pub cu_seqlens: &'a mut [i32],
     /// Equal for sequences that belong together, [sequences].
     pub group: &'a mut [i32],
+    /// The task of each sequence, [sequences].
+    pub task: &'a mut [i32],
 }
 
 impl Part {
     /// Splits a dataset into what is trained on and what is held out, and packs both into rows of `room` tokens.
     ///
     /// About `held_out` of the units are held out, chosen by `seed` and their content, so that equal rows are on the same
-    /// side. Rows of sequences that belong together may be longer than `room`.
-    pub fn split(cache: &Arc<Cache>, room: u32, seed: u64, held_out: f64) -> (Self, Option<Self>) {
+    /// side. Units that follow one another in the files belong together as long as they have at most `together`
+    /// sequences; 1 leaves every unit alone. Rows of sequences that belong together may be longer than `room`.
+    pub fn split(cache: &Arc<Cache>, room: u32, seed: u64, held_out: f64, together: usize) -> (Self, Option<Self>) {
         let mut units: Vec<(u64, Vec<u32>)> = Vec::new(); // content, sequences
         for (index, sequence) in (0_u32..).zip(cache.sequences()) {
             match units.get_mut(sequence.unit as usize) {
@@ -60,19 +64,24 @@ impl Part {
         let below = ranks.get(count).copied().unwrap_or(u64::MAX);
         let (held, kept): (Vec<_>, Vec<_>) =
             units.into_iter().partition(|(content, _)| count > 0 && rank(*content) < below);
-        let part = |units: Vec<(u64, Vec<u32>)>| Self::packed(cache, &units, room, seed);
+        let part = |units: Vec<(u64, Vec<u32>)>| {
+            Self::packed(cache, units.into_iter().map(|(_, unit)| unit).collect(), room, seed, together)
+        };
         let evaluation = if held.is_empty() { None } else { Some(part(held)) };
         (part(kept), evaluation)
     }
 
-    fn packed(cache: &Arc<Cache>, units: &[(u64, Vec<u32>)], room: u32, seed: u64) -> Self {
+    fn packed(cache: &Arc<Cache>, units: Vec<Vec<u32>>, room: u32, seed: u64, together: usize) -> Self {
+        let count = units.len();
+        let groups = grouped(units, together);
         let length = |index: &u32| cache.sequences()[*index as usize].length;
-        let lengths: Vec<u32> = units.iter().map(|(_, sequences)| sequences.iter().map(length).sum()).collect();
+        let lengths: Vec<u32> = groups.iter().map(|sequences| sequences.iter().map(length).sum()).collect();
         let rows = pack(&lengths, room, seed)
             .into_iter()
-            .map(|row| row.into_iter().flat_map(|unit| units[unit as usize].1.iter().copied()).collect())
+            .map(|row| row.into_iter().map(|group| groups[group as usize].clone()).collect())
             .collect();
-        Self { cache: cache.clone(), rows, tokens: lengths.iter().map(|&length| u64::from(length)).sum(), room }
+        let tokens = lengths.iter().map(|&length| u64::from(length)).sum();
+        Self { cache: cache.clone(), rows, units: count, tokens, room }
     }
 
     /// Number of rows.
@@ -83,6 +92,11 @@ impl Part {
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
+    }
+
+    /// How many examples there are.
+    pub fn units(&self) -> usize {
+        self.units
     }
 
     /// Tokens in all rows.
@@ -109,7 +123,7 @@ impl Part {
     pub fn lengths(&self, rows: &[usize]) -> Result<Vec<u32>> {
         let mut lengths = Vec::new();
         for &row in rows {
-            lengths.extend(self.row(row)?.iter().map(|&index| self.cache.sequences()[index as usize].length));
+            lengths.extend(self.row(row)?.map(|index| self.cache.sequences()[index as usize].length));
         }
         Ok(lengths)
     }
@@ -118,7 +132,7 @@ impl Part {
     pub fn trained(&self, rows: &[usize]) -> Result<usize> {
         let mut count = 0;
         for &row in rows {
-            for &index in self.row(row)? {
+            for index in self.row(row)? {
                 let tokens = self.cache.tokens(&self.cache.sequences()[index as usize]);
                 count += tokens.skip(1).filter(|&(_, trained)| trained).count();
             }
@@ -130,10 +144,10 @@ impl Part {
     pub fn sizes(&self, rows: &[usize]) -> Result<(usize, usize)> {
         let mut sizes = (0, 0);
         for &row in rows {
-            let sequences = self.row(row)?;
-            sizes.0 +=
-                sequences.iter().map(|&index| self.cache.sequences()[index as usize].length as usize).sum::<usize>();
-            sizes.1 += sequences.len();
+            for index in self.row(row)? {
+                sizes.0 += self.cache.sequences()[index as usize].length as usize;
+                sizes.1 += 1;
+            }
         }
         Ok(sizes)
     }
@@ -150,20 +164,17 @@ impl Part {
             ("positions", out.positions.len(), tokens),
             ("cu_seqlens", out.cu_seqlens.len(), sequences + 1),
             ("group", out.group.len(), sequences),
+            ("task", out.task.len(), sequences),
         ] {
             if length != expected {
                 return Err(Error::failure(format!("{name}: expected {expected} elements, got {length}")));
             }
         }
         let (mut at, mut number) = (0, 0);
-        let mut groups: (Option<u32>, i32) = (None, -1);
         out.cu_seqlens[0] = 0;
-        for &row in rows {
-            for &index in self.row(row)? {
+        for (group, &(row, place)) in self.groups(rows)?.iter().enumerate() {
+            for &index in &self.rows[row][place] {
                 let sequence = &self.cache.sequences()[index as usize];
-                if groups.0 != Some(sequence.unit) {
-                    groups = (Some(sequence.unit), groups.1 + 1);
-                }
                 let start = at;
                 for (position, (id, trained)) in self.cache.tokens(sequence).enumerate() {
                     out.tokens[at] = id.cast_signed();
@@ -174,7 +185,8 @@ impl Part {
                     }
                     at += 1;
                 }
-                out.group[number] = groups.1;
+                out.group[number] = i32::try_from(group).unwrap_or(i32::MAX); // fewer than tokens, of which there are 2^31
+                out.task[number] = sequence.task.cast_signed();
                 number += 1;
                 out.cu_seqlens[number] = i32::try_from(at)
                     .map_err(|_| Error::input("expected a batch of fewer than 2^31 tokens, got more"))?;
@@ -183,8 +195,59 @@ impl Part {
         Ok(())
     }
 
-    fn row(&self, row: usize) -> Result<&[u32]> {
+    /// The groups in `rows`: row, and place in it.
+    fn groups(&self, rows: &[usize]) -> Result<Vec<(usize, usize)>> {
+        let mut found = Vec::new();
+        for &row in rows {
+            found.extend((0..self.known(row)?.len()).map(|place| (row, place)));
+        }
+        Ok(found)
+    }
+
+    /// The indices of a row's sequences.
+    fn row(&self, row: usize) -> Result<impl Iterator<Item = u32> + '_> {
+        Ok(self.known(row)?.iter().flatten().copied())
+    }
+
+    fn known(&self, row: usize) -> Result<&[Vec<u32>]> {
         let missing = || Error::failure(format!("expected a row below {}, got {row}", self.rows.len()));
         self.rows.get(row).map(Vec::as_slice).ok_or_else(missing)
+    }
+}
+
+/// Units one after another as groups of at most `together` sequences, in the order of the files.
+///
+/// Where there are several units, a group that takes more than one has more than one.
+fn grouped(units: Vec<Vec<u32>>, together: usize) -> Vec<Vec<u32>> {
+    let mut groups: Vec<Vec<Vec<u32>>> = Vec::new();
+    for unit in units {
+        match groups.last_mut() {
+            Some(last) if last.iter().map(Vec::len).sum::<usize>() + unit.len() <= together => last.push(unit),
+            _ => groups.push(vec![unit]),
+        }
+    }
+    if let [.., before, last] = groups.as_mut_slice()
+        && last.len() == 1
+        && before.len() > 2
+    {
+        last.extend(before.pop());
+        last.reverse();
+    }
+    groups.into_iter().map(|group| group.concat()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_grouped_in_the_order_of_the_files() {
+        let pairs = |count: u32| (0..count).map(|unit| vec![2 * unit, 2 * unit + 1]).collect::<Vec<_>>();
+        assert_eq!(grouped(pairs(3), 1), pairs(3));
+        assert_eq!(grouped(pairs(1), 8), pairs(1));
+        assert_eq!(grouped(pairs(7), 8), [(0..8).collect::<Vec<_>>(), (8..14).collect()]);
+        assert_eq!(grouped(pairs(5), 8), [(0..6).collect::<Vec<_>>(), (6..10).collect()], "nobody is left alone");
+        let alone: Vec<Vec<u32>> = (0..9).map(|unit| vec![unit]).collect();
+        assert_eq!(grouped(alone, 8), [(0..7).collect::<Vec<_>>(), vec![7, 8]]);
     }
 }

@@ -37,6 +37,10 @@ pub struct Sequence {
     pub length: u32,
     /// Its unit: sequences that stay in one row, numbered from 0 in the order of the file.
     pub unit: u32,
+    /// Its task: 1 for an answer that is not wanted.
+    pub task: u32,
+    /// Nothing; the entry's size is a multiple of its largest field.
+    pub unused: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -172,7 +176,8 @@ impl Writer {
             let tokens: Vec<u32> = pairs.map(|(&id, &trained)| id | if trained { TRAINED } else { 0 }).collect();
             let length =
                 u32::try_from(tokens.len()).map_err(|_| Error::input("a sequence of more than 2^32 tokens"))?;
-            let entry = Sequence { start: self.written, content, length, unit: self.units };
+            let task = sequence.task;
+            let entry = Sequence { start: self.written, content, length, unit: self.units, task, unused: 0 };
             self.tokens.write(bytemuck::cast_slice(&tokens))?;
             self.index.write(bytemuck::bytes_of(&entry))?;
             self.written += u64::from(length);

@@ -43,6 +43,9 @@ pub struct Encoder {
     pub long_rows: LongRows,
 }
 
+/// The task of an answer that is not wanted: the rejected one of a pair, or one that is labelled so.
+const UNWANTED: u32 = 1;
+
 /// Tokens that attend to each other, and which of them are trained on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tokens {
@@ -52,6 +55,8 @@ pub(super) struct Tokens {
     pub trained: Vec<bool>,
     /// Where it may be cut.
     pub turn_ends: Vec<usize>,
+    /// Its task: 1 for an answer that is not wanted.
+    pub task: u32,
 }
 
 /// What an example became.
@@ -65,6 +70,8 @@ pub(super) struct Outcome {
     pub truncated: bool,
     /// It became several units.
     pub split: bool,
+    /// Whether its answer is wanted, where the row says so.
+    pub wanted: Option<bool>,
 }
 
 impl Encoder {
@@ -73,7 +80,14 @@ impl Encoder {
     /// # Errors
     /// What the template or the loss mask has against it.
     pub(super) fn encode(&self, example: &Example) -> Result<Outcome> {
-        let sequences = match example {
+        let wanted = if let Example::Labelled { wanted, .. } = example { Some(*wanted) } else { None };
+        let whole = wanted.is_some() || matches!(example, Example::Preference { .. });
+        let outcome = self.cut(self.sequences(example)?, matches!(example, Example::Text(_)), whole);
+        Ok(Outcome { wanted, ..outcome })
+    }
+
+    fn sequences(&self, example: &Example) -> Result<Vec<Tokens>> {
+        Ok(match example {
             Example::Conversation { messages, prompt, tools } => {
                 vec![self.conversation(messages, *prompt, tools.as_ref())?]
             }
@@ -84,10 +98,15 @@ impl Encoder {
             Example::Completion { prompt, completion } => vec![self.completion(prompt, completion)?],
             Example::Text(text) => vec![self.completion("", text)?],
             Example::Preference { chosen, rejected, tools } => {
-                vec![self.answer(chosen, tools.as_ref())?, self.answer(rejected, tools.as_ref())?]
+                let rejected = self.answer(rejected, tools.as_ref())?;
+                vec![self.answer(chosen, tools.as_ref())?, Tokens { task: UNWANTED, ..rejected }]
             }
-        };
-        Ok(self.cut(sequences, matches!(example, Example::Text(_))))
+            Example::Labelled { answer, wanted } => {
+                let mut sequences = self.sequences(answer)?;
+                sequences.iter_mut().for_each(|sequence| sequence.task = if *wanted { 0 } else { UNWANTED });
+                sequences
+            }
+        })
     }
 
     /// A conversation; what stands in its first `prompt` messages isn't trained on.
@@ -118,7 +137,7 @@ impl Encoder {
         train_on: TrainOn,
     ) -> Result<Tokens> {
         let encoded = encode_conversation(self.template()?, &self.tokenizer, &talk(messages, tools), train_on)?;
-        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends })
+        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends, task: 0 })
     }
 
     /// A text that goes on: the end-of-sequence token is trained, so that the model learns to stop.
@@ -136,7 +155,7 @@ impl Encoder {
         ids.extend(self.tokenizer.encode(completion, Specials::Literal)?);
         ids.push(end);
         let trained = (0..ids.len()).map(|index| index >= first).collect();
-        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids })
+        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids, task: 0 })
     }
 
     fn template(&self) -> Result<&Template> {
@@ -147,27 +166,31 @@ impl Encoder {
     }
 
     /// Cuts what is too long, and drops what has nothing left to train on.
-    fn cut(&self, sequences: Vec<Tokens>, anywhere: bool) -> Outcome {
+    ///
+    /// `anywhere`: it need not be cut after a turn. `whole`: it must not become several units.
+    fn cut(&self, sequences: Vec<Tokens>, anywhere: bool, whole: bool) -> Outcome {
         let length = sequences.iter().map(|sequence| sequence.ids.len()).max().unwrap_or(0);
         let mut outcome = Outcome { length, ..Outcome::default() };
-        let paired = sequences.len() > 1;
         let units = if length <= self.max_tokens {
             vec![sequences]
-        } else if self.long_rows == LongRows::Split && !paired {
+        } else if self.long_rows == LongRows::Split && !whole {
             outcome.split = true;
             sequences.iter().flat_map(|whole| whole.pieces(self.max_tokens)).map(|piece| vec![piece]).collect()
         } else {
             outcome.truncated = true;
             vec![sequences.into_iter().map(|sequence| sequence.truncated(self.max_tokens, anywhere)).collect()]
         };
-        // the first token of a sequence is nobody's target
-        let learns = |sequence: &Tokens| sequence.trained.iter().skip(1).any(|&trained| trained);
-        outcome.units = units.into_iter().filter(|unit| unit.iter().all(learns)).collect();
+        outcome.units = units.into_iter().filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
         outcome
     }
 }
 
 impl Tokens {
+    /// How many tokens are learnt; the first one is nobody's target.
+    pub fn targets(&self) -> u64 {
+        self.trained.iter().skip(1).filter(|&&trained| trained).count() as u64
+    }
+
     fn truncated(mut self, room: usize, anywhere: bool) -> Self {
         let fits = |end: &&usize| **end <= room;
         let end = if anywhere { room } else { self.turn_ends.iter().rev().find(fits).copied().unwrap_or(0) };
@@ -178,7 +201,12 @@ impl Tokens {
 
     fn pieces(&self, room: usize) -> impl Iterator<Item = Self> {
         let parts = self.ids.chunks(room).zip(self.trained.chunks(room));
-        parts.map(|(ids, trained)| Self { ids: ids.to_vec(), trained: trained.to_vec(), turn_ends: Vec::new() })
+        parts.map(|(ids, trained)| Self {
+            ids: ids.to_vec(),
+            trained: trained.to_vec(),
+            turn_ends: Vec::new(),
+            task: self.task,
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use super::statistics::Statistics;
 use crate::error::{Error, Result};
 
 /// Changes whenever the same inputs would give other sequences.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
 const CHUNK: usize = 1024;
 /// Bad rows that an error shows.
@@ -174,14 +174,20 @@ impl Work<'_> {
         counts.split_rows += u64::from(outcome.split);
         counts.masked_rows += u64::from(outcome.units.is_empty());
         for (index, unit) in outcome.units.iter().enumerate() {
-            counts.pairs += u64::from(unit.len() > 1);
+            counts.labelled += u64::from(outcome.wanted.is_some());
+            counts.wanted += u64::from(outcome.wanted == Some(true));
+            if let [chosen, rejected] = unit.as_slice() {
+                counts.pairs += 1;
+                counts.chosen_tokens += chosen.targets();
+                counts.rejected_tokens += rejected.targets();
+            }
             let mut hasher = blake3::Hasher::new();
             for sequence in unit {
                 hasher.update(bytemuck::cast_slice(&sequence.ids));
                 hasher.update(&[0xff]);
                 counts.sequences += 1;
                 counts.tokens += sequence.ids.len() as u64;
-                counts.trained_tokens += sequence.trained.iter().skip(1).filter(|&&trained| trained).count() as u64;
+                counts.trained_tokens += sequence.targets();
             }
             let content = u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().unwrap_or_default());
             counts.duplicate_rows += u64::from(!self.seen.insert(content) && index == 0);

@@ -19,6 +19,8 @@ pub enum Schema {
     Alpaca,
     /// `prompt` and `completion`, as text or as messages.
     PromptCompletion,
+    /// `prompt`, `completion` and `label`: whether the completion is wanted.
+    Labelled,
     /// `text`, trained on as it is.
     Text,
     /// `prompt`, `chosen`, `rejected`, as text or as messages.
@@ -46,6 +48,13 @@ pub enum Example {
     },
     /// A text, all of which is trained on.
     Text(String),
+    /// An example whose answer is wanted, or is not.
+    Labelled {
+        /// A conversation or a completion.
+        answer: Box<Example>,
+        /// Whether it is wanted.
+        wanted: bool,
+    },
     /// Two conversations that begin alike; the first is preferred.
     Preference {
         /// The better one.
@@ -64,11 +73,12 @@ type Columns = Map<String, Value>;
 
 impl Schema {
     /// Every schema, with its name and the columns that it needs.
-    pub const ALL: [(Self, &'static str, &'static [&'static str]); 6] = [
+    pub const ALL: [(Self, &'static str, &'static [&'static str]); 7] = [
         (Self::Preference, "preference", &["chosen", "rejected"]),
         (Self::Messages, "messages", &["messages"]),
         (Self::ShareGpt, "sharegpt", &["conversations"]),
         (Self::Alpaca, "alpaca", &["instruction", "output"]),
+        (Self::Labelled, "labelled", &["prompt", "completion", "label"]),
         (Self::PromptCompletion, "prompt_completion", &["prompt", "completion"]),
         (Self::Text, "text", &["text"]),
     ];
@@ -79,11 +89,17 @@ impl Schema {
     /// Names what was expected and the columns that are there.
     pub fn recognise(columns: &Columns) -> Result<Self, String> {
         let has = |names: &[&str]| names.iter().all(|name| columns.contains_key(*name));
-        Self::ALL.iter().find(|(_, _, names)| has(names)).map(|(schema, _, _)| *schema).ok_or_else(|| {
-            let known: Vec<String> = Self::ALL.iter().map(|(_, _, names)| names.join("+")).collect();
-            let there: Vec<&str> = columns.keys().map(String::as_str).take(12).collect();
-            format!("expected the columns of a schema ({}), got {}", known.join(", "), listed(&there))
-        })
+        // other labels, of a classification for instance, say nothing of whether the answer is wanted
+        let says = |schema: Self| schema != Self::Labelled || columns["label"].is_boolean();
+        Self::ALL
+            .iter()
+            .find(|(schema, _, names)| has(names) && says(*schema))
+            .map(|(schema, _, _)| *schema)
+            .ok_or_else(|| {
+                let known: Vec<String> = Self::ALL.iter().map(|(_, _, names)| names.join("+")).collect();
+                let there: Vec<&str> = columns.keys().map(String::as_str).take(12).collect();
+                format!("expected the columns of a schema ({}), got {}", known.join(", "), listed(&there))
+            })
     }
 
     fn name(self) -> &'static str {
@@ -127,6 +143,13 @@ impl Schema {
                     conversation(turns, count, tools, columns)
                 }
             },
+            Self::Labelled => {
+                let wanted = match required(columns, "label")? {
+                    Value::Bool(wanted) => *wanted,
+                    other => return Err(format!("label: expected true or false, got {}", kind(other))),
+                };
+                Ok(Example::Labelled { answer: Box::new(Self::PromptCompletion.read(columns, mapping)?), wanted })
+            }
             Self::Text => Ok(Example::Text(text(columns, "text")?)),
             Self::Preference => {
                 let prompt = match columns.get("prompt") {
@@ -440,6 +463,17 @@ mod tests {
     }
 
     #[test]
+    fn a_label_says_whether_an_answer_is_wanted() {
+        for wanted in [true, false] {
+            let answer = Example::Completion { prompt: "q".to_owned(), completion: "a".to_owned() };
+            let row = json!({"prompt": "q", "completion": "a", "label": wanted});
+            assert_eq!(read(row), Ok(Example::Labelled { answer: Box::new(answer), wanted }));
+        }
+        let classified = json!({"prompt": "q", "completion": "a", "label": "positive"});
+        assert!(matches!(read(classified), Ok(Example::Completion { .. })));
+    }
+
+    #[test]
     fn arguments_that_are_text_become_objects() {
         let call = |arguments: Value| json!([{"type": "function", "function": {"name": "f", "arguments": arguments}}]);
         let row = json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null, "tool_calls": call(json!("{\"x\": 1}"))}], "tools": "[{\"type\": \"function\"}]"});
@@ -464,7 +498,7 @@ mod tests {
         for (row, expected) in [
             (
                 json!({"question": "?"}),
-                "expected the columns of a schema (chosen+rejected, messages, conversations, instruction+output, prompt+completion, text), got question",
+                "expected the columns of a schema (chosen+rejected, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
             ),
             (json!({"messages": "hi"}), "messages: expected a list of messages, got a string"),
             (json!({"messages": []}), "messages: expected at least one message, got an empty list"),
@@ -512,9 +546,9 @@ mod tests {
     proptest! {
         // Whatever the columns hold, the answer is an example or a problem that says what was expected.
         #[test]
-        fn no_row_makes_it_panic(values in prop::collection::vec(anything(), 4), schema in 0_usize..6) {
+        fn no_row_makes_it_panic(values in prop::collection::vec(anything(), 5), schema in 0_usize..7) {
             let (schema, _, names) = Schema::ALL[schema];
-            let extra = ["tools", "system", "prompt", "history"];
+            let extra = ["tools", "system", "prompt", "history", "label"];
             let columns: Columns = names.iter().chain(&extra).map(|name| (*name).to_owned()).zip(values).collect();
             if let Err(problem) = schema.read(&columns, &Mapping::new()) {
                 prop_assert!(problem.contains("expected"), "{problem}");

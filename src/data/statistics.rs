@@ -19,6 +19,14 @@ pub struct Statistics {
     pub duplicate_rows: u64,
     /// Rows that are pairs of a chosen and a rejected answer.
     pub pairs: u64,
+    /// Rows that say whether their answer is wanted.
+    pub labelled: u64,
+    /// Rows among them whose answer is.
+    pub wanted: u64,
+    /// Tokens of pairs' chosen answers.
+    pub chosen_tokens: u64,
+    /// Tokens of pairs' rejected answers.
+    pub rejected_tokens: u64,
     /// Sequences that are trained on.
     pub sequences: u64,
     /// Their tokens.

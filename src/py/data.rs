@@ -43,6 +43,10 @@ impl PreparedData {
             ("masked_rows", counts.masked_rows),
             ("duplicate_rows", counts.duplicate_rows),
             ("pairs", counts.pairs),
+            ("labelled", counts.labelled),
+            ("wanted", counts.wanted),
+            ("chosen_tokens", counts.chosen_tokens),
+            ("rejected_tokens", counts.rejected_tokens),
             ("sequences", counts.sequences),
             ("tokens", counts.tokens),
             ("trained_tokens", counts.trained_tokens),
@@ -67,8 +71,16 @@ impl PreparedData {
         Ok(self.cache.tokens(sequence).unzip())
     }
 
-    fn split(&self, py: Python<'_>, room: u32, seed: u64, held_out: f64) -> (PackedRows, Option<PackedRows>) {
-        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out));
+    #[pyo3(signature = (room, seed, held_out, together=1))]
+    fn split(
+        &self,
+        py: Python<'_>,
+        room: u32,
+        seed: u64,
+        held_out: f64,
+        together: usize,
+    ) -> (PackedRows, Option<PackedRows>) {
+        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out, together));
         (PackedRows { part: train }, evaluation.map(|part| PackedRows { part }))
     }
 }
@@ -83,6 +95,11 @@ struct PackedRows {
 impl PackedRows {
     fn __len__(&self) -> usize {
         self.part.len()
+    }
+
+    #[getter]
+    fn units(&self) -> usize {
+        self.part.units()
     }
 
     #[getter]
@@ -124,14 +141,16 @@ impl PackedRows {
         positions: &Bound<'_, PyAny>,
         cu_seqlens: &Bound<'_, PyAny>,
         group: &Bound<'_, PyAny>,
+        task: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let tokens = Memory::<i32>::of("tokens", tokens)?;
         let targets = Memory::<i32>::of("targets", targets)?;
         let positions = Memory::<i32>::of("positions", positions)?;
         let cu_seqlens = Memory::<i32>::of("cu_seqlens", cu_seqlens)?;
         let group = Memory::<i32>::of("group", group)?;
+        let task = Memory::<i32>::of("task", task)?;
         py.detach(|| {
-            // SAFETY: the caller made the five tensors for this call alone and holds them until it returns.
+            // SAFETY: the caller made the six tensors for this call alone and holds them until it returns.
             let mut arrays = unsafe {
                 Arrays {
                     tokens: tokens.slice_mut(),
@@ -139,6 +158,7 @@ impl PackedRows {
                     positions: positions.slice_mut(),
                     cu_seqlens: cu_seqlens.slice_mut(),
                     group: group.slice_mut(),
+                    task: task.slice_mut(),
                 }
             };
             self.part.write(&rows, &mut arrays)

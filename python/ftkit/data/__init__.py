@@ -53,14 +53,15 @@ class Dataset:
         tokens, sequences = self.rows.sizes(rows)
         ids, targets, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(3))
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
-        group = torch.empty(sequences, dtype=torch.int32)
-        self.rows.write(rows, ids, targets, positions, cu_seqlens, group)
+        group, task = (torch.empty(sequences, dtype=torch.int32) for _ in range(2))
+        self.rows.write(rows, ids, targets, positions, cu_seqlens, group, task)
         return RaggedBatch(
             tokens=ids,
             targets=targets,
             positions=positions,
             cu_seqlens=cu_seqlens,
             group=group,
+            task=task if self.statistics["labelled"] or self.statistics["pairs"] else None,
             adapter=torch.zeros(sequences, dtype=torch.int32),
             host_lengths=tuple(self.rows.lengths(rows)),
             host_adapter=(0,) * sequences,
@@ -107,22 +108,32 @@ def prepare(
     seed: int,
     split: float = 0.0,
     pairs: bool | None = False,
+    labelled: bool = False,
+    together: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The dataset packed into rows of `config.max_tokens`, and the share `split` of it that is held out.
 
     Equal rows are on the same side. `pairs`: every row has a chosen and a rejected answer (True), none has (False), or
-    any may have (None). Raises InputError for data that cannot be used, or too little to hold any out.
+    any may have (None); `labelled`: a row may also have one answer, and say whether it is wanted. `together`: answers
+    that follow one another in the files and stay in one group, so that every group has those of several rows. Raises
+    InputError for data that cannot be used, or too little to hold any out.
     """
     prepared = encode(config, tokenizer, template, progress=progress)
     if pairs is not None:
-        _check_pairs(prepared.statistics, pairs)
-    training, held_out = prepared.split(config.max_tokens, seed, split)
+        _check_answers(prepared.statistics, pairs, labelled)
+    training, held_out = prepared.split(config.max_tokens, seed, split, together)
     if not len(training):
         raise InputError(
             f"evaluation.split: expected rows to train on beside those held out, got {len(prepared)} in all",
             "hold out a smaller share, or give a file of held-out rows",
         )
+
+    for name, part in (("data", training), ("evaluation", held_out)):
+        if together > 1 and part is not None and part.units < 2:
+            raise InputError(
+                f"{name}: expected at least 2 rows, of which one's answer is held against the other's, got {part.units}"
+            )
 
     def dataset(rows: _core.PackedRows) -> Dataset:
         return Dataset(
@@ -136,15 +147,24 @@ def prepare(
     return dataset(training), None if held_out is None else dataset(held_out)
 
 
-def _check_pairs(counts: Mapping[str, int], pairs: bool) -> None:
-    found, rows = counts["pairs"], counts["rows"] - counts["bad_rows"] - counts["masked_rows"]
-    if pairs and found < rows:
+def _check_answers(counts: Mapping[str, int], pairs: bool, labelled: bool) -> None:
+    """Raises InputError for rows with other answers than the objective takes."""
+    rows = counts["rows"] - counts["bad_rows"] - counts["masked_rows"]
+    others = rows - counts["pairs"] - (counts["labelled"] if labelled else 0)
+    if pairs and others:
+        either = ", or an answer with its label" if labelled else ""
+        columns = " or prompt, completion and label (true or false)" if labelled else ""
         raise InputError(
-            f"data: expected pairs of a chosen and a rejected answer a row, got {rows - found:,} other rows",
-            "the columns are prompt, chosen and rejected; data.columns maps other names",
+            f"data: expected pairs of a chosen and a rejected answer a row{either}, got {others:,} other rows",
+            f"the columns are prompt, chosen and rejected{columns}; data.columns maps other names",
         )
-    if found and not pairs:
+    if counts["pairs"] and not pairs:
         raise InputError(
-            f"data: expected one answer a row, got {found:,} pairs of a chosen and a rejected one",
+            f"data: expected one answer a row, got {counts['pairs']:,} pairs of a chosen and a rejected one",
             'data.columns = { completion = "chosen" } takes the chosen ones; preference objectives take pairs',
+        )
+    if counts["labelled"] and not labelled:
+        raise InputError(
+            f"data: expected answers to learn, got {counts['labelled']:,} that are labelled as wanted or not",
+            'data.schema = "prompt_completion" takes them all, whatever the label; the objective kto learns from both',
         )

@@ -50,6 +50,8 @@ class RaggedBatch:
     """Known lengths, when the maker has them on the host."""
     host_adapter: tuple[int, ...] | None = field(default=None, repr=False)
     """Known adapter ids, when the maker has them on the host."""
+    host_group: tuple[int, ...] | None = field(default=None, repr=False)
+    """Known groups, when the maker has them on the host."""
     host_trained: tuple[int, ...] | None = field(default=None, repr=False)
     """Known positions in the stream that are trained on, when the maker has them on the host."""
 
@@ -100,6 +102,7 @@ class RaggedBatch:
             group=integers(group),
             host_lengths=lengths,
             host_adapter=adapters,
+            host_group=None if group is None else tuple(group),
             host_trained=None
             if flat_targets is None
             else tuple(i for i, target in enumerate(flat_targets) if target != UNTRAINED),
@@ -114,6 +117,13 @@ class RaggedBatch:
     def adapters(self) -> tuple[int, ...]:
         """The sequences' adapter ids, on the host."""
         return self.host_adapter if self.host_adapter is not None else tuple(self.adapter.tolist())
+
+    @functools.cached_property
+    def groups(self) -> tuple[int, ...]:
+        """The sequences' groups, on the host; each one its own when none are given."""
+        if self.group is None:
+            return tuple(range(len(self.lengths)))
+        return self.host_group if self.host_group is not None else tuple(self.group.tolist())
 
     @functools.cached_property
     def routes(self) -> Routes:

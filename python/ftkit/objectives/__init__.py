@@ -1,7 +1,8 @@
 """What is minimised: one file an objective.
 
 An objective's file has `loss(forward, batch) -> LossParts`, `PAIRS` (whether its rows are pairs of a chosen and a
-rejected answer) and, where it has options, `Config`.
+rejected answer) and, where it has options, `Config`. `LABELLED = True` takes rows of one answer and its label, too;
+`TOGETHER` answers of neighbouring rows then have one number in `batch.group`, whatever row of a batch they are in.
 
 A loss is returned as sums and counts, one entry a task, so that whoever adds up micro-batches, packed rows, tasks and
 machines divides once, by what was really trained on.
@@ -45,9 +46,10 @@ class LossParts:
     sum: Tensor
     """f32 [tasks], differentiable."""
     count: Tensor
-    """f32 [tasks]: what to divide by; the weights of the trained tokens, summed."""
+    """f32 [tasks]: what to divide by; the weights of the trained tokens, summed, or the number of pairs."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further sums to report, each divided by `count`'s total."""
+    """Further sums to report in the events of a run, each divided by `count`'s total, or [2]: a sum and its own count;
+    the first two are shown live."""
 
 
 def losses_of_trained(forward: Forward, batch: RaggedBatch) -> Tensor:

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from ftkit.config import option
-from ftkit.errors import InputError
 from ftkit.kernels.divergence import divergence
 from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
 from ftkit.nn.loss import row_losses
 from ftkit.nn.routes import Routes
-from ftkit.objectives import Forward, LossParts, sums_by_task, trained_rows
+from ftkit.objectives import Forward, LossParts, _reference, sums_by_task, trained_rows
 
 PAIRS = False
 
@@ -48,12 +47,7 @@ def loss(forward: Forward, batch: RaggedBatch, config: Config) -> LossParts:
 
     Raises InputError when training changes the base itself.
     """
-    attached = getattr(forward, "attached", {})
-    if any(known.edits_base for known in attached.values()):
-        raise InputError(
-            "distill: expected a method that leaves the base as it is, got one that edits it",
-            "method.keep_base = true trains a copy",
-        )
+    _reference.check(forward, "distill")
     with torch.no_grad():
         teacher, _ = trained_rows(forward, batch.with_adapter(NO_ADAPTER))
     hidden, options = trained_rows(forward, batch)

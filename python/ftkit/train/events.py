@@ -2,14 +2,15 @@
 
 Every line has `event`, `time` (seconds since 1970) and `step` (optimizer steps done). Kinds: `started`, `resumed`,
 `step` (loss, learning_rate, gradient_norm, tokens, trained_tokens, seconds, tokens_per_second), `evaluation` (loss),
-`checkpoint`, `warning` (kind, message, hint), `notice`, `sample` (an example's prompt, answer and moment: before or
-after), and at the end `finished` (the result), `interrupted` or `failed` (message).
+both with `metrics` (a number by name) where the objective has some, `checkpoint`, `warning` (kind, message, hint),
+`notice`, `sample` (an example's prompt, answer and moment: before or after), and at the end `finished` (the result),
+`interrupted` or `failed` (message).
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,7 @@ class Events:
 
     def emit(self, event: str, step: int, **values: Any) -> None:
         """One event; it is flushed before anyone hears of it."""
-        line: Event = {"event": event, "time": round(time.time(), 3), "step": step} | {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }  # JSON has no NaN
+        line: Event = {"event": event, "time": round(time.time(), 3), "step": step} | _finite(values)
         with files.disk_errors(self._path):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -44,6 +42,17 @@ class Events:
         """Closes the file."""
         with files.disk_errors(self._path):
             self._file.close()
+
+
+def _finite(values: Mapping[str, Any]) -> Event:
+    """The values without NaN and infinities, which JSON does not have: None instead."""
+    found: Event = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found[name] = _finite(value)
+        else:
+            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return found
 
 
 def read(path: Path) -> list[Event]:

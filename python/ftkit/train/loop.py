@@ -19,7 +19,7 @@ from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events
 from ftkit.train.session import Session
 from ftkit.train.signals import Interruption
-from ftkit.train.step import StepOutcome, clear, each_gradient, gradients, mean_loss, step_in_backward
+from ftkit.train.step import Means, StepOutcome, clear, each_gradient, gradients, means, step_in_backward
 
 
 class Loop:
@@ -43,6 +43,7 @@ class Loop:
         training = session.config.training
         self._watchdog = watchdog.Watchdog(training.stop_after_bad_steps, in_backward=training.optimizer_in_backward)
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
+        self._preferences = watchdog.Preferences()
         self._measured = (0, 0)  # the most tokens and targets of a batch whose memory was counted
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
@@ -55,7 +56,7 @@ class Loop:
         evaluate_every = session.config.evaluation.every_steps if session.evaluation is not None else 0
         self._rehearse()
         if progress.step == 0 and evaluate_every:
-            self._events.emit("evaluation", 0, loss=self._evaluate(), best=False)
+            self._tell_evaluation(self._evaluate(), best=False)
         while progress.step < session.steps:
             if self._stop.requested:
                 self._interrupt()
@@ -155,12 +156,14 @@ class Loop:
         progress.step += 1
         progress.batches += len(batches)
         progress.tokens += outcome.tokens
-        progress.trained_tokens += round(outcome.trained)
+        progress.trained_tokens += outcome.trained_tokens
         progress.seconds += seconds
         progress.bad_steps, progress.bad_in_a_row = self._watchdog.bad_steps, self._watchdog.bad_in_a_row
         if warning is None:
             progress.loss = outcome.loss
             self._losses.append(outcome.loss)
+            for seen in self._preferences.watch(progress.step, self._passes(), outcome.loss, outcome.metrics):
+                self._warn(seen)
         else:
             self._warn(warning)
         steps, before = self._started
@@ -172,32 +175,42 @@ class Loop:
             learning_rate=session.optimizer.learning_rate * factor,
             gradient_norm=outcome.gradient_norm,
             tokens=outcome.tokens,
-            trained_tokens=round(outcome.trained),
+            trained_tokens=outcome.trained_tokens,
             seconds=round(seconds, 4),
             tokens_per_second=round(outcome.tokens / seconds, 1),
             seconds_left=round(pace * (session.steps - progress.step), 1),
             rss_bytes=memory.rss_bytes(),
+            **({"metrics": outcome.metrics} if outcome.metrics else {}),
         )
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Means:
         session = self.session
         assert session.evaluation is not None
         session.loaded.model.eval()
         try:
-            return mean_loss(session.loss, session.evaluation)
+            return means(session.loss, session.evaluation)
         finally:
             session.loaded.model.train()
 
     def _judge_evaluation(self) -> bool:
         """Evaluates, and whether it was the best so far."""
-        progress, loss = self.progress, self._evaluate()
+        progress, found = self.progress, self._evaluate()
+        loss = found.loss
         better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         if better:
             progress.best_loss, progress.best_step, progress.evaluations_without_better = loss, progress.step, 0
         else:
             progress.evaluations_without_better += 1
-        self._events.emit("evaluation", progress.step, loss=loss, best=better)
+        self._tell_evaluation(found, best=better)
         return better
+
+    def _tell_evaluation(self, found: Means, *, best: bool) -> None:
+        metrics = {"metrics": found.metrics} if found.metrics else {}
+        self._events.emit("evaluation", self.progress.step, loss=found.loss, best=best, **metrics)
+
+    def _passes(self) -> float:
+        """How often the data has been gone through."""
+        return self.progress.batches * self.session.config.training.batch_rows / len(self.session.dataset)
 
     def _patience_is_over(self) -> bool:
         patience = self.session.config.evaluation.patience

@@ -55,9 +55,11 @@ class Shape:
 
     @classmethod
     def largest(cls, config: RunConfig) -> "Shape":
-        """Full rows, each one sequence, all trained: nothing that the configuration allows needs more."""
+        """Full rows, each one sequence, pair or group, all trained: nothing that is allowed needs more."""
         training = config.training
-        lengths = (config.data.max_tokens,) * training.batch_rows
+        objective = plugins.load("objectives", config.objective.name)
+        sequences = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
+        lengths = (config.data.max_tokens,) * (training.batch_rows * sequences)
         return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
 
@@ -249,4 +251,4 @@ def _batch(shape: Shape) -> RaggedBatch:
     flat = iter([0] * shape.trained + [UNTRAINED] * (sum(shape.lengths) - shape.trained))
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
-    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER)
+    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=[0] * len(sequences))

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 _PLAIN_SECONDS = 5.0
+_SHOWN_METRICS = 2
 
 
 class ProgressLine:
@@ -35,7 +36,8 @@ class ProgressLine:
                 self._say(_memory(event))
             case "evaluation":
                 best = " (best so far)" if event["best"] else ""
-                self._say(f"step {event['step']}: evaluation loss {_number(event['loss'], 4)}{best}")
+                parts = [f"evaluation loss {_number(event['loss'], 4)}{best}", *_metrics(event)]
+                self._say(f"step {event['step']}: {' · '.join(parts)}")
             case "warning" | "notice":
                 hint = f" ({event['hint']})" if event.get("hint") else ""
                 self._say(f"{event['event']}: {event['message']}{hint}", style="yellow")
@@ -90,15 +92,22 @@ def _memory(event: dict[str, Any]) -> str:
 
 
 def describe(event: dict[str, Any], steps: int) -> str:
-    """A step's event as one line: loss, real tokens a second, memory, time left."""
+    """A step's event as one line: loss, the objective's first numbers, real tokens a second, memory, time left."""
     parts = [
         f"step {event['step']}/{steps}",
         f"loss {_number(event['loss'], 4)}",
+        *_metrics(event),
         f"{event['tokens_per_second']:,.0f} tokens/s",
         f"{event['rss_bytes'] / 2**30:.2f} GiB",
         f"{duration(event['seconds_left'])} left",
     ]
     return " · ".join(parts)
+
+
+def _metrics(event: dict[str, Any]) -> list[str]:
+    """The first few of the objective's own numbers: a line has no room for more."""
+    told = list(event.get("metrics", {}).items())[:_SHOWN_METRICS]
+    return [f"{name.replace('_', ' ')} {_number(value, 3)}" for name, value in told]
 
 
 def duration(seconds: float) -> str:

@@ -95,6 +95,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         template=loaded.template,
         seed=training.seed,
         pairs=objective.PAIRS,
+        labelled=getattr(objective, "LABELLED", False),
+        together=getattr(objective, "TOGETHER", 1),
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)
@@ -104,6 +106,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         notices += _notices(evaluation, "evaluation")
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
+    if objective.PAIRS:
+        notices += _notices_of_preferences(config, dataset)
     loaded.model.activation_checkpointing = training.activation_checkpointing
     loaded.model.train()
     parameters = adapters.trainable(loaded.model, ADAPTER)
@@ -141,13 +145,12 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
 
 
 def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[planned.Shape]:
-    """The batches of the first pass among which the one is that needs most: none has more tokens and more trained ones.
-
-    A later pass may have a batch that is a little larger.
-    """
+    """The run's batches among which the one is that needs most: none has more tokens and more trained ones."""
     size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
-    order = dataset.rows.order(config.training.seed, 0)
-    cuts = [order[start : start + size] for start in range(0, len(order), size)][: steps * accumulated]
+    count, a_pass = steps * accumulated, -(-len(dataset) // size)
+    passes = range(1 if size == 1 else -(-count // a_pass))  # single rows are the same batches in every pass
+    orders = [dataset.rows.order(config.training.seed, number) for number in passes]
+    cuts = [order[start : start + size] for order in orders for start in range(0, len(order), size)][:count]
     found = [
         planned.Shape(
             lengths=tuple(dataset.rows.lengths(rows)),
@@ -200,6 +203,27 @@ def _notices(dataset: data.Dataset, what: str) -> list[str]:
         f"{what}: {counts[name]:,} of {counts['rows']:,} {text}" for name, text in _COUNTS.items() if counts.get(name)
     ]
     return [*found, *dataset.problems]
+
+
+_MOST_LONGER = 1.2
+_MOST_FULL_RATE = 1e-5
+
+
+def _notices_of_preferences(config: RunConfig, dataset: data.Dataset) -> list[str]:
+    """How preferences may teach something else than what is meant."""
+    counts, rate, found = dataset.statistics, config.optimizer.options["learning_rate"], []
+    chosen, rejected = counts["chosen_tokens"], counts["rejected_tokens"]
+    if rejected and chosen / rejected > _MOST_LONGER:
+        found.append(
+            f"data: chosen answers are {chosen / rejected:.2f} times as long as rejected ones, so the model may learn "
+            "to write at length; the objective lc_dpo takes length out"
+        )
+    if config.method.name == "full" and rate > _MOST_FULL_RATE:
+        found.append(
+            f"optimizer.learning_rate: {rate:g} is much for preferences with all weights trained; 1e-6 is usual, and "
+            f"above {_MOST_FULL_RATE:g} models tend to fall apart"
+        )
+    return found
 
 
 def _threads() -> int:

@@ -8,9 +8,9 @@ the backward pass goes on to the next: `step_in_backward`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,7 +33,44 @@ class StepOutcome:
     tokens: int
     """Real tokens that went through the model."""
     trained: float
-    """What the mean is over: trained tokens, by weight."""
+    """What the mean is over: trained tokens, by weight, or pairs."""
+    trained_tokens: int
+    """Targets that were trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means of what the objective reports beside its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What batches gave that nothing is learnt from."""
+
+    loss: float
+    """NaN when nothing in them counts."""
+    metrics: Mapping[str, float]
+
+
+class _Totals:
+    """Sums over batches, on the host."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.count = 0.0
+        self._metrics: dict[str, tuple[float, float]] = {}
+
+    def add(self, parts: LossParts) -> None:
+        self.sum += float(parts.sum.detach().double().sum())
+        self.count += float(parts.count.sum())
+        for name, value in parts.metrics.items():
+            told, of = value.tolist() if value.numel() > 1 else (float(value), float(parts.count.sum()))
+            before = self._metrics.get(name, (0.0, 0.0))
+            self._metrics[name] = (before[0] + told, before[1] + of)
+
+    @property
+    def means(self) -> Means:
+        if not self.count:
+            return Means(loss=float("nan"), metrics={})
+        means = {name: total / count for name, (total, count) in self._metrics.items() if count}
+        return Means(loss=self.sum / self.count, metrics=means)
 
 
 def gradients(
@@ -47,24 +84,24 @@ def gradients(
 
     `before` is called before each batch.
     """
-    total, count = 0.0, 0.0
+    totals = _Totals()
     for batch in batches:
         before()
         parts = loss(batch)
-        trained = float(parts.count.sum())
-        if trained == 0:
+        if float(parts.count.sum()) == 0:
             continue
         parts.sum.sum().backward()
-        total += float(parts.sum.detach().double().sum())
-        count += trained
+        totals.add(parts)
     existing = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    if existing and count:
-        torch._foreach_div_(existing, count)
+    if existing and totals.count:
+        torch._foreach_div_(existing, totals.count)
     return StepOutcome(
-        loss=total / count if count else float("nan"),
+        loss=totals.means.loss,
         gradient_norm=clip(parameters, max_norm),
         tokens=sum(batch.tokens.numel() for batch in batches),
-        trained=count,
+        trained=totals.count,
+        trained_tokens=sum(batch.trained.numel() for batch in batches),
+        metrics=totals.means.metrics,
     )
 
 
@@ -76,9 +113,9 @@ def step_in_backward(
     Without trained tokens or a finite loss nothing is updated. A gradient that isn't finite is seen when those before
     it have been used: its parameter stays as it is, and the norm tells.
     """
-    parts = loss(batch)
-    count, total = float(parts.count.sum()), float(parts.sum.detach().double().sum())
-    mean = total / count if count else float("nan")
+    totals, parts = _Totals(), loss(batch)
+    totals.add(parts)
+    count, means = totals.count, totals.means
     summed = parts.sum.sum()
     del parts
     norms = []
@@ -91,11 +128,18 @@ def step_in_backward(
         if math.isfinite(norms[-1]):
             optimizer.update(name, factor)
 
-    if math.isfinite(mean):
+    if math.isfinite(means.loss):
         optimizer.begin()
         with each_gradient(parameters, update):
             summed.backward()
-    return StepOutcome(loss=mean, gradient_norm=math.hypot(*norms), tokens=batch.tokens.numel(), trained=count)
+    return StepOutcome(
+        loss=means.loss,
+        gradient_norm=math.hypot(*norms),
+        tokens=batch.tokens.numel(),
+        trained=count,
+        trained_tokens=batch.trained.numel(),
+        metrics=means.metrics,
+    )
 
 
 @contextmanager
@@ -119,14 +163,12 @@ def each_gradient(parameters: Parameters, use: Callable[[str, torch.Tensor], Non
 
 
 @torch.no_grad()
-def mean_loss(loss: Loss, batches: Sequence[RaggedBatch]) -> float:
-    """The mean loss over batches; NaN when nothing in them counts."""
-    total, count = 0.0, 0.0
+def means(loss: Loss, batches: Iterable[RaggedBatch]) -> Means:
+    """The mean loss over batches, and the means of what the objective reports beside it."""
+    totals = _Totals()
     for batch in batches:
-        parts = loss(batch)
-        total += float(parts.sum.double().sum())
-        count += float(parts.count.sum())
-    return total / count if count else float("nan")
+        totals.add(loss(batch))
+    return totals.means
 
 
 def clear(parameters: Parameters) -> None:

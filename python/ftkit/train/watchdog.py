@@ -2,10 +2,12 @@
 
 A step whose loss or gradient is not finite, whose gradient is all zero, or whose batch trains no token is skipped and
 counted; several in a row end the run. Where updates happen in the backward pass, a gradient is seen too late for that:
-its parameter alone is skipped. A loss that stays where it began is reported at the end.
+its parameter alone is skipped. A loss that stays where it began is reported at the end. Losses of preferences have ways
+of their own to go wrong while they fall; those are told, once each.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ftkit.errors import FtkitError
@@ -70,6 +72,49 @@ def _look(step: int, trained_tokens: float, loss: float, gradient_norm: float, i
             hint="the method's options may leave nothing that can learn, such as a scale of 0",
         )
     return None
+
+
+class Preferences:
+    """Sees preferences go wrong: both answers becoming less likely, and a loss that is gone too soon."""
+
+    FALLING_STEPS = 50
+    GONE = 0.01
+    EARLY = 0.2
+
+    def __init__(self) -> None:
+        self._falling = 0
+        self._told: set[str] = set()
+
+    def watch(self, step: int, passes: float, loss: float, metrics: Mapping[str, float]) -> list[Warning]:
+        """What a step shows that was not told before; `passes`: how often the data has been gone through.
+
+        An objective without the metrics of preferences has nothing to be seen.
+        """
+        if "reward_accuracy" not in metrics:
+            return []
+        self._falling = self._falling + 1 if metrics.get("chosen_log_ratio", 0.0) < 0 else 0
+        seen = []
+        if self._falling >= self.FALLING_STEPS:
+            seen.append(
+                Warning(
+                    kind="chosen_falls",
+                    message=f"step {step}: expected chosen answers to become likelier, got less likely ones than the "
+                    f"reference's for {self._falling} steps",
+                    hint="finetune on chosen answers first (sft), raise objective.beta, or lower the learning rate",
+                )
+            )
+        if loss < self.GONE and passes < self.EARLY:
+            seen.append(
+                Warning(
+                    kind="loss_gone",
+                    message=f"step {step}: expected preferences to take an epoch to learn, got a loss of {loss:.4f} "
+                    f"after {passes:.0%} of one",
+                    hint="lower optimizer.learning_rate, or look for what gives chosen answers away (ftkit data show)",
+                )
+            )
+        new = [warning for warning in seen if warning.kind not in self._told]
+        self._told |= {warning.kind for warning in new}
+        return new
 
 
 def never_moved(losses: list[float]) -> Warning | None:

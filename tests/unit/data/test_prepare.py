@@ -124,6 +124,32 @@ def test_preferences_become_pairs(tmp_path: Path, texts: tuple[_core.Tokenizer, 
     batch = dataset.batch(list(range(len(dataset))))
     assert batch.group is not None
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.task is not None
+    assert batch.task.tolist() == [0, 1, 0, 1, 0, 1]
+    counts = dataset.statistics
+    assert (counts["pairs"], counts["chosen_tokens"] - counts["rejected_tokens"]) == (3, 3 + 6 + 9 - 6)
+
+
+def test_neighbours_stay_together_however_they_are_packed(
+    tmp_path: Path, texts: tuple[_core.Tokenizer, _core.ChatTemplate | None]
+) -> None:
+    rows = [{"prompt": f"Is {n} even?", "completion": "yes" * (n + 1), "label": n % 2 == 0} for n in range(9)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    groups = []
+    for seed, room in ((0, 64), (1, 400), (2, 4000)):
+        config = DataConfig(path=str(path), max_tokens=room)
+        dataset, _ = data.prepare(config, *texts, seed=seed, pairs=True, labelled=True, together=4)
+        batch = dataset.batch(list(range(len(dataset))))
+        assert batch.task is not None
+        members: dict[int, list[tuple[int, int]]] = {}
+        for group, task, length in zip(batch.groups, batch.task.tolist(), batch.lengths, strict=True):
+            members.setdefault(group, []).append((length, task))
+        groups.append(sorted(members.values()))
+    assert groups[0] == groups[1] == groups[2]
+    assert sorted(map(len, groups[0])) == [2, 3, 4]
+    assert sorted(task for group in groups[0] for _, task in group) == [0] * 5 + [1] * 4
+    assert dataset.statistics["labelled"] == 9
+    assert dataset.statistics["wanted"] == 5
 
 
 def test_text_is_trained_to_its_end(encode: Encode, tmp_path: Path, texts: tuple[_core.Tokenizer, Any]) -> None:

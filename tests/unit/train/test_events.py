@@ -16,9 +16,10 @@ def test_every_event_is_on_disk_before_its_listeners_hear_of_it(tmp_path: Path) 
     seen = []
     events = Events(path, [lambda event: seen.append((event, read(path)[-1]))])
     events.emit("step", 1, loss=0.1 + 0.2)
-    events.emit("step", 2, loss=math.nan)
+    events.emit("step", 2, loss=math.nan, metrics={"kl": math.inf, "reward_margin": 0.5})
     assert [given for given, _ in seen] == [stored for _, stored in seen]
     assert [given["loss"] for given, _ in seen] == [0.1 + 0.2, None]
+    assert seen[1][0]["metrics"] == {"kl": None, "reward_margin": 0.5}
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 

@@ -18,13 +18,13 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "started", "step": 0},
     {"event": "step", "step": 1, "loss": 2.5, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens_per_second": 9.0},
     {"event": "step", "step": 2, "loss": None, "learning_rate": 1e-4, "gradient_norm": None, "tokens_per_second": 9.0},
-    {"event": "evaluation", "step": 2, "loss": 2.0, "best": True},
+    {"event": "evaluation", "step": 2, "loss": 2.0, "best": True, "metrics": {"kl": 0.25, "reward_margin": None}},
     {"event": "finished", "step": 2},
 ]
 EXPECTED = [
     (1, {"train/loss": 2.5, "train/learning_rate": 1e-4, "train/gradient_norm": 0.5, "train/tokens_per_second": 9.0}),
     (2, {"train/learning_rate": 1e-4, "train/tokens_per_second": 9.0}),
-    (2, {"evaluation/loss": 2.0}),
+    (2, {"evaluation/loss": 2.0, "evaluation/kl": 0.25}),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import LossParts
-from ftkit.train.step import clear, gradients, mean_loss
+from ftkit.train.step import clear, gradients, means
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +56,7 @@ def test_the_cut_into_batches_changes_nothing(cuts: tuple[int, ...]) -> None:
     assert outcome.loss == pytest.approx(float((parts.sum / parts.count).detach()), rel=1e-12)
     assert (outcome.tokens, outcome.trained) == (42, 24)
     assert outcome.gradient_norm == pytest.approx(float(expected["table"].grad.norm()), rel=1e-6)  # type: ignore[union-attr]
-    assert mean_loss(lambda batch: loss_of(parameters, batch), batches(cuts)) == pytest.approx(outcome.loss, rel=1e-12)
+    assert means(lambda batch: loss_of(parameters, batch), batches(cuts)).loss == pytest.approx(outcome.loss, rel=1e-12)
     clear(parameters)
     assert parameters["table"].grad is None
 

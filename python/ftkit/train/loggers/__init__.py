@@ -48,4 +48,6 @@ def session(service: Any, run: str, config: dict[str, Any], **settings: Any) -> 
 def metrics(event: dict[str, Any]) -> dict[str, float]:
     """The event's numbers by the names services show them under, such as `train/loss`; empty for other events."""
     group = "train" if event["event"] == "step" else "evaluation"
-    return {f"{group}/{name}": event[name] for name in METRICS.get(event["event"], ()) if event.get(name) is not None}
+    known = METRICS.get(event["event"], ())
+    values = {name: event.get(name) for name in known} | (event.get("metrics", {}) if known else {})
+    return {f"{group}/{name}": value for name, value in values.items() if value is not None}

@@ -57,6 +57,7 @@ def page(run: str, events: Sequence[Event], config_toml: str, lock_json: str, sa
         line_chart("learning rate", _points(steps, "learning_rate")),
         line_chart("tokens a second", _points(steps, "tokens_per_second"), smooth=len(steps) > 20),
         line_chart("gradient norm", _points(steps, "gradient_norm"), smooth=len(steps) > 20),
+        *_metric_charts(steps, evaluations),
     ]
     body = [
         f"<h1>{escape(run)}</h1>",
@@ -77,6 +78,25 @@ def page(run: str, events: Sequence[Event], config_toml: str, lock_json: str, sa
 
 def _points(events: Sequence[Event], key: str) -> list[tuple[float, float]]:
     return [(event["step"], event[key]) for event in events if event.get(key) is not None]
+
+
+def _metric_charts(steps: Sequence[Event], evaluations: Sequence[Event]) -> list[str]:
+    """A chart for each number that the objective reports beside its loss."""
+    names = list(dict.fromkeys(name for event in [*steps, *evaluations] for name in event.get("metrics", {})))
+
+    def points(events: Sequence[Event], name: str) -> list[tuple[float, float]]:
+        return _points([{"step": event["step"], **event.get("metrics", {})} for event in events], name)
+
+    return [
+        line_chart(
+            name.replace("_", " "),
+            points(steps, name),
+            marks=points(evaluations, name),
+            marks_label="held out",
+            smooth=len(steps) > 20,
+        )
+        for name in names
+    ]
 
 
 def _summary(events: Sequence[Event]) -> str:
