@@ -23,7 +23,7 @@ from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import matmul_flops_per_second
 from ftkit.train.step import each_gradient
 
-OTHER_RESIDENT_BYTES = 1 << 30
+OTHER_RESIDENT_BYTES = 1152 << 20
 """Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
 
 RETAINED_SHARE = 0.25

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.unit
         {"training__batch_rows": 2, "training__gradient_accumulation_steps": 2},
         {"data__train_on": "all"},
         {"method__name": "full"},
+        {"method__name": "full", "training__optimizer_in_backward": True, "training__max_gradient_norm": 0.0},
+        {"evaluation__split": 0.2, "training__batch_rows": 3},
         {"model__dtype": "bfloat16"},
         {"objective__name": "distill"},
         {"method__name": "qalora", "method__variant": "joint", "objective__name": "distill", "data__train_on": "all"},
@@ -33,6 +35,10 @@ def test_the_plan_bounds_the_run(settings: Callable[..., dict[str, Any]], change
     if "method__name" in changes:
         given = {key.replace("__", ".") for key in changes}
         table = {key: value for key, value in table.items() if not key.startswith("method.") or key in given}
-    result = train.run(RunConfig.from_toml(None, table | {"training.max_steps": 3}))
+    heard: list[dict[str, Any]] = []
+    result = train.run(RunConfig.from_toml(None, table | {"training.max_steps": 3}), heard.append)
     assert result.planned_peak_bytes is not None
+    (rehearsal,) = [event for event in heard if event["event"] == "memory"]
+    assert rehearsal["peak_bytes"] <= result.peak_bytes
+    assert rehearsal["planned_peak_bytes"] == result.planned_peak_bytes
     assert result.peak_bytes <= result.planned_peak_bytes <= 1.01 * result.peak_bytes
