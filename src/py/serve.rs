@@ -91,7 +91,7 @@ impl Engine {
         let (sender, receiver) = channel();
         let closed = Arc::new(AtomicBool::new(false));
         let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
-        let decoder = self.language.decoder();
+        let decoder = self.language.decoder(false);
         let request =
             Request { prompt, sampling, constraint: None, adapter: model.adapter, decoder, sink, urgent: false };
         self.engine.submit(vec![request]).map_err(Error::from)?;

@@ -4,15 +4,17 @@
 //! connection (listen) → who may ask (guard) → route → body (here) → parse → engine → whole answer or stream
 //! ```
 
-mod answers;
 mod complete;
+mod dialect;
 mod errors;
 mod fields;
 mod guard;
 mod listen;
+mod openai;
 mod page;
 mod parse;
 mod stream;
+mod tools;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -31,7 +33,6 @@ use tokio_stream::StreamExt;
 
 pub use self::listen::{bind, url};
 
-use self::answers::Route;
 use self::errors::ApiError;
 use super::models::{Model, Models};
 use super::{Engine, Event, Language, Sampling, Sink};
@@ -68,6 +69,18 @@ struct App {
     /// The key's hash.
     key: Option<blake3::Hash>,
     health: tokio::sync::Mutex<Option<(Instant, bool)>>,
+}
+
+impl App {
+    /// The model of a name, or the one that answers where none is given. Ollama's clients may add a tag to the name.
+    fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
+        let name = name.unwrap_or(&self.settings.model);
+        let found = self.models.find(Some(name));
+        found.or_else(|| self.models.find(Some(name.strip_suffix(":latest")?))).ok_or_else(|| {
+            let known: Vec<String> = self.models.list().into_iter().map(|model| model.name).collect();
+            ApiError::no_model(name, &known.join(", "))
+        })
+    }
 }
 
 /// A server that has not started yet.
@@ -147,12 +160,12 @@ fn router(app: Arc<App>) -> Router {
 
 async fn chat(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, Route::Chat, body).await
+    complete::complete(app, body, openai::chat).await
 }
 
 async fn completion(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, Route::Completion, body).await
+    complete::complete(app, body, openai::completion).await
 }
 
 /// A whole body, within the limits of size and time.
@@ -244,7 +257,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
         sampling,
         constraint: None,
         adapter: super::models::NO_ADAPTER,
-        decoder: language.decoder(),
+        decoder: language.decoder(false),
         sink: Box::new(Probe(Some(sender))),
         urgent: true,
     };
