@@ -22,6 +22,8 @@ pub trait Language: Send + Sync {
     fn piece(&self, id: u32) -> String;
     /// What keeps an answer in a format.
     fn constraint(&self, format: &Format) -> Result<Constraint>;
+    /// The chat template's text.
+    fn template(&self) -> Option<&str>;
     /// How calls of tools are written, where that is known.
     fn syntax(&self) -> Option<Syntax>;
     /// What makes an answer call, with arguments that follow their schemas; or follow the schema `otherwise` itself.
@@ -80,6 +82,10 @@ impl Language for Text {
             Ok(constraints) => constraints.constraint(format),
             Err(error) => Err(error.clone()),
         }
+    }
+
+    fn template(&self) -> Option<&str> {
+        self.template.as_ref().map(Template::source)
     }
 
     fn syntax(&self) -> Option<Syntax> {

@@ -7,9 +7,11 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use rand::Rng;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::App;
+use super::anthropic;
 use super::dialect::{Answered, Context, Maker, Parts};
 use super::errors::ApiError;
 use super::parse::{Asked, Prompt};
@@ -61,6 +63,17 @@ struct Prepared {
     prompts: Vec<Vec<u32>>,
     constraint: Option<Constraint>,
     reader: Option<Reader>,
+}
+
+/// The number of tokens of what is asked.
+pub(super) async fn count(app: Arc<App>, body: Bytes) -> Result<axum::Json<Value>, ApiError> {
+    let counted = tokio::task::spawn_blocking(move || {
+        let asked = anthropic::count(&body)?;
+        app.model(asked.model.as_deref())?;
+        Ok(encode(&app, &asked)?.iter().map(Vec::len).sum::<usize>())
+    });
+    let tokens = counted.await.map_err(|_| ApiError::server("the request could not be read"))?;
+    tokens.map(|tokens| axum::Json(json!({"input_tokens": tokens})))
 }
 
 fn prepare(app: &App, parse: Parse, body: &[u8]) -> Result<Prepared, ApiError> {

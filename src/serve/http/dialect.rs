@@ -53,6 +53,16 @@ pub(super) struct Call {
     pub arguments: String,
 }
 
+impl Call {
+    /// The arguments as an object; where the model wrote none, its text under the name `invalid`.
+    pub fn input(&self, invalid: &str) -> Value {
+        match serde_json::from_str(&self.arguments) {
+            Ok(arguments @ Value::Object(_)) => arguments,
+            _ => Value::Object([(invalid.to_owned(), self.arguments.as_str().into())].into_iter().collect()),
+        }
+    }
+}
+
 /// A whole choice.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Answered {

@@ -1,18 +1,24 @@
-//! The HTTP side: OpenAI's completion routes, models, health, metrics, and a page to chat with.
+//! The HTTP side: routes that generate in the words of several APIs, models, health, metrics, and a page to chat with.
 //!
 //! ```text
-//! connection (listen) → who may ask (guard) → route → body (here) → parse → engine → whole answer or stream
+//! connection (listen) → who may ask (guard) → route → body (here) → an API's words → parse → engine → parts
+//!   → the API's words (dialect), whole or as a stream
 //! ```
+//! An API is one file: `openai`, `responses`, `anthropic`, `ollama` translate to what `parse` reads, and write parts.
 
+mod anthropic;
 mod complete;
 mod dialect;
+mod embeddings;
 mod errors;
 mod fields;
 mod guard;
 mod listen;
+mod ollama;
 mod openai;
 mod page;
 mod parse;
+mod responses;
 mod stream;
 mod tools;
 
@@ -72,6 +78,13 @@ struct App {
 }
 
 impl App {
+    /// All models, the one that answers where none is named first.
+    fn sorted(&self) -> Vec<Model> {
+        let mut models = self.models.list();
+        models.sort_by_key(|model| model.name != self.settings.model);
+        models
+    }
+
     /// The model of a name, or the one that answers where none is given. Ollama's clients may add a tag to the name.
     fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
         let name = name.unwrap_or(&self.settings.model);
@@ -142,8 +155,17 @@ fn signals(stop: watch::Sender<u32>) -> std::io::Result<()> {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completion))
+        .route("/v1/chat/completions", generates(openai::chat))
+        .route("/v1/completions", generates(openai::completion))
+        .route("/v1/responses", generates(responses::parse))
+        .route("/v1/messages", generates(anthropic::parse))
+        .route("/v1/messages/count_tokens", post(count))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/api/chat", generates(ollama::chat))
+        .route("/api/generate", generates(ollama::generate))
+        .route("/api/tags", get(|State(app): State<Arc<App>>| async move { ollama::tags(&app) }))
+        .route("/api/show", post(show))
+        .route("/api/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/health", get(health))
@@ -158,14 +180,27 @@ fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-async fn chat(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
-    let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, body, openai::chat).await
+/// A route that generates: its API reads the body, and words the answer.
+fn generates(parse: complete::Parse) -> axum::routing::MethodRouter<Arc<App>> {
+    post(move |State(app): State<Arc<App>>, body: Body| async move {
+        let body = read(body, app.settings.body_bytes).await?;
+        complete::complete(app, body, parse).await
+    })
 }
 
-async fn completion(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
+async fn count(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, body, openai::completion).await
+    complete::count(app, body).await
+}
+
+async fn embeddings(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+    let body = read(body, app.settings.body_bytes).await?;
+    embeddings::embeddings(app, body).await
+}
+
+async fn show(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+    let body = read(body, app.settings.body_bytes).await?;
+    ollama::show(&app, &body)
 }
 
 /// A whole body, within the limits of size and time.
@@ -190,9 +225,7 @@ fn shown(model: &Model) -> Value {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    let mut models = app.models.list();
-    models.sort_by_key(|model| model.name != app.settings.model);
-    Json(json!({"object": "list", "data": models.iter().map(shown).collect::<Vec<_>>()}))
+    Json(json!({"object": "list", "data": app.sorted().iter().map(shown).collect::<Vec<_>>()}))
 }
 
 async fn model(

@@ -105,7 +105,7 @@ pub(super) fn chat(mut fields: Fields) -> Result<Asked, ApiError> {
 /// The body of `/v1/completions`.
 pub(super) fn completion(mut fields: Fields) -> Result<Asked, ApiError> {
     let prompts = match fields.take("prompt") {
-        Some(value) => prompts(value)?,
+        Some(value) => prompts("prompt", value, MAX_PROMPTS)?,
         None => return Err(ApiError::field("prompt", "a string or an array", "nothing")),
     };
     let logprobs = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS as i64)?;
@@ -299,10 +299,11 @@ fn biases(value: Value) -> Result<Vec<(u32, f32)>, ApiError> {
     map.into_iter().map(bias).collect()
 }
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+/// Texts or token ids, one or at most `most` of them.
+pub(super) fn prompts(name: &str, value: Value, most: usize) -> Result<Vec<Prompt>, ApiError> {
     let wrong = |got: &str| {
-        let expected = format!("a string, token ids, or 1 to {MAX_PROMPTS} of either");
-        ApiError::field("prompt", &expected, got)
+        let expected = format!("a string, token ids, or 1 to {most} of either");
+        ApiError::field(name, &expected, got)
     };
     let ids = |values: &[Value]| -> Option<Vec<u32>> {
         values.iter().map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
@@ -313,7 +314,7 @@ fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
         Value::Array(values) if values[0].is_number() => {
             ids(&values).map(|ids| vec![Prompt::Tokens(ids)]).ok_or_else(|| wrong("something that is no token id"))
         }
-        Value::Array(values) if values.len() <= MAX_PROMPTS => values
+        Value::Array(values) if values.len() <= most => values
             .into_iter()
             .map(|value| match value {
                 Value::String(text) => Ok(Prompt::Text(text)),
