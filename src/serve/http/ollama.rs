@@ -176,9 +176,11 @@ impl Ollama {
         object
     }
 
-    /// Adds what only the last object has; times are in nanoseconds.
+    /// Adds what only the last object has; times are in nanoseconds. When the first token of a whole answer came isn't
+    /// known here: all its time counts as the answer's.
     fn last(&self, mut object: Value, usage: Usage) -> Value {
-        let (total, first) = (self.start.elapsed(), self.first.map_or(self.start.elapsed(), |at| at - self.start));
+        let total = self.start.elapsed();
+        let first = self.first.map_or(std::time::Duration::ZERO, |at| at - self.start);
         let nanoseconds = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         object["done"] = true.into();
         object["done_reason"] = self.reason.into();
