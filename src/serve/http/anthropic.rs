@@ -95,7 +95,10 @@ fn turn(name: &str, message: Value, messages: &mut Vec<Value>) -> Result<(), Api
         _ => return Err(ApiError::field(&format!("{name}.role"), "user or assistant", "another")),
     };
     let blocks = match fields.take("content") {
-        Some(Value::String(text)) => return Ok(messages.push(json!({"role": role, "content": text}))),
+        Some(Value::String(text)) => {
+            messages.push(json!({"role": role, "content": text}));
+            return Ok(());
+        }
         Some(Value::Array(blocks)) => blocks,
         other => {
             let got = other.as_ref().map_or("nothing", kind);

@@ -146,7 +146,7 @@ impl OpenAi {
     }
 
     fn text(&mut self, index: usize, delta: &Delta) -> Option<Bytes> {
-        if delta.text.is_empty() && !(self.logprobs && !delta.tokens.is_empty()) {
+        if delta.text.is_empty() && (!self.logprobs || delta.tokens.is_empty()) {
             return None;
         }
         let offset = self.offsets[index];
