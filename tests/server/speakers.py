@@ -27,7 +27,7 @@ def speaker(folder: Path, template: str, seed: int = 0) -> Path:
         eos_token_id=257,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
     model.save_pretrained(folder)

@@ -34,7 +34,8 @@ def speaking(folder: Path) -> Iterator[openai.OpenAI]:
 def expected(folder: Path) -> list[torch.Tensor]:
     """The mean of transformers' last hidden states, which are those after the final norm, of length 1."""
     model: Any = transformers.AutoModel.from_pretrained(folder)
-    tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    read: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = read(tokenizer_file=str(folder / "tokenizer.json"))
     found = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer.encode(text)])

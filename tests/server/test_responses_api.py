@@ -50,7 +50,7 @@ def test_an_answer_is_that_of_a_chat(speaking: openai.OpenAI) -> None:
     assert response.usage.input_tokens == chat.usage.prompt_tokens
     assert (response.usage.output_tokens, response.usage.input_tokens_details.cached_tokens) == (9, 0)
     items = [{"role": "developer", "content": [{"type": "input_text", "text": "Be terse."}]}, messages[1]]
-    again = speaking.responses.create(input=items, max_output_tokens=9, **how)  # type: ignore[arg-type]
+    again = speaking.responses.create(input=items, max_output_tokens=9, **how)
     assert again.output_text == response.output_text
 
 

@@ -133,7 +133,7 @@ def test_calls_are_read_from_what_the_model_says_by_itself(family: str, speaking
     spoken = {"response_format": {"type": "grammar", "grammar": grammar}}
     answer = speaking.chat.completions.create(**HOW, extra_body=spoken, logprobs=True).choices[0]
     assert answer.message.content == (text or None)
-    found = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls or []]  # type: ignore[union-attr]
+    found = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls or []]
     assert found == [("weather", ARGUMENTS), ("now", "{}")]
     assert answer.finish_reason == "tool_calls"
     assert answer.logprobs is not None
@@ -166,7 +166,7 @@ def test_a_conversation_goes_on_with_what_the_tool_returned(speaking: openai.Ope
     assert before.usage is not None
     assert after.usage is not None
     # a token is a byte: the call and its result are in the prompt
-    assert after.usage.prompt_tokens > before.usage.prompt_tokens + len(first.tool_calls[0].function.arguments)  # type: ignore[union-attr]
+    assert after.usage.prompt_tokens > before.usage.prompt_tokens + len(first.tool_calls[0].function.arguments)
 
 
 def test_a_form_or_a_call(speaking: openai.OpenAI) -> None:
