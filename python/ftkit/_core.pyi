@@ -443,7 +443,8 @@ class Engine:
         """`step(tokens, blocks, rows, lengths, adapters)` returns float32 logits [rows, vocabulary] on the CPU.
 
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
-        adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted).
+        adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
+        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU.
         """
     @property
     def models(self) -> list[str]:

@@ -91,7 +91,7 @@ impl Engine {
         let (sender, receiver) = channel();
         let closed = Arc::new(AtomicBool::new(false));
         let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
-        let decoder = self.language.decoder();
+        let decoder = self.language.decoder(false);
         let request =
             Request { prompt, sampling, constraint: None, adapter: model.adapter, decoder, sink, urgent: false };
         self.engine.submit(vec![request]).map_err(Error::from)?;
@@ -285,16 +285,28 @@ struct PythonStep {
 
 impl Step for PythonStep {
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
-        Python::attach(|py| self.call(py, batch, logits)).map_err(|error| {
-            Python::attach(|py| match error.value(py).str() {
-                Ok(text) => {
-                    let kind = error.get_type(py).name().map_or_else(|_| String::new(), |name| name.to_string());
-                    Error::failure(format!("the model's step failed: {kind}: {text}"))
-                }
-                Err(_) => Error::failure("the model's step failed"),
-            })
-        })
+        Python::attach(|py| self.call(py, batch, logits)).map_err(|error| failed(&error))
     }
+
+    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {
+        let embed = |py: Python<'_>| -> PyResult<Vec<f32>> {
+            let result = self.step.call_method1(py, "embed", (tokens.to_vec(), adapter))?;
+            let memory = Memory::<f32>::of("hidden", result.bind(py))?;
+            // SAFETY: `result` keeps the tensor alive, and nobody else has it.
+            Ok(unsafe { memory.slice() }.to_vec())
+        };
+        Python::attach(embed).map_err(|error| failed(&error))
+    }
+}
+
+fn failed(error: &PyErr) -> Error {
+    Python::attach(|py| match error.value(py).str() {
+        Ok(text) => {
+            let kind = error.get_type(py).name().map_or_else(|_| String::new(), |name| name.to_string());
+            Error::failure(format!("the model's step failed: {kind}: {text}"))
+        }
+        Err(_) => Error::failure("the model's step failed"),
+    })
 }
 
 impl PythonStep {

@@ -20,8 +20,8 @@ impl Answer {
         Self { decoder, stop: StopStrings::new(stops), decoded: 0, shown: 0, waiting: Vec::new() }
     }
 
-    /// Adds a token: what becomes visible, and whether a stop string ended the answer.
-    pub fn push(&mut self, token: Token) -> (Delta, bool) {
+    /// Adds a token: what becomes visible, and the number of the stop string that ended the answer, if one did.
+    pub fn push(&mut self, token: Token) -> (Delta, Option<usize>) {
         let text = self.decoder.push(token.id);
         let start = self.decoded;
         self.decoded += text.len();
@@ -37,7 +37,7 @@ impl Answer {
             last.1 = self.decoded;
         }
         let (mut delta, stopped) = self.show(&rest);
-        if !stopped {
+        if stopped.is_none() {
             let held = self.stop.finish();
             self.shown += held.len();
             delta.text.push_str(&held);
@@ -46,14 +46,14 @@ impl Answer {
         delta
     }
 
-    fn show(&mut self, text: &str) -> (Delta, bool) {
+    fn show(&mut self, text: &str) -> (Delta, Option<usize>) {
         let (text, stopped) = match self.stop.push(text) {
-            Shown::More(text) => (text, false),
-            Shown::Stopped(text) => (text, true),
+            Shown::More(text) => (text, None),
+            Shown::Stopped(text, number) => (text, Some(number)),
         };
         self.shown += text.len();
         // Log-probabilities give text away as well: a token goes out with its text, and one inside a stop string never.
-        let count = if stopped {
+        let count = if stopped.is_some() {
             self.waiting.iter().take_while(|(start, _, _)| *start < self.shown).count()
         } else {
             self.waiting.iter().take_while(|(_, end, _)| *end <= self.shown).count()
@@ -87,7 +87,7 @@ mod tests {
         for letter in text.chars() {
             let (delta, stopped) = answer.push(Token { id: letter.into(), logprob: None, top: Vec::new() });
             take(delta);
-            if stopped {
+            if stopped.is_some() {
                 return (shown, tokens);
             }
         }

@@ -29,6 +29,8 @@ pub enum Format {
     Regex(String),
     /// Text of this context-free grammar, in llguidance's variant of Lark.
     Grammar(String),
+    /// The same, made by `calls::grammar`.
+    Calls(String),
 }
 
 /// Makes constraints for one tokenizer.
@@ -70,23 +72,20 @@ impl Constraints {
     pub fn constraint(&self, format: &Format) -> Result<Constraint> {
         let (grammar, what) = match format {
             Format::Json(schema) => {
-                let mut schema = schema.clone();
-                let Value::Object(map) = &mut schema else {
+                if !schema.is_object() {
                     return Err(Error::input("response_format: expected a schema that is an object, got another"));
-                };
-                map.shift_remove("x-guidance");
-                let options =
-                    JsonCompileOptions { whitespace_pattern: Some(JSON_SPACE.to_owned()), ..Default::default() };
-                options.apply_to(&mut schema);
-                (TopLevelGrammar::from_json_schema(schema), "JSON schema")
+                }
+                (TopLevelGrammar::from_json_schema(prepared(schema)), "JSON schema")
             }
             Format::Regex(text) => (TopLevelGrammar::from_regex(bounded(text)?), "regular expression"),
             Format::Grammar(text) => (TopLevelGrammar::from_lark(bounded(text)?.to_owned()), "grammar"),
+            Format::Calls(text) => (TopLevelGrammar::from_lark(text.clone()), "schema of arguments"),
         };
+        let field = if matches!(format, Format::Calls(_)) { "tools" } else { "response_format" };
         let made = catch_unwind(AssertUnwindSafe(|| self.0.create_parser(grammar)));
         let refused = |reason: &str| {
             let reason: String = reason.lines().next().unwrap_or_default().chars().take(400).collect();
-            Error::input(format!("response_format: expected a {what} that can be followed, got: {reason}"))
+            Error::input(format!("{field}: expected a {what} that can be followed, got: {reason}"))
         };
         match made {
             Ok(Ok(parser)) => {
@@ -100,6 +99,17 @@ impl Constraints {
             Err(_) => Err(refused("one that the parser gave up on")),
         }
     }
+}
+
+/// A schema with the house's rules of white space, and no other's.
+pub(super) fn prepared(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Value::Object(map) = &mut schema {
+        map.shift_remove("x-guidance");
+        let options = JsonCompileOptions { whitespace_pattern: Some(JSON_SPACE.to_owned()), ..Default::default() };
+        options.apply_to(&mut schema);
+    }
+    schema
 }
 
 fn bounded(text: &str) -> Result<&str> {

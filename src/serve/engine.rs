@@ -3,6 +3,7 @@
 //! Requests come in through a channel and answers go out through each request's sink, so no caller waits for a lock that
 //! a step holds. A step that fails, fails its batch; the thread lives until it is told to stop.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +16,19 @@ use super::scheduler::{Limits, Scheduler};
 use super::step::Step;
 use crate::{Error, Result};
 
+/// Takes what an embedding came to.
+pub type Taker = Box<dyn FnOnce(Result<Vec<f32>>) + Send>;
+
+/// A text whose hidden state is wanted, under an adapter.
+struct Embed {
+    tokens: Vec<u32>,
+    adapter: i32,
+    take: Taker,
+}
+
 enum Command {
     Add(Request),
+    Embed(Embed),
     /// Answers whether somebody still uses the adapter.
     Uses(i32, Sender<bool>),
     Stop,
@@ -118,6 +130,12 @@ impl Engine {
         Ok(())
     }
 
+    /// Has the last hidden state of a text computed, averaged over its tokens, between two steps; `take` gets it, and is
+    /// dropped when the engine stops. The caller bounds how many wait.
+    pub fn embed(&self, tokens: Vec<u32>, adapter: i32, take: Taker) -> Result<(), Refused> {
+        self.send(Command::Embed(Embed { tokens, adapter, take })).map_err(|()| Refused::Stopped)
+    }
+
     /// Whether a waiting or running request uses the adapter.
     pub fn uses(&self, adapter: i32) -> bool {
         let (answer, inbox) = channel();
@@ -151,8 +169,9 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
     let mut scheduler = Scheduler::new(shared.limits.clone());
     let mut logits = Vec::new();
     let mut taken = 0usize;
+    let mut embeds = VecDeque::<Embed>::new();
     'life: loop {
-        let mut next = if scheduler.idle() {
+        let mut next = if scheduler.idle() && embeds.is_empty() {
             match inbox.recv() {
                 Ok(command) => Some(command),
                 Err(_) => break 'life,
@@ -166,13 +185,19 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
                     taken += 1;
                     scheduler.add(request);
                 }
+                Command::Embed(embed) => embeds.push_back(embed),
                 Command::Uses(adapter, answer) => {
                     scheduler.drop_cancelled();
-                    let _ = answer.send(scheduler.uses(adapter));
+                    let embedded = embeds.iter().any(|embed| embed.adapter == adapter);
+                    let _ = answer.send(embedded || scheduler.uses(adapter));
                 }
                 Command::Stop => break 'life,
             }
             next = inbox.try_recv().ok();
+        }
+        // One at a time, so that answers under way go on.
+        if let Some(Embed { tokens, adapter, take }) = embeds.pop_front() {
+            take(step.embed(&tokens, adapter));
         }
         scheduler.drop_cancelled();
         if let Some(batch) = scheduler.plan() {
@@ -279,6 +304,26 @@ mod tests {
         until(|| engine.metrics().blocks_used.get() == 0);
         engine.submit(vec![request(&[1, 2], sampling(2), -1, &Listener::default())]).unwrap();
         engine.stop();
+    }
+
+    #[test]
+    fn embeddings_come_between_steps_and_fail_alone() {
+        let engine = engine(10, 1);
+        let listener = Listener::default();
+        engine.submit(vec![request(&[1, 2], sampling(20), -1, &listener)]).unwrap();
+        let (sender, receiver) = channel();
+        for number in 1..4 {
+            let sender = sender.clone();
+            engine.embed(vec![number, 7], 3, Box::new(move |outcome| sender.send(outcome).unwrap())).unwrap();
+        }
+        let found: Vec<Vec<f32>> = receiver.iter().take(3).map(|outcome| outcome.unwrap()).collect();
+        assert_eq!(found, [[8.0, 3.0], [9.0, 3.0], [10.0, 3.0]]);
+        until(|| listener.ending().starts_with("length"));
+        until(|| !engine.uses(3));
+        engine.stop();
+        let (sender, receiver) = channel::<Result<Vec<f32>>>();
+        assert!(engine.embed(vec![1], 3, Box::new(move |outcome| drop(sender.send(outcome)))).is_err());
+        assert!(receiver.recv().is_err());
     }
 
     #[test]

@@ -62,6 +62,13 @@ impl Step for FakeStep {
         }
         Ok(())
     }
+
+    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {
+        if std::mem::take(&mut self.fail) {
+            return Err(Error::failure("told to"));
+        }
+        Ok(vec![tokens.iter().sum::<u32>() as f32, adapter as f32])
+    }
 }
 
 /// Token n is the n-th letter from `A` on.

@@ -6,6 +6,7 @@
 //! Nothing here knows what a step does; the model is behind [`Step`], and callers are behind [`Sink`].
 
 mod answer;
+pub mod calls;
 pub mod constraint;
 mod engine;
 #[cfg(test)]

@@ -61,8 +61,10 @@ pub struct Delta {
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// The model ended it, or a stop string.
+    /// The model ended it.
     Stop,
+    /// The stop string of this number.
+    StopString(usize),
     /// It has as many tokens as were allowed, or as the context or the pool hold.
     Length,
 }
@@ -71,7 +73,7 @@ impl FinishReason {
     /// The API's word for it.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Stop => "stop",
+            Self::Stop | Self::StopString(_) => "stop",
             Self::Length => "length",
         }
     }
@@ -84,6 +86,16 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens generated, the end token included.
     pub completion_tokens: usize,
+}
+
+impl Usage {
+    /// Adds another answer's cost; its prompt may have been counted already.
+    pub fn add(&mut self, other: Self, prompt: bool) {
+        self.completion_tokens += other.completion_tokens;
+        if prompt {
+            self.prompt_tokens += other.prompt_tokens;
+        }
+    }
 }
 
 /// What happens to a request; `Finished` and `Failed` are the last.

@@ -114,8 +114,8 @@ impl Sequence {
                 self.answer.push(Token { id: choice.token, logprob: choice.logprob, top: choice.top });
             delta.text.push_str(&more.text);
             delta.tokens.extend(more.tokens);
-            if stopped {
-                reason = Some(FinishReason::Stop);
+            if let Some(number) = stopped {
+                reason = Some(FinishReason::StopString(number));
             } else if self.tokens.len() >= self.longest {
                 reason = Some(FinishReason::Length);
                 let rest = self.answer.finish();

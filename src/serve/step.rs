@@ -33,4 +33,6 @@ pub trait Step: Send {
     /// Computes the batch and writes `[rows, vocabulary]` logits, cleared before.
     /// An error fails the requests of this batch and no others.
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
+    /// The last hidden state of a text, averaged over its tokens `[hidden]`; the pages stay as they are.
+    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>>;
 }

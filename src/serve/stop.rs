@@ -8,8 +8,8 @@
 pub enum Shown {
     /// This much more text; generation goes on.
     More(String),
-    /// This much more text, and then a stop string.
-    Stopped(String),
+    /// This much more text, and then the stop string of this number.
+    Stopped(String, usize),
 }
 
 /// Watches one answer's text for stop strings.
@@ -22,21 +22,26 @@ pub struct StopStrings {
 impl StopStrings {
     /// A watch for these strings; empty ones are ignored.
     pub fn new(stops: &[String]) -> Self {
-        Self { stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(), held: String::new() }
+        Self { stops: stops.to_vec(), held: String::new() }
+    }
+
+    /// The strings that are watched for, each with its number.
+    fn stops(&self) -> impl Iterator<Item = (usize, &String)> {
+        self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty())
     }
 
     /// Takes the next piece of text and says what may be shown.
     pub fn push(&mut self, text: &str) -> Shown {
         self.held.push_str(text);
-        let first = self.stops.iter().filter_map(|stop| {
+        let first = self.stops().filter_map(|(number, stop)| {
             let start = self.held.find(stop.as_str())?;
-            Some((start + stop.len(), start))
+            Some((start + stop.len(), start, number))
         });
-        if let Some((_, start)) = first.min() {
+        if let Some((_, start, number)) = first.min() {
             self.held.truncate(start);
-            return Shown::Stopped(std::mem::take(&mut self.held));
+            return Shown::Stopped(std::mem::take(&mut self.held), number);
         }
-        let kept = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let kept = self.stops().map(|(_, stop)| overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - kept);
         Shown::More(std::mem::replace(&mut self.held, rest))
     }
@@ -48,7 +53,7 @@ impl StopStrings {
 }
 
 /// Length of the longest end of `text` that `stop` begins with, shorter than `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
+pub(super) fn overlap(text: &str, stop: &str) -> usize {
     let longest = text.len().min(stop.len() - 1);
     (1..=longest)
         .rev()
@@ -93,8 +98,9 @@ mod tests {
             for piece in &pieces {
                 match watch.push(piece) {
                     Shown::More(more) => shown.push_str(&more),
-                    Shown::Stopped(more) => {
+                    Shown::Stopped(more, number) => {
                         shown.push_str(&more);
+                        prop_assert!(text[shown.len()..].starts_with(&stops[number]) && !stops[number].is_empty());
                         ended = true;
                         break;
                     }
@@ -114,6 +120,6 @@ mod tests {
         assert_eq!(watch.push("a <"), Shown::More("a ".into()));
         assert_eq!(watch.push("b"), Shown::More("<b".into()));
         assert_eq!(watch.push("</s"), Shown::More(String::new()));
-        assert_eq!(watch.push("> c"), Shown::Stopped(String::new()));
+        assert_eq!(watch.push("> c"), Shown::Stopped(String::new(), 0));
     }
 }

@@ -9,7 +9,7 @@ const MOST_WAITING: usize = 3;
 /// So many ids without a whole character aren't text: what there is, is shown, so that time stays bounded.
 const MOST_PENDING: usize = 32;
 
-/// Turns ids into text as they come; special tokens are skipped.
+/// Turns ids into text as they come; special tokens are skipped, but for those that are asked for.
 #[derive(Clone)]
 pub struct StreamDecoder {
     tokenizer: Tokenizer,
@@ -19,16 +19,30 @@ pub struct StreamDecoder {
     shown_ids: usize,
     /// How many bytes of the text of `ids` are shown.
     shown_bytes: usize,
+    /// Special tokens that are shown.
+    specials: Vec<u32>,
 }
 
 impl StreamDecoder {
     /// A decoder for one sequence of ids.
     pub fn new(tokenizer: Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), shown_ids: 0, shown_bytes: 0 }
+        Self { tokenizer, ids: Vec::new(), shown_ids: 0, shown_bytes: 0, specials: Vec::new() }
+    }
+
+    /// The same decoder, which shows this special token.
+    #[must_use]
+    pub fn showing(mut self, id: u32) -> Self {
+        self.specials.push(id);
+        self
     }
 
     /// Takes the next id; gives the text that is certain now, often one token's, sometimes none.
     pub fn push(&mut self, id: u32) -> String {
+        if self.specials.contains(&id) {
+            let mut text = self.finish();
+            text.extend(self.tokenizer.token_of(id));
+            return text;
+        }
         if self.tokenizer.is_special(id) {
             return String::new();
         }

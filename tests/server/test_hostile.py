@@ -51,6 +51,19 @@ def request(
     return int(top.split()[1]), None
 
 
+MESSAGES = "/v1/messages"
+POSTS = [CHAT, "/v1/completions", "/v1/responses", MESSAGES, "/v1/embeddings", "/api/chat", "/api/generate"]
+
+
+def is_error(path: str, document: Any) -> bool:
+    """Whether it is an error in the shape of the path's API."""
+    if path.startswith(MESSAGES):
+        return set(document) == {"type", "error"} and set(document["error"]) == {"type", "message"}
+    if path.startswith("/api/"):
+        return set(document) == {"error"} and isinstance(document["error"], str)
+    return set(document["error"]) == {"message", "type", "param", "code"}
+
+
 def alive(server: Server) -> None:
     assert request(server, "GET", "/health") == (200, {"status": "ok"})
 
@@ -71,6 +84,12 @@ def alive(server: Server) -> None:
         ("POST", "/v1/completions", b'{"prompt": ""}', 400),
         ("POST", "/v1/completions", b'{"prompt": "x", "echo": true}', 400),
         ("POST", CHAT, b"x" * (5 << 20), 413),
+        *(("POST", path, b'{"model": ', 400) for path in POSTS),
+        *(("POST", path, b"x" * (5 << 20), 413) for path in POSTS[2:]),
+        *(("DELETE", path, b"", 405) for path in POSTS),
+        ("POST", "/v1/messages/count_tokens", b"{}", 400),
+        ("POST", "/api/show", b"[]", 400),
+        ("POST", "/api/nothing", b"{}", 404),
         ("GET", CHAT, b"", 405),
         ("POST", "/v1/models", b"", 405),
         ("OPTIONS", CHAT, b"", 405),
@@ -86,10 +105,24 @@ def test_bad_requests_get_their_status(server: Server, method: str, path: str, b
     found, document = request(server, method, path, body)
     # A body over the limit may be cut off before the answer is read.
     assert found == status
-    assert set(document["error"]) == {"message", "type", "param", "code"}
+    assert is_error(path, document)
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/models", "/metrics", "/markdown", "/v1/models/one"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/tags",
+        "/api/chat",
+        "/v1/responses",
+        "/v1/embeddings",
+        CHAT,
+        "/v1/completions",
+        "/v1/models",
+        "/metrics",
+        "/markdown",
+        "/v1/models/one",
+    ],
+)
 @pytest.mark.parametrize("value", [None, "", "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", KEY, "Bearer \xe9"])
 def test_no_route_opens_without_the_key(server: Server, path: str, value: str | None) -> None:
     headers = {"Authorization": value} if value is not None else {"Authorization": "", "X-Api-Key": KEY}
@@ -172,6 +205,18 @@ FIELDS = [
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "input",
+    "instructions",
+    "text",
+    "system",
+    "thinking",
+    "stop_sequences",
+    "format",
+    "options",
+    "think",
+    "raw",
+    "dimensions",
+    "encoding_format",
     "best_of",
     "echo",
     "user",
@@ -179,18 +224,29 @@ FIELDS = [
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([CHAT, "/v1/completions"]))
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from(POSTS))
 def test_any_fields_are_answered_or_refused(server: Server, fields: dict[str, Any], path: str) -> None:
-    body = {"max_tokens": 1, "prompt" if path != CHAT else "messages": "x" if path != CHAT else MESSAGE, **fields}
-    status, _ = request(server, "POST", path, json.dumps(body).encode("utf-8", "surrogatepass"))
+    body = {**VALID[path], **fields}
+    status, document = request(server, "POST", path, json.dumps(body).encode("utf-8", "surrogatepass"))
     assert status in (200, 400, 404, 429)
+    assert status == 200 or is_error(path, document)
 
 
 MESSAGE = [{"role": "user", "content": "x"}]
+FEW = {"options": {"num_predict": 1}}
+VALID: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": MESSAGE, "max_tokens": 1},
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
+    MESSAGES: {"messages": MESSAGE, "max_tokens": 1},
+    "/v1/embeddings": {"input": "x"},
+    "/api/chat": {"messages": MESSAGE, **FEW},
+    "/api/generate": {"prompt": "x", **FEW},
+}
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from([CHAT, "/v1/completions"]))
+@given(st.binary(max_size=200), st.sampled_from(POSTS))
 def test_any_bytes_are_refused(server: Server, body: bytes, path: str) -> None:
     assert request(server, "POST", path, body)[0] == 400
 

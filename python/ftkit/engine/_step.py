@@ -40,3 +40,10 @@ class ModelStep:
                 host_adapter=adapters,
             )
             return next_logits(batch, wanted[:rows], self.cache, self.model).float().cpu().contiguous()
+
+    def embed(self, tokens: list[int], adapter: int) -> Tensor:
+        """The hidden states after the final norm, averaged over the tokens, float32 [d] on the CPU; without a cache."""
+        with self.lock, torch.inference_mode():
+            batch = RaggedBatch.pack([tokens], adapter=adapter, device=self.model.device)
+            hidden: Tensor = self.model(batch)  # [tokens, d]
+            return hidden.float().mean(0).cpu().contiguous()

@@ -1,4 +1,4 @@
-//! The two completion routes: parse, encode, ask the engine, and answer whole or in pieces.
+//! What all routes that generate do: parse, encode, ask the engine, and answer whole or in pieces.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,75 +7,108 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use rand::Rng;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::App;
-use super::answers::{Envelope, Route};
+use super::anthropic;
+use super::dialect::{Answered, Context, Maker, Parts};
 use super::errors::ApiError;
-use super::parse::{self, Asked, Prompt};
+use super::parse::{Asked, Prompt};
 use super::stream::Chunks;
-use crate::serve::constraint::Constraint;
+use crate::serve::calls::{Choice, Reader};
+use crate::serve::constraint::{Constraint, Format};
 use crate::serve::models::{Model, now};
-use crate::serve::{Delta, Event, Request, Sink, Usage};
+use crate::serve::{Event, Request, Sink, Usage};
 
-/// Answers a request of either route.
-pub(super) async fn complete(app: Arc<App>, route: Route, body: Bytes) -> Result<Response, ApiError> {
+/// Reads a body: what is asked, and in whose words the answer is to be.
+pub(super) type Parse = fn(&[u8]) -> Result<(Asked, Maker), ApiError>;
+
+/// Answers a request.
+pub(super) async fn complete(app: Arc<App>, body: Bytes, parse: Parse) -> Result<Response, ApiError> {
     let start = Instant::now();
     // Long texts take a while to parse and encode: not on the threads that serve everybody.
     let shared = Arc::clone(&app);
-    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, route, &body)).await;
-    let (asked, model, prompts, constraint) =
+    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, parse, &body)).await;
+    let Prepared { asked, maker, model, prompts, constraint, reader } =
         prepared.map_err(|_| ApiError::server("the request could not be read"))??;
     let count = prompts.len() * asked.choices;
     let receiver = submit(&app, &asked, &model, &prompts, constraint.as_ref(), start)?;
-    let envelope = Envelope {
-        route,
-        id: format!("{}-{:032x}", if route == Route::Chat { "chatcmpl" } else { "cmpl" }, rand::rng().random::<u128>()),
+    let mut dialect = maker(Context {
+        id: format!("{:032x}", rand::rng().random::<u128>()),
         created: now(),
         model: model.name,
-        logprobs: asked.sampling.logprobs.is_some(),
-    };
+        choices: count,
+        prompt_tokens: prompts.iter().map(Vec::len).sum(),
+        language: Arc::clone(&app.language),
+    });
+    let stops: Arc<[String]> = asked.sampling.stop.into();
+    let parts = (0..count).map(|_| Parts::new(reader.clone(), Arc::clone(&stops))).collect();
     if asked.stream {
-        let language = Arc::clone(&app.language);
-        let chunks = Chunks::new(receiver, envelope, language, count, asked.choices, asked.include_usage);
-        let mut response = Body::from_stream(chunks).into_response();
+        let kind = HeaderValue::from_static(dialect.content_type());
+        let mut response = Body::from_stream(Chunks::new(receiver, dialect, parts, asked.choices)).into_response();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        headers.insert(header::CONTENT_TYPE, kind);
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         return Ok(response);
     }
-    let (answers, usage) = collect(receiver, count, asked.choices).await?;
-    let choices = answers.iter().enumerate();
-    let choices =
-        choices.map(|(index, (answer, reason))| envelope.choice(index, answer, reason, &*app.language)).collect();
-    Ok(axum::Json(envelope.whole(choices, usage)).into_response())
+    let (answers, usage) = collect(receiver, parts, asked.choices).await?;
+    Ok(axum::Json(dialect.whole(answers, usage)).into_response())
 }
 
-type Prepared = (Asked, Model, Vec<Vec<u32>>, Option<Constraint>);
+struct Prepared {
+    asked: Asked,
+    maker: Maker,
+    model: Model,
+    prompts: Vec<Vec<u32>>,
+    constraint: Option<Constraint>,
+    reader: Option<Reader>,
+}
 
-fn prepare(app: &App, route: Route, body: &[u8]) -> Result<Prepared, ApiError> {
-    let asked = match route {
-        Route::Chat => parse::chat(body)?,
-        Route::Completion => parse::completion(body)?,
+/// The number of tokens of what is asked.
+pub(super) async fn count(app: Arc<App>, body: Bytes) -> Result<axum::Json<Value>, ApiError> {
+    let counted = tokio::task::spawn_blocking(move || {
+        let asked = anthropic::count(&body)?;
+        app.model(asked.model.as_deref())?;
+        Ok(encode(&app, &asked)?.iter().map(Vec::len).sum::<usize>())
+    });
+    let tokens = counted.await.map_err(|_| ApiError::server("the request could not be read"))?;
+    tokens.map(|tokens| axum::Json(json!({"input_tokens": tokens})))
+}
+
+fn prepare(app: &App, parse: Parse, body: &[u8]) -> Result<Prepared, ApiError> {
+    let (asked, maker) = parse(body)?;
+    let model = app.model(asked.model.as_deref())?;
+    let reader = match (&asked.tools, app.language.syntax()) {
+        (None, _) => None,
+        (Some(tools), Some(syntax)) => Some(Reader::new(syntax, tools)),
+        (Some(_), None) => {
+            let expected =
+                "tools: expected a model whose chat template writes calls as Hermes, Qwen, Llama 3 or Mistral do";
+            return Err(ApiError::unsupported("tools", format!("{expected}, got another")));
+        }
     };
-    let name = asked.model.as_deref().unwrap_or(&app.settings.model);
-    let Some(model) = app.models.find(Some(name)) else {
-        let known: Vec<String> = app.models.list().into_iter().map(|model| model.name).collect();
-        return Err(ApiError::no_model(name, &known.join(", ")));
-    };
-    let limits = app.engine.limits();
-    let mut prompts = Vec::with_capacity(asked.prompts.len());
-    for prompt in &asked.prompts {
-        let tokens = match prompt {
-            Prompt::Chat(conversation) => app.language.chat(conversation)?,
-            Prompt::Text(text) => app.language.text(text)?,
-            Prompt::Tokens(tokens) => tokens.clone(),
-        };
-        limits.check(&tokens, &asked.sampling)?;
-        prompts.push(tokens);
+    let prompts = encode(app, &asked)?;
+    for prompt in &prompts {
+        app.engine.limits().check(prompt, &asked.sampling)?;
     }
-    let constraint = asked.format.as_ref().map(|format| app.language.constraint(format)).transpose()?;
-    Ok((asked, model, prompts, constraint))
+    let constraint = match (&asked.tools, &asked.format) {
+        (Some(tools), _) if tools.choice != Choice::Auto => Some(app.language.calling(tools, None)?),
+        (Some(tools), Some(Format::Json(schema))) => Some(app.language.calling(tools, Some(schema))?),
+        (_, Some(format)) => Some(app.language.constraint(format)?),
+        (_, None) => None,
+    };
+    Ok(Prepared { asked, maker, model, prompts, constraint, reader })
+}
+
+/// The tokens of each prompt.
+fn encode(app: &App, asked: &Asked) -> Result<Vec<Vec<u32>>, ApiError> {
+    let encode = |prompt: &Prompt| match prompt {
+        Prompt::Chat(conversation) => app.language.chat(conversation),
+        Prompt::Text(text) => app.language.text(text),
+        Prompt::Tokens(tokens) => Ok(tokens.clone()),
+    };
+    Ok(asked.prompts.iter().map(encode).collect::<crate::Result<_>>()?)
 }
 
 fn submit(
@@ -99,7 +132,7 @@ fn submit(
                 sampling,
                 constraint: constraint.cloned(),
                 adapter: model.adapter,
-                decoder: app.language.decoder(),
+                decoder: app.language.decoder(asked.tools.is_some()),
                 sink: Box::new(Channel { sender: sender.clone(), index, first: Some((start, app.engine.clone())) }),
                 urgent: false,
             });
@@ -133,30 +166,29 @@ impl Sink for Channel {
 /// Waits for all choices to end. The first that fails, fails the answer; the others are then cancelled.
 async fn collect(
     mut receiver: UnboundedReceiver<(usize, Event)>,
-    count: usize,
+    mut parts: Vec<Parts>,
     choices: usize,
-) -> Result<(Vec<(Delta, &'static str)>, Usage), ApiError> {
-    let mut answers = vec![(Delta::default(), ""); count];
-    let (mut open, mut total) = (count, Usage::default());
+) -> Result<(Vec<Answered>, Usage), ApiError> {
+    let mut answers = vec![Answered::default(); parts.len()];
+    let (mut open, mut total) = (parts.len(), Usage::default());
     while open > 0 {
         let Some((index, event)) = receiver.recv().await else {
             return Err(ApiError::unavailable("the answer was cut off"));
         };
-        let delta = match event {
+        let more = match event {
             Event::Failed(error) => return Err(error.into()),
-            Event::Delta(delta) => delta,
+            Event::Delta(delta) => parts[index].push(delta),
             Event::Finished { delta, reason, usage } => {
-                answers[index].1 = reason.as_str();
-                total.completion_tokens += usage.completion_tokens;
-                if index.is_multiple_of(choices) {
-                    total.prompt_tokens += usage.prompt_tokens;
-                }
+                let (more, ending) = parts[index].finish(delta, reason);
+                answers[index].ending = ending;
+                total.add(usage, index.is_multiple_of(choices));
                 open -= 1;
-                delta
+                more
             }
         };
-        answers[index].0.text.push_str(&delta.text);
-        answers[index].0.tokens.extend(delta.tokens);
+        for part in more {
+            answers[index].add(part);
+        }
     }
     Ok((answers, total))
 }

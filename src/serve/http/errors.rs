@@ -1,4 +1,4 @@
-//! Errors in the shape that OpenAI's clients read.
+//! Errors, in the shape that each API's clients read.
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -8,7 +8,7 @@ use crate::serve::Refused;
 use crate::{Error, ErrorKind};
 
 /// An answer that is an error.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ApiError {
     status: StatusCode,
     kind: &'static str,
@@ -97,7 +97,38 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", None, message)
     }
 
-    /// The body.
+    /// The body in the words of the API that a route belongs to.
+    fn body(&self, path: &str) -> Value {
+        if path.starts_with("/v1/messages") {
+            self.anthropic()
+        } else if path.starts_with("/api/") {
+            self.ollama()
+        } else {
+            self.json()
+        }
+    }
+
+    /// The body for Anthropic's clients.
+    pub fn anthropic(&self) -> Value {
+        let kind = match self.status.as_u16() {
+            400 | 405 | 408 => "invalid_request_error",
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            _ => "api_error",
+        };
+        json!({"type": "error", "error": {"type": kind, "message": self.message}})
+    }
+
+    /// The body for Ollama's clients.
+    pub fn ollama(&self) -> Value {
+        json!({"error": self.message})
+    }
+
+    /// The body for OpenAI's clients.
     pub fn json(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
     }
@@ -139,7 +170,24 @@ impl From<Refused> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, axum::Json(self.json())).into_response();
+        let mut response = self.answer(self.json());
+        // The guard knows the route, and may say it in other words.
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+impl ApiError {
+    /// A response that is an error, in the words of its route.
+    pub fn worded(response: Response, path: &str) -> Response {
+        match response.extensions().get::<Self>() {
+            Some(error) => error.answer(error.body(path)),
+            None => response,
+        }
+    }
+
+    fn answer(&self, body: Value) -> Response {
+        let mut response = (self.status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
         if self.status == StatusCode::TOO_MANY_REQUESTS {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));

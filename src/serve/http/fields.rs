@@ -20,6 +20,11 @@ impl Fields {
         }
     }
 
+    /// The fields of a body in another API's words, translated.
+    pub fn from(map: Map<String, Value>) -> Self {
+        Self(map)
+    }
+
     /// The fields of an object inside the body.
     pub fn of(name: &str, value: Value) -> Result<Self, ApiError> {
         match value {

@@ -17,13 +17,17 @@ use super::errors::ApiError;
 /// Routes that need no key: the page itself, which then asks for it, and the health check.
 const OPEN: [&str; 4] = ["/", "/chat.js", "/chat.css", "/health"];
 
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 /// Checks a request, passes it on, counts the answer.
 pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let checked = check(&app, &request);
-    let mut response = match checked {
+    let path = request.uri().path().to_owned();
+    let response = match checked {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
     };
+    let mut response = ApiError::worded(response, &path);
     let nosniff = HeaderValue::from_static("nosniff");
     response.headers_mut().insert(HeaderName::from_static("x-content-type-options"), nosniff);
     app.engine.metrics().answered(response.status().as_u16());
@@ -49,8 +53,10 @@ fn check(app: &App, request: &Request) -> Result<(), ApiError> {
         }
     }
     if let (Some(key), false) = (&app.key, OPEN.contains(&request.uri().path())) {
+        // Anthropic's clients have a header of their own.
+        let own = if request.uri().path().starts_with("/v1/messages") { single(headers, &API_KEY)? } else { None };
         let given = single(headers, &header::AUTHORIZATION)?.unwrap_or_default();
-        let (scheme, token) = given.split_once(' ').unwrap_or_default();
+        let (scheme, token) = own.map_or_else(|| given.split_once(' ').unwrap_or_default(), |key| ("bearer", key));
         // Hashes compare in constant time, and say nothing about the key's length.
         let same = blake3::hash(token.trim().as_bytes()) == *key;
         if !scheme.eq_ignore_ascii_case("bearer") || !same {

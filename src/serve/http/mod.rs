@@ -1,18 +1,26 @@
-//! The HTTP side: OpenAI's completion routes, models, health, metrics, and a page to chat with.
+//! The HTTP side: routes that generate in the words of several APIs, models, health, metrics, and a page to chat with.
 //!
 //! ```text
-//! connection (listen) → who may ask (guard) → route → body (here) → parse → engine → whole answer or stream
+//! connection (listen) → who may ask (guard) → route → body (here) → an API's words → parse → engine → parts
+//!   → the API's words (dialect), whole or as a stream
 //! ```
+//! An API is one file: `openai`, `responses`, `anthropic`, `ollama` translate to what `parse` reads, and write parts.
 
-mod answers;
+mod anthropic;
 mod complete;
+mod dialect;
+mod embeddings;
 mod errors;
 mod fields;
 mod guard;
 mod listen;
+mod ollama;
+mod openai;
 mod page;
 mod parse;
+mod responses;
 mod stream;
+mod tools;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -31,7 +39,6 @@ use tokio_stream::StreamExt;
 
 pub use self::listen::{bind, url};
 
-use self::answers::Route;
 use self::errors::ApiError;
 use super::models::{Model, Models};
 use super::{Engine, Event, Language, Sampling, Sink};
@@ -68,6 +75,25 @@ struct App {
     /// The key's hash.
     key: Option<blake3::Hash>,
     health: tokio::sync::Mutex<Option<(Instant, bool)>>,
+}
+
+impl App {
+    /// All models, the one that answers where none is named first.
+    fn sorted(&self) -> Vec<Model> {
+        let mut models = self.models.list();
+        models.sort_by_key(|model| model.name != self.settings.model);
+        models
+    }
+
+    /// The model of a name, or the one that answers where none is given. Ollama's clients may add a tag to the name.
+    fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
+        let name = name.unwrap_or(&self.settings.model);
+        let found = self.models.find(Some(name));
+        found.or_else(|| self.models.find(Some(name.strip_suffix(":latest")?))).ok_or_else(|| {
+            let known: Vec<String> = self.models.list().into_iter().map(|model| model.name).collect();
+            ApiError::no_model(name, &known.join(", "))
+        })
+    }
 }
 
 /// A server that has not started yet.
@@ -129,8 +155,17 @@ fn signals(stop: watch::Sender<u32>) -> std::io::Result<()> {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completion))
+        .route("/v1/chat/completions", generates(openai::chat))
+        .route("/v1/completions", generates(openai::completion))
+        .route("/v1/responses", generates(responses::parse))
+        .route("/v1/messages", generates(anthropic::parse))
+        .route("/v1/messages/count_tokens", post(count))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/api/chat", generates(ollama::chat))
+        .route("/api/generate", generates(ollama::generate))
+        .route("/api/tags", get(|State(app): State<Arc<App>>| async move { ollama::tags(&app) }))
+        .route("/api/show", post(show))
+        .route("/api/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/health", get(health))
@@ -145,14 +180,27 @@ fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-async fn chat(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
-    let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, Route::Chat, body).await
+/// A route that generates: its API reads the body, and words the answer.
+fn generates(parse: complete::Parse) -> axum::routing::MethodRouter<Arc<App>> {
+    post(move |State(app): State<Arc<App>>, body: Body| async move {
+        let body = read(body, app.settings.body_bytes).await?;
+        complete::complete(app, body, parse).await
+    })
 }
 
-async fn completion(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
+async fn count(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    complete::complete(app, Route::Completion, body).await
+    complete::count(app, body).await
+}
+
+async fn embeddings(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+    let body = read(body, app.settings.body_bytes).await?;
+    embeddings::embeddings(app, body).await
+}
+
+async fn show(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+    let body = read(body, app.settings.body_bytes).await?;
+    ollama::show(&app, &body)
 }
 
 /// A whole body, within the limits of size and time.
@@ -177,9 +225,7 @@ fn shown(model: &Model) -> Value {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    let mut models = app.models.list();
-    models.sort_by_key(|model| model.name != app.settings.model);
-    Json(json!({"object": "list", "data": models.iter().map(shown).collect::<Vec<_>>()}))
+    Json(json!({"object": "list", "data": app.sorted().iter().map(shown).collect::<Vec<_>>()}))
 }
 
 async fn model(
@@ -244,7 +290,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
         sampling,
         constraint: None,
         adapter: super::models::NO_ADAPTER,
-        decoder: language.decoder(),
+        decoder: language.decoder(false),
         sink: Box::new(Probe(Some(sender))),
         urgent: true,
     };

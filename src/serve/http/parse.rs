@@ -1,10 +1,13 @@
-//! Request bodies of the two completion routes: from bytes to what the engine is asked. Nothing is guessed.
+//! What OpenAI's two completion routes are asked, and what the other APIs' requests are translated to: from fields to what
+//! the engine is asked. Nothing is guessed.
 
 use serde_json::{Map, Value};
 
 use super::errors::ApiError;
 use super::fields::{Fields, kind};
+use super::tools;
 use crate::serve::Sampling;
+use crate::serve::calls::{Choice, Tools};
 use crate::serve::constraint::Format;
 use crate::serve::sampling::{MAX_BIASES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS};
 use crate::text::Conversation;
@@ -15,16 +18,13 @@ const MAX_CHOICES: i64 = 16;
 const MAX_PROMPTS: usize = 64;
 /// Most messages of one conversation.
 const MAX_MESSAGES: usize = 4096;
-/// Most tools.
-const MAX_TOOLS: usize = 256;
 
 /// What OpenAI's clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 12] = [
+const IGNORED: [&str; 11] = [
     "user",
     "store",
     "metadata",
     "service_tier",
-    "parallel_tool_calls",
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -54,6 +54,8 @@ pub(super) struct Asked {
     pub prompts: Vec<Prompt>,
     /// How.
     pub sampling: Sampling,
+    /// The functions that it may call.
+    pub tools: Option<Tools>,
     /// What the answer must look like.
     pub format: Option<Format>,
     /// Answers to each prompt.
@@ -65,8 +67,7 @@ pub(super) struct Asked {
 }
 
 /// The body of `/v1/chat/completions`.
-pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
-    let mut fields = Fields::parse(body)?;
+pub(super) fn chat(mut fields: Fields) -> Result<Asked, ApiError> {
     let messages = match fields.take("messages") {
         Some(Value::Array(messages)) if (1..=MAX_MESSAGES).contains(&messages.len()) => messages,
         Some(Value::Array(messages)) => {
@@ -78,7 +79,7 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
     };
     let messages =
         messages.into_iter().enumerate().map(|(index, value)| message(index, value)).collect::<Result<_, _>>()?;
-    let tools = tools(&mut fields)?;
+    let (shown, tools) = tools::tools(&mut fields)?.unzip();
     let extra = match fields.take("chat_template_kwargs") {
         None => Map::new(),
         Some(Value::Object(map)) => map,
@@ -90,7 +91,11 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
         return Err(ApiError::field("top_logprobs", "`logprobs`: true with it", "it alone"));
     }
     let newer = fields.integer("max_completion_tokens", 1, i64::from(u32::MAX))?;
-    let mut asked = common(&mut fields, vec![Prompt::Chat(Conversation { messages, tools, extra })])?;
+    let mut asked = common(&mut fields, vec![Prompt::Chat(Conversation { messages, tools: shown, extra })])?;
+    if tools.as_ref().is_some_and(|tools| tools.choice != Choice::Auto) && asked.sampling.ignore_end {
+        return Err(ApiError::field("ignore_eos", "false with this `tool_choice`", "true"));
+    }
+    asked.tools = tools;
     asked.sampling.max_tokens = newer.map(|count| count as usize).or(asked.sampling.max_tokens);
     asked.sampling.logprobs = wanted.then_some(top.unwrap_or(0) as usize);
     fields.finish(&IGNORED)?;
@@ -98,10 +103,9 @@ pub(super) fn chat(body: &[u8]) -> Result<Asked, ApiError> {
 }
 
 /// The body of `/v1/completions`.
-pub(super) fn completion(body: &[u8]) -> Result<Asked, ApiError> {
-    let mut fields = Fields::parse(body)?;
+pub(super) fn completion(mut fields: Fields) -> Result<Asked, ApiError> {
     let prompts = match fields.take("prompt") {
-        Some(value) => prompts(value)?,
+        Some(value) => prompts("prompt", value, MAX_PROMPTS)?,
         None => return Err(ApiError::field("prompt", "a string or an array", "nothing")),
     };
     let logprobs = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS as i64)?;
@@ -161,6 +165,7 @@ fn common(fields: &mut Fields, prompts: Vec<Prompt>) -> Result<Asked, ApiError> 
         model: fields.string("model")?,
         prompts,
         sampling,
+        tools: None,
         format,
         choices: fields.integer("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize,
         stream,
@@ -189,15 +194,17 @@ fn message(index: usize, value: Value) -> Result<Value, ApiError> {
             return Err(ApiError::field(&format!("{name}.role"), "system, developer, user, assistant or tool", &got));
         }
     }
-    let calls = match message.get("tool_calls") {
-        None | Some(Value::Null) => false,
-        Some(Value::Array(calls)) if calls.iter().all(Value::is_object) => !calls.is_empty(),
-        Some(_) => return Err(ApiError::field(&format!("{name}.tool_calls"), "an array of objects", "another")),
-    };
+    // Clients send back whole answers; templates ask whether a field is there.
+    message.retain(|_, value| !value.is_null() && *value != Value::Array(Vec::new()));
+    let calls = message.get_mut("tool_calls").map(Value::take);
+    let called = calls.is_some();
+    if let Some(calls) = calls {
+        message.insert("tool_calls".to_owned(), tools::calls(&format!("{name}.tool_calls"), calls)?);
+    }
     let content = match message.get_mut("content").map(Value::take) {
         Some(Value::String(text)) => text,
         Some(Value::Array(parts)) => joined(&name, parts)?,
-        None | Some(Value::Null) if calls => String::new(),
+        None if called => String::new(),
         other => {
             let got = other.as_ref().map_or("nothing", kind);
             return Err(ApiError::field(&format!("{name}.content"), "a string or an array of text parts", got));
@@ -216,28 +223,6 @@ fn joined(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
         }
     }
     Ok(text)
-}
-
-fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
-    let tools = match fields.take("tools") {
-        None => None,
-        Some(Value::Array(tools)) if tools.len() <= MAX_TOOLS && tools.iter().all(Value::is_object) => {
-            (!tools.is_empty()).then_some(Value::Array(tools))
-        }
-        Some(_) => {
-            return Err(ApiError::field(
-                "tools",
-                &format!("an array of at most {MAX_TOOLS} objects"),
-                "something else",
-            ));
-        }
-    };
-    match fields.take("tool_choice") {
-        None => Ok(tools),
-        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
-        Some(Value::String(choice)) if choice == "none" => Ok(None),
-        Some(_) => Err(ApiError::unsupported("tool_choice", "tool_choice: expected \"auto\" or \"none\", got another")),
-    }
 }
 
 /// OpenAI's three types, and two of other servers: an expression, and a grammar.
@@ -314,10 +299,11 @@ fn biases(value: Value) -> Result<Vec<(u32, f32)>, ApiError> {
     map.into_iter().map(bias).collect()
 }
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+/// Texts or token ids, one or at most `most` of them.
+pub(super) fn prompts(name: &str, value: Value, most: usize) -> Result<Vec<Prompt>, ApiError> {
     let wrong = |got: &str| {
-        let expected = format!("a string, token ids, or 1 to {MAX_PROMPTS} of either");
-        ApiError::field("prompt", &expected, got)
+        let expected = format!("a string, token ids, or 1 to {most} of either");
+        ApiError::field(name, &expected, got)
     };
     let ids = |values: &[Value]| -> Option<Vec<u32>> {
         values.iter().map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
@@ -328,7 +314,7 @@ fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
         Value::Array(values) if values[0].is_number() => {
             ids(&values).map(|ids| vec![Prompt::Tokens(ids)]).ok_or_else(|| wrong("something that is no token id"))
         }
-        Value::Array(values) if values.len() <= MAX_PROMPTS => values
+        Value::Array(values) if values.len() <= most => values
             .into_iter()
             .map(|value| match value {
                 Value::String(text) => Ok(Prompt::Text(text)),
@@ -415,7 +401,7 @@ mod tests {
         /// Whatever is parsed is within every bound; whatever is not is an error that says so, and nothing panics.
         #[test]
         fn any_fields_are_valid_or_refused(mut body in any_body()) {
-            for (route, other) in [(chat as fn(&[u8]) -> Result<Asked, ApiError>, "prompt"), (completion, "messages")] {
+            for (route, other) in [(chat as fn(Fields) -> Result<Asked, ApiError>, "prompt"), (completion, "messages")] {
                 let text = body.as_object_mut().map(|map| map.remove(other)).map_or(String::new(), |removed| {
                     let text = body.to_string();
                     if let (Some(removed), Some(map)) = (removed, body.as_object_mut()) {
@@ -423,7 +409,7 @@ mod tests {
                     }
                     text
                 });
-                match route(text.as_bytes()) {
+                match Fields::parse(text.as_bytes()).and_then(route) {
                     Ok(asked) => {
                         prop_assert!((1..=16).contains(&asked.choices) && !asked.prompts.is_empty());
                         prop_assert!(asked.sampling.check(usize::MAX).is_ok());
@@ -435,15 +421,15 @@ mod tests {
 
         #[test]
         fn any_bytes_are_refused_or_parsed(body in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = chat(&body);
-            let _ = completion(&body);
+            let _ = Fields::parse(&body).and_then(chat);
+            let _ = Fields::parse(&body).and_then(completion);
         }
     }
 
     #[test]
     fn deep_nesting_is_refused() {
         let body = format!("{{\"messages\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
-        assert!(chat(body.as_bytes()).is_err());
+        assert!(Fields::parse(body.as_bytes()).is_err());
     }
 
     #[test]
@@ -452,7 +438,7 @@ mod tests {
             {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "user", "content": "c"},
         ], "max_completion_tokens": 3, "max_tokens": 5, "seed": -1});
-        let asked = chat(body.to_string().as_bytes()).unwrap();
+        let asked = chat(Fields::parse(body.to_string().as_bytes()).unwrap()).unwrap();
         let Prompt::Chat(conversation) = &asked.prompts[0] else { panic!("expected a chat") };
         assert_eq!(conversation.messages[0], json!({"role": "system", "content": "ab"}));
         assert_eq!((asked.sampling.max_tokens, asked.sampling.seed), (Some(3), Some(u64::MAX)));

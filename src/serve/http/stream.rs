@@ -1,116 +1,79 @@
-//! An answer in pieces, as server-sent events. Dropped by the HTTP layer when the client leaves, which closes the sinks
-//! of its requests, which cancels them.
+//! An answer in pieces. Dropped by the HTTP layer when the client leaves, which closes the sinks of its requests, which
+//! cancels them.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use axum::body::Bytes;
-use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_stream::Stream;
 
-use super::answers::{Envelope, Route, cost};
+use super::dialect::{Dialect, Parts};
 use super::errors::ApiError;
-use crate::serve::{Delta, Event, Language, Usage};
+use crate::serve::{Event, Usage};
 
 /// The body of a streamed answer.
 pub(super) struct Chunks {
     receiver: UnboundedReceiver<(usize, Event)>,
-    envelope: Envelope,
-    language: Arc<dyn Language>,
-    /// Characters of each choice so far.
-    offsets: Vec<usize>,
+    dialect: Box<dyn Dialect>,
+    parts: Vec<Parts>,
     /// Choices that have not ended.
     open: usize,
     /// Choices to each prompt: a prompt's tokens are counted once.
     choices: usize,
-    include_usage: bool,
     usage: Usage,
     ready: VecDeque<Bytes>,
 }
 
 impl Chunks {
-    /// The stream of `count` choices whose events come from `receiver`.
+    /// The stream of the choices of `parts`, `choices` to a prompt, whose events come from `receiver`.
     pub fn new(
         receiver: UnboundedReceiver<(usize, Event)>,
-        envelope: Envelope,
-        language: Arc<dyn Language>,
-        count: usize,
+        mut dialect: Box<dyn Dialect>,
+        parts: Vec<Parts>,
         choices: usize,
-        include_usage: bool,
     ) -> Self {
-        let mut chunks = Self {
-            receiver,
-            envelope,
-            language,
-            offsets: vec![0; count],
-            open: count,
-            choices,
-            include_usage,
-            usage: Usage::default(),
-            ready: VecDeque::new(),
-        };
-        if chunks.envelope.route == Route::Chat {
-            for index in 0..count {
-                let opening = chunks.envelope.opening(index);
-                chunks.send(vec![opening]);
-            }
-        }
-        chunks
-    }
-
-    fn send(&mut self, choices: Vec<Value>) {
-        let usage = self.include_usage.then_some(Value::Null);
-        let chunk = self.envelope.chunk(choices, usage);
-        self.ready.push_back(line(&chunk));
-    }
-
-    fn part(&mut self, index: usize, delta: &Delta, reason: Option<&str>) {
-        let part = self.envelope.part(index, delta, self.offsets[index], reason, &*self.language);
-        self.offsets[index] += delta.text.chars().count();
-        self.send(vec![part]);
+        let mut lines = Vec::new();
+        dialect.begin(&mut lines);
+        let open = parts.len();
+        Self { receiver, dialect, parts, open, choices, usage: Usage::default(), ready: lines.into() }
     }
 
     fn take(&mut self, index: usize, event: Event) {
+        let mut lines = Vec::new();
         match event {
             Event::Delta(delta) => {
-                if !delta.text.is_empty() || self.envelope.logprobs {
-                    self.part(index, &delta, None);
+                for part in self.parts[index].push(delta) {
+                    self.dialect.part(index, part, &mut lines);
                 }
             }
             Event::Finished { delta, reason, usage } => {
-                if !delta.text.is_empty() || self.envelope.logprobs && !delta.tokens.is_empty() {
-                    self.part(index, &delta, None);
+                let (parts, ending) = self.parts[index].finish(delta, reason);
+                for part in parts {
+                    self.dialect.part(index, part, &mut lines);
                 }
-                self.part(index, &Delta::default(), Some(reason.as_str()));
-                self.usage.completion_tokens += usage.completion_tokens;
-                if index.is_multiple_of(self.choices) {
-                    self.usage.prompt_tokens += usage.prompt_tokens;
-                }
+                self.dialect.end(index, &ending, usage, &mut lines);
+                self.usage.add(usage, index.is_multiple_of(self.choices));
                 self.open -= 1;
                 if self.open == 0 {
-                    if self.include_usage {
-                        let last = self.envelope.chunk(Vec::new(), Some(cost(self.usage)));
-                        self.ready.push_back(line(&last));
-                    }
-                    self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    self.dialect.done(self.usage, &mut lines);
                 }
             }
-            Event::Failed(error) => {
-                // The status was sent long ago: the stream itself says that it failed, and ends without `[DONE]`.
-                self.ready.push_back(line(&ApiError::from(error).json()));
-                self.open = 0;
-                self.receiver.close();
-            }
+            Event::Failed(error) => self.fail(&error.into()),
         }
+        self.ready.extend(lines);
     }
-}
 
-fn line(value: &Value) -> Bytes {
-    format!("data: {value}\n\n").into()
+    /// The status was sent long ago: the stream itself says that it failed, and ends.
+    fn fail(&mut self, error: &ApiError) {
+        let mut lines = Vec::new();
+        self.dialect.failed(error, &mut lines);
+        self.ready.extend(lines);
+        self.open = 0;
+        self.receiver.close();
+    }
 }
 
 impl Stream for Chunks {
@@ -126,11 +89,7 @@ impl Stream for Chunks {
             }
             match ready!(self.receiver.poll_recv(context)) {
                 Some((index, event)) => self.take(index, event),
-                None => {
-                    let error = ApiError::unavailable("the answer was cut off");
-                    self.ready.push_back(line(&error.json()));
-                    self.open = 0;
-                }
+                None => self.fail(&ApiError::unavailable("the answer was cut off")),
             }
         }
     }
