@@ -102,14 +102,14 @@ def _rows(number: int, shape: str) -> Batch:
 
 
 def _ours(_: str) -> Callable[[Batch], float]:
-    from ftkit import adapters, models
+    from ftkit import adapters, models, optim
+    from ftkit.config import Choice
     from ftkit.nn.batch import RaggedBatch
     from ftkit.objectives import sft
-    from ftkit.optim import adamw
 
     model = models.load(smollm2()).model.train()
     adapters.attach(model, "lora", {"rank": RANK}, seed=0)
-    optimizer = adamw.build(adapters.trainable(model), adamw.Config())
+    optimizer = optim.build(Choice(name="adamw"), adapters.trainable(model))
 
     def step(rows: Batch) -> float:
         batch = RaggedBatch.pack(rows, targets=[[*row[1:], -100] for row in rows], adapter=0)
