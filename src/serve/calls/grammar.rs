@@ -118,7 +118,9 @@ mod tests {
                             prop_assert!(!named && arguments == json!({}), "{text}");
                         } else {
                             prop_assert!(["Ulm", "K\u{f6}ln \"}"].contains(&arguments["place"].as_str().unwrap()), "{text}");
-                            prop_assert!(arguments.get("days").is_none_or(Value::is_i64), "{text}");
+                            // -0 is an integer to JSON Schema and to Python, and a float to serde_json.
+                            let whole = |days: &Value| days.as_f64().is_some_and(|days| days.fract() == 0.0);
+                            prop_assert!(arguments.get("days").is_none_or(whole), "{text}");
                         }
                     }
                 }
