@@ -39,6 +39,7 @@ _OPTIONS: dict[str, tuple[str, type, str]] = {
     "name": ("output.name", str, "The run's name."),
     "runs_dir": ("output.runs_dir", str, "The directory of runs (default: runs)."),
     "seed": ("training.seed", int, "Seed of order, first weights and dropout."),
+    "budget": ("training.budget", str, "Memory that the run may take, such as 8GiB (default: what is free)."),
     "threads": ("training.threads", int, "Processor threads."),
 }
 

@@ -95,7 +95,13 @@ class TrainingConfig:
         1, "forward passes in one optimizer step; the update is that of one big batch", at_least=1
     )
     max_gradient_norm: float = option(1.0, "longer gradients are scaled down to this; 0 leaves them", at_least=0)
-    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    activation_checkpointing: Literal["auto"] | bool | int = option(
+        "auto",
+        "recompute activations in the backward pass, which takes less memory and more time: in all layers, in so many "
+        "from the first on, or (auto) in as few as the memory asks for",
+        at_least=0,
+    )
+    budget: str | None = option(None, "memory that the run may take, such as 8GiB; what is free when not given")
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )
@@ -253,6 +259,13 @@ class RunConfig:
             choice: Choice = getattr(self, name)
             table[name] = {"name": choice.name, **choice.options}
         return {section.name: table[section.name] for section in dataclasses.fields(self)}
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """The same configuration with other values, by keys such as `training.max_steps`."""
+        table = self.table()
+        for key, value in settings.items():
+            _put(table, tuple(key.split(".")), value)
+        return self.from_table(table)
 
     def resolved(self) -> Self:
         """The same configuration, checked, with every option of its plugins filled in."""

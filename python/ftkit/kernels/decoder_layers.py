@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ftkit import _core
 from ftkit.kernels import operation
@@ -23,8 +24,16 @@ from ftkit.kernels import operation
 
 @operation
 def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> Tensor:
-    """x [T, d], cos and sin [T, head_dim / 2], the batch, its cache (or None) and the decoder to [T, d]."""
-    for layer in model.layers:
+    """x [T, d], cos and sin [T, head_dim / 2], the batch, its cache (or None) and the decoder to [T, d].
+
+    The activations of the model's first `recomputed_layers` are not kept for a backward pass but computed again in it.
+    They come first since what is kept grows from layer to layer, and a recomputed layer's activations come on top of
+    what is kept before it.
+    """
+    recomputed = model.recomputed_layers if cache is None and torch.is_grad_enabled() else 0
+    for layer in model.layers[:recomputed]:
+        x = checkpoint(layer, x, angles, batch, None, use_reentrant=False)
+    for layer in model.layers[recomputed:]:
         x = layer(x, angles, batch, cache)
     return x
 

@@ -11,7 +11,7 @@ from them once.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -157,8 +157,45 @@ class RaggedBatch:
             self, adapter=torch.full_like(self.adapter, adapter), host_adapter=(adapter,) * len(self.lengths)
         )
 
+    def cut(self, parts: int) -> list[Self]:
+        """The batch in at most `parts` batches of whole groups, of about as many tokens each."""
+        found = cuts(self.lengths, self.groups, parts)
+        return [self] if len(found) < 2 else [self._between(first, last) for first, last in found]
+
+    def _between(self, first: int, last: int) -> Self:
+        """The sequences from `first` to before `last`."""
+        start, end = sum(self.lengths[:first]), sum(self.lengths[:last])
+
+        changed: dict[str, Any] = {
+            "cu_seqlens": self.cu_seqlens[first : last + 1] - start,
+            "host_lengths": self.lengths[first:last],
+            "host_trained": None
+            if self.host_trained is None
+            else tuple(place - start for place in self.host_trained if start <= place < end),
+        }
+        for name in ("tokens", "positions", "targets", "weights"):
+            changed[name] = None if (value := getattr(self, name)) is None else value[start:end]
+        for name in ("adapter", "task", "group", "block_table", "host_adapter", "host_group"):
+            changed[name] = None if (value := getattr(self, name)) is None else value[first:last]
+        return replace(self, **changed)
+
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
         return type(self)(**moved)
+
+
+def cuts(lengths: Sequence[int], groups: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """Where to cut sequences of these lengths into at most `parts` runs of about as many tokens, groups left whole:
+    (first, past the last) of each. Sequences of one group that do not follow one another hold what is between them."""
+    last_of = {group: index for index, group in enumerate(groups)}
+    found: list[tuple[int, int]] = []
+    start, tokens, share, reach = 0, 0, sum(lengths) / parts, 0
+    for index, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+        tokens += length
+        reach = max(reach, last_of[group])
+        if reach == index and (tokens >= share * (len(found) + 1) or index == len(lengths) - 1):
+            found.append((start, index + 1))
+            start = index + 1
+    return found

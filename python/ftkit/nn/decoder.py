@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ftkit.kernels.attention import attention
 from ftkit.kernels.decoder_layers import decoder_layers
@@ -143,7 +142,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, make: "Maker") -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.recomputed_layers = 0  # of the first layers, the activations are recomputed in the backward pass
         self.fingerprint: str | None = None  # of the weights that were loaded
         self.attached: dict[int, Any] = {}  # what `adapters` knows of the adapters by their ids
         self.embed_tokens = make.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
@@ -162,12 +161,7 @@ class Decoder(nn.Module):
         """
         x: Tensor = self.embed_tokens(batch.tokens, batch.routes)
         angles = self.rotary(batch.positions, x.dtype)
-        recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        if recompute:
-            for layer in self.layers:
-                x = checkpoint(layer, x, angles, batch, None, use_reentrant=False)
-        else:
-            x = decoder_layers(x, angles, batch, cache, self)
+        x = decoder_layers(x, angles, batch, cache, self)
         hidden: Tensor = self.norm(x, batch.routes)
         return hidden
 

@@ -19,8 +19,9 @@ from ftkit.eval import keywords
 from ftkit.eval.keywords import Question
 from ftkit.eval.parity import Parity
 from ftkit.merge import merge
-from ftkit.train import planned
-from ftkit.train.planned import Plan
+from ftkit.plan.budget import available_bytes
+from ftkit.train import fitting
+from ftkit.train.planned import Case, Plan
 
 DATA = Path(__file__).parent / "quickstart_data"
 
@@ -98,7 +99,7 @@ def run(
         raise InputError(f"{runs_dir / name}: expected a new run, got one that exists", "--overwrite or another --name")
     questions = keywords.read(DATA / "held_out.jsonl")
     audience.stage("planning: a step of the real code on tensors without memory")
-    audience.plan(planned.of_configuration(config))
+    audience.plan(fitting.fit(Case.of_configuration(config), available_bytes())[-1])
     audience.stage(f"asking {len(questions)} questions that are never trained on")
     before = _examine(source, questions)
     audience.stage("training")

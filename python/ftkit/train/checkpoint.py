@@ -48,6 +48,8 @@ class Progress:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     peak_bytes: int = 0
+    parts: int = 1
+    """What each batch is cut into, for want of memory."""
 
 
 def save(

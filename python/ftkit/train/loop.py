@@ -8,18 +8,23 @@ import dataclasses
 import hashlib
 import math
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from ftkit.errors import Interrupted
-from ftkit.nn.batch import UNTRAINED
+from ftkit.errors import FtkitError, Interrupted
+from ftkit.nn.batch import UNTRAINED, RaggedBatch
 from ftkit.optim import schedules
+from ftkit.plan.budget import written
 from ftkit.train import checkpoint, checkpoints, memory, watchdog
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events
 from ftkit.train.session import Session
 from ftkit.train.signals import Interruption
 from ftkit.train.step import Means, StepOutcome, clear, each_gradient, gradients, means, step_in_backward
+
+Result = TypeVar("Result")
 
 
 class Loop:
@@ -48,6 +53,7 @@ class Loop:
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
         self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
+        progress.parts = max(progress.parts, session.plan.way.parts)
 
     def train(self) -> None:
         """Runs to the end. Raises Interrupted after a checkpoint, FtkitError when the watchdog gives up."""
@@ -89,18 +95,21 @@ class Loop:
     def _rehearse(self) -> None:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
         session = self.session
-        batch = session.worst()
 
-        def work() -> None:
-            if session.config.training.optimizer_in_backward:
-                with each_gradient(session.parameters, lambda *_: None):
+        def work(batches: list[RaggedBatch]) -> None:
+            for batch in batches:
+                self._make_room(batch)
+                if session.config.training.optimizer_in_backward:
+                    with each_gradient(session.parameters, lambda *_: None):
+                        session.loss(batch).sum.sum().backward()
+                else:
                     session.loss(batch).sum.sum().backward()
-            else:
-                session.loss(batch).sum.sum().backward()
 
-        self._make_room()
+        batches = [session.worst(self.progress.parts)]
         try:
-            _, peak = memory.peak_bytes_of(work, session.tensors(), session.device)
+            _, peak = memory.peak_bytes_of(
+                lambda: self._within_memory(work, batches), session.tensors(), session.device
+            )
         finally:
             clear(session.parameters)
         self.progress.peak_bytes = max(self.progress.peak_bytes, peak)
@@ -113,32 +122,63 @@ class Loop:
             planned_peak_rss_bytes=session.plan.peak_rss_bytes,
         )
 
-    def _make_room(self) -> None:
-        memory.keep_below(self.session.plan.peak_rss_bytes, self.session.plan.batch_bytes)
+    def _make_room(self, batch: RaggedBatch) -> None:
+        """For the batch. Raises MemoryError where the run would take more than it may, and the batch can be cut."""
+        session, plan = self.session, self.session.plan
+        if session.device.type == "cuda":
+            return
+        more = plan.batch_bytes * batch.tokens.numel() // sum(plan.shape.lengths)
+        memory.keep_below(plan.peak_rss_bytes, more)
+        in_backward = session.config.training.optimizer_in_backward
+        if (has := memory.rss_bytes()) + more > session.room and not in_backward and len(batch.cut(2)) > 1:
+            raise MemoryError(
+                f"the process has {written(has)}, a batch takes {written(more)}: {written(session.room)} allowed"
+            )
+
+    def _within_memory(self, work: Callable[[list[RaggedBatch]], Result], batches: list[RaggedBatch]) -> Result:
+        """Makes gradients from batches, and where memory runs out, anew from the same ones in more parts."""
+        progress = self.progress
+        while True:
+            clear(self.session.parameters)
+            try:
+                return work(batches)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            finer = [part for batch in batches for part in batch.cut(2)]
+            if len(finer) == len(batches) or self.session.config.training.optimizer_in_backward:
+                raise FtkitError(
+                    f"memory ran out after step {progress.step}, in a batch that cannot be cut further: {reason}",
+                    "shorter rows (data.max_tokens) or a quantized base take less; ftkit plan says what fits",
+                )
+            batches = finer
+            progress.parts *= 2
+            told = f"batches are cut into {progress.parts} parts from here on, for the same update"
+            self._events.emit("notice", progress.step, message=f"memory ran out ({reason}); {told}")
 
     def _step(self) -> None:
         session, progress, training = self.session, self.progress, self.session.config.training
         torch.manual_seed(_step_seed(training.seed, progress.step))
-        batches = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
+        count = training.gradient_accumulation_steps
+        batches = [part for _ in range(count) for part in next(self._feed).cut(progress.parts)]
         start = time.perf_counter()
-        clear(session.parameters)
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
         largest = (
             max(batch.tokens.numel() for batch in batches),
             max(int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None),
         )
 
+        def made(batches: list[RaggedBatch]) -> StepOutcome:
+            if training.optimizer_in_backward:
+                self._make_room(batches[0])
+                return step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
+            return gradients(session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room)
+
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
-            in_backward = training.optimizer_in_backward
-            if in_backward:
-                self._make_room()
-                outcome = step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
-            else:
-                outcome = gradients(
-                    session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room
-                )
+            outcome = self._within_memory(made, batches)
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
-            if warning is None and not in_backward:
+            if warning is None and not training.optimizer_in_backward:
                 session.optimizer.step(factor)
             return outcome, warning
 
@@ -154,7 +194,7 @@ class Loop:
             clear(session.parameters)
         seconds = time.perf_counter() - start
         progress.step += 1
-        progress.batches += len(batches)
+        progress.batches += count
         progress.tokens += outcome.tokens
         progress.trained_tokens += outcome.trained_tokens
         progress.seconds += seconds

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from ftkit.plan.budget import available_bytes, parse_bytes
 from ftkit.plan.recorder import Recorder
 
 Result = TypeVar("Result")
@@ -27,6 +28,20 @@ def peak_bytes_of(
     with recorder:
         result = run()
     return result, recorder.peak().bytes
+
+
+def room(budget: str | None, device: torch.device) -> int:
+    """The bytes that a run on the device may take in all: the budget, or else what it has and what is free."""
+    if budget is not None:
+        return parse_bytes(budget)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return available_bytes() + rss_bytes()
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether something failed for want of memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_below(limit: int, more: int) -> None:

@@ -9,14 +9,14 @@ trace is replayed by the rules of torch's allocator there.
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftkit import adapters, kernels, models, optim, plugins
 from ftkit.config import RunConfig
-from ftkit.nn.batch import UNTRAINED, RaggedBatch
+from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
@@ -41,11 +41,23 @@ _ADAPTER = 0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Way:
+    """How an update is computed. The update is the same in every way, but for rounding."""
+
+    recomputed: int = 0
+    """Layers, from the first on, whose activations are recomputed in the backward pass."""
+    parts: int = 1
+    """What a batch is cut into; one goes through the model after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """What decides the memory of a step's batches."""
 
     lengths: tuple[int, ...]
     """The sequences' lengths in a batch, in tokens."""
+    groups: tuple[int, ...]
+    """Which of them belong together."""
     trained: int
     """Targets that are trained on in it."""
     accumulated: int = 1
@@ -58,15 +70,31 @@ class Shape:
         """Full rows, each one sequence, pair or group, all trained: nothing that is allowed needs more."""
         training = config.training
         objective = plugins.load("objectives", config.objective.name)
-        sequences = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
-        lengths = (config.data.max_tokens,) * (training.batch_rows * sequences)
-        return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
+        together = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
+        lengths = (config.data.max_tokens,) * (training.batch_rows * together)
+        groups = tuple(row for row in range(training.batch_rows) for _ in range(together))
+        steps = training.gradient_accumulation_steps
+        return cls(lengths=lengths, groups=groups, trained=sum(lengths), accumulated=steps)
+
+    def cut(self, parts: int) -> "Shape":
+        """The largest part, with all that may be trained in it."""
+        cut = cuts(self.lengths, self.groups, parts)
+        first, last = max(cut, key=lambda ends: sum(self.lengths[slice(*ends)]))
+        lengths = self.lengths[first:last]
+        return dataclasses.replace(
+            self,
+            lengths=lengths,
+            groups=self.groups[first:last],
+            trained=min(self.trained, sum(lengths)),
+            accumulated=self.accumulated * len(cut),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The memory that a run's steps take."""
 
+    way: Way
     peak_bytes: int
     """Tensor storage at the worst moment of a step."""
     by_category: dict[str, int]
@@ -101,101 +129,72 @@ class Plan:
         return self.peak_rss_bytes if self.reserved_bytes is None else self.reserved_bytes + CONTEXT_BYTES
 
 
-def plan(
-    config: RunConfig,
-    architecture: DecoderConfig,
-    shapes: Sequence[Shape],
-    mapped_bytes: int = 0,
-    formats: Mapping[str, str] | None = None,
-    gpu: Gpu | None = None,
-) -> Plan:
-    """The peak of a training step of `config` on a model of `architecture`, exactly as the real one would count it.
-
-    `shapes`: of the batches among which the worst is. `formats`: the block formats of matrices that are held quantized,
-    by name. Those that stay in their file are part of `mapped_bytes`, and no tensors of the plan. `gpu`: one that it
-    would run on, which need not be here.
-    """
-    plans = []
-    for shape in shapes:
-        recorder = _trace(config, architecture, shape, formats or {}, gpu)
-        peak = recorder.peak()
-        found = Plan(
-            peak_bytes=peak.bytes,
-            by_category=peak.by_category,
-            mapped_bytes=mapped_bytes,
-            shape=shape,
-            flops=recorder.flops // min(shape.accumulated, 2) * shape.accumulated,
-            reserved_bytes=None if gpu is None else recorder.reserved(gpu),
-        )
-        plans.append(found)
-    return max(plans, key=lambda plan: plan.needed_bytes)
-
-
-def of_configuration(config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConfig | None = None) -> Plan:
-    """The plan of a run whose data has not been read: the largest batch that the configuration allows.
-
-    `architecture`: of a model that is not here, instead of the configuration's.
-    """
-    shapes = [Shape.largest(config)]
-    if architecture is not None:
-        return plan(config, architecture, shapes, 0, models.formats_of(architecture, config.model.quant), gpu)
-    source = models.resolve(config.model.source, config.output.runs_dir)
-    size = source.path.stat().st_size if source.path.is_file() else 0
-    formats = models.formats(source, config.model.quant)
-    return plan(config, models.config_of(source), shapes, size, formats, gpu)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Option:
-    """Settings that give the same update, and what they need."""
+class Case:
+    """A run whose memory is in question."""
 
-    settings: dict[str, object]
-    """What differs from the configuration, by key."""
-    plan: Plan
+    config: RunConfig
+    architecture: DecoderConfig
+    shapes: Sequence[Shape]
+    """Of the batches among which the worst is."""
+    mapped_bytes: int = 0
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """The block formats of matrices that are held quantized, by name. Those that stay in their file are part of
+    `mapped_bytes`, and no tensors of the plan."""
+    gpu: Gpu | None = None
+    """The GPU that it would run on, which need not be here."""
+
+    @classmethod
+    def of_configuration(
+        cls, config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConfig | None = None
+    ) -> "Case":
+        """A run whose data has not been read: the largest batch that the configuration allows.
+
+        `architecture`: of a model that is not here, instead of the configuration's.
+        """
+        shapes = [Shape.largest(config)]
+        if architecture is not None:
+            formats = models.formats_of(architecture, config.model.quant)
+            return cls(config=config, architecture=architecture, shapes=shapes, formats=formats, gpu=gpu)
+        source = models.resolve(config.model.source, config.output.runs_dir)
+        return cls(
+            config=config,
+            architecture=models.config_of(source),
+            shapes=shapes,
+            mapped_bytes=source.path.stat().st_size if source.path.is_file() else 0,
+            formats=models.formats(source, config.model.quant),
+            gpu=gpu,
+        )
+
+    def plan(self, way: Way) -> Plan:
+        """The peak of a training step, exactly as the real one would count it."""
+        plans = []
+        for shape in dict.fromkeys(shape.cut(way.parts) for shape in self.shapes):
+            recorder = _trace(self, shape, way.recomputed)
+            peak = recorder.peak()
+            found = Plan(
+                way=way,
+                peak_bytes=peak.bytes,
+                by_category=peak.by_category,
+                mapped_bytes=self.mapped_bytes,
+                shape=shape,
+                flops=recorder.flops // min(shape.accumulated, 2) * shape.accumulated,
+                reserved_bytes=None if self.gpu is None else recorder.reserved(self.gpu),
+            )
+            plans.append(found)
+        return max(plans, key=lambda plan: plan.needed_bytes)
 
 
-def options(config: RunConfig, gpu: Gpu | None = None, architecture: DecoderConfig | None = None) -> list[Option]:
-    """The configuration as it is, then ways to the same update in less memory, the fastest first."""
-    training = config.training
-    ways: list[dict[str, object]] = [{}]
-    freed: dict[str, object] = {"training.optimizer_in_backward": True}
-    may_free = not training.max_gradient_norm and training.gradient_accumulation_steps == 1
-    if may_free and not training.optimizer_in_backward:
-        ways.append(freed)
-    if not training.activation_checkpointing:
-        ways += [way | {"training.activation_checkpointing": True} for way in ways]
-    if training.batch_rows > 1 and not training.optimizer_in_backward:
-        alone: dict[str, object] = {
-            "training.batch_rows": 1,
-            "training.gradient_accumulation_steps": training.batch_rows * training.gradient_accumulation_steps,
-        }
-        ways.insert(1, alone)
-        if not training.activation_checkpointing:
-            ways.append(alone | {"training.activation_checkpointing": True})
-    found = []
-    for way in ways:
-        changes = {key.removeprefix("training."): value for key, value in way.items()}
-        changed = dataclasses.replace(config, training=dataclasses.replace(training, **changes))  # type: ignore[arg-type]
-        found.append(Option(settings=way, plan=of_configuration(changed, gpu, architecture)))
-    return found
-
-
-def _trace(
-    config: RunConfig,
-    architecture: DecoderConfig,
-    shape: Shape,
-    formats: Mapping[str, str],
-    gpu: Gpu | None,
-) -> Recorder:
+def _trace(case: Case, shape: Shape, recomputed: int) -> Recorder:
     """What an optimizer step and an evaluation allocate and free."""
-    recorder, training = Recorder(), config.training
+    recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode(), kernels.pinned("reference") if gpu is not None else contextlib.nullcontext():
-        model = models.build(architecture, dtype, quant=config.model.quant, formats=formats)
+    with FakeTensorMode(), kernels.pinned("reference") if case.gpu is not None else contextlib.nullcontext():
+        model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
-        model.activation_checkpointing = training.activation_checkpointing
+        model.recomputed_layers = recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
         optimizer = optim.build(config.optimizer, parameters)
@@ -251,4 +250,4 @@ def _batch(shape: Shape) -> RaggedBatch:
     flat = iter([0] * shape.trained + [UNTRAINED] * (sum(shape.lengths) - shape.trained))
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
-    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=[0] * len(sequences))
+    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=shape.groups)

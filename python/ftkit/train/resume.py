@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "evaluation.patience",
     "model.device",
     "training.activation_checkpointing",
+    "training.budget",
     "training.epochs",
     "training.max_steps",
     "training.stop_after_bad_steps",

@@ -14,7 +14,8 @@ from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
-from ftkit.train import lock, planned, samples
+from ftkit.plan.budget import written
+from ftkit.train import fitting, lock, memory, planned, samples
 from ftkit.train.step import Loss
 
 _TRACED = 4
@@ -38,15 +39,18 @@ class Session:
     lock: lock.Lock
     notices: Sequence[str]
     plan: planned.Plan
+    room: int
+    """Bytes that the run may take."""
 
     def feed(self, start: int) -> Iterator[RaggedBatch]:
         """The training batches, pass after pass, from the `start`-th on."""
         batches = self.dataset.batches(self.config.training.batch_rows, start=start)
         return (batch.to(self.device) for batch in batches)
 
-    def worst(self) -> RaggedBatch:
-        """The batch that needs most memory."""
-        return self.dataset.batch(list(self.plan.shape.rows)).to(self.device)
+    def worst(self, parts: int) -> RaggedBatch:
+        """The largest of the parts of the batch that needs most memory."""
+        cut = self.dataset.batch(list(self.plan.shape.rows)).to(self.device).cut(parts)
+        return max(cut, key=lambda part: part.tokens.numel())
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
@@ -104,16 +108,27 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     if held_out.path is not None:
         evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
         notices += _notices(evaluation, "evaluation")
+    rows_a_step = training.batch_rows * training.gradient_accumulation_steps
+    steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
     if objective.PAIRS:
         notices += _notices_of_preferences(config, dataset)
-    loaded.model.activation_checkpointing = training.activation_checkpointing
+    case = planned.Case(
+        config=config,
+        architecture=loaded.config,
+        shapes=_largest(config, dataset, steps),
+        mapped_bytes=_mapped_bytes(loaded),
+        formats=models.formats(loaded.path, config.model.quant),
+    )
+    room = memory.room(training.budget, device)
+    plan = _fitting(case, room)
+    if plan.way.parts > 1 or (plan.way.recomputed and training.activation_checkpointing == "auto"):
+        notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
+    loaded.model.recomputed_layers = plan.way.recomputed
     loaded.model.train()
     parameters = adapters.trainable(loaded.model, ADAPTER)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    rows_a_step = training.batch_rows * training.gradient_accumulation_steps
-    steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))
     batches = None
     if evaluation is not None:
         batches = [batch.to(device) for batch in evaluation.batches(training.batch_rows, passes=1)]
@@ -134,13 +149,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         steps=steps,
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
         notices=notices,
-        plan=planned.plan(
-            config,
-            loaded.config,
-            _largest(config, dataset, steps),
-            _mapped_bytes(loaded),
-            models.formats(loaded.path, config.model.quant),
-        ),
+        plan=plan,
+        room=room,
     )
 
 
@@ -154,6 +164,7 @@ def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[plann
     found = [
         planned.Shape(
             lengths=tuple(dataset.rows.lengths(rows)),
+            groups=(),
             trained=dataset.rows.trained(rows),
             accumulated=accumulated,
             rows=tuple(rows),
@@ -165,9 +176,21 @@ def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[plann
     for shape in found:
         if not front or shape.trained > front[-1].trained:
             front.append(shape)
-    if len(front) <= _TRACED:
-        return front
-    return [dataclasses.replace(front[0], trained=front[-1].trained)]  # from above
+    if len(front) > _TRACED:
+        front = [dataclasses.replace(front[0], trained=front[-1].trained)]  # from above
+    return [dataclasses.replace(shape, groups=dataset.batch(list(shape.rows)).groups) for shape in front]
+
+
+def _fitting(case: planned.Case, room: int) -> planned.Plan:
+    """The fastest way that the memory allows. Raises InputError, with what would fit, where none does."""
+    plan = fitting.fit(case, room)[-1]
+    if plan.needed_bytes <= room:
+        return plan
+    near = fitting.others(case.config, room, lambda config: dataclasses.replace(case, config=config))
+    raise InputError(
+        f"training.budget: expected {written(plan.needed_bytes)} for this run at the least, got {written(room)}",
+        fitting.hint(near),
+    )
 
 
 def _mapped_bytes(loaded: models.LoadedModel) -> int:

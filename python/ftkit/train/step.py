@@ -78,7 +78,7 @@ def gradients(
     parameters: Parameters,
     batches: Sequence[RaggedBatch],
     max_norm: float,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[RaggedBatch], None] = lambda _: None,
 ) -> StepOutcome:
     """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`.
 
@@ -86,7 +86,7 @@ def gradients(
     """
     totals = _Totals()
     for batch in batches:
-        before()
+        before(batch)
         parts = loss(batch)
         if float(parts.count.sum()) == 0:
             continue

@@ -84,18 +84,19 @@ def test_packed_equals_unpacked(folder: Path, method: str, dtype: torch.dtype, t
                 assert (gradient - expected[2][name]).abs().max() <= tolerance * scale, name
 
 
-def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
+def test_recomputed_layers_change_nothing(folder: Path) -> None:
     model = models.load(folder, dtype=torch.float64).model
     adapters.attach(model, "lora", {"dropout": 0.3}, seed=0)
     model.train()
     batch = RaggedBatch.pack(*random_rows(0, 5)[:1], targets=random_rows(0, 5)[1], adapter=0)
     found = []
-    for on in (False, True):
-        model.activation_checkpointing = on
+    for layers in (0, 1, model.config.layers):
+        model.recomputed_layers = layers
         torch.manual_seed(7)
         found.append(loss_and_gradients(model, [batch]))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(found[0][2][name], gradient) for name, gradient in found[1][2].items())
+    for other in found[1:]:
+        assert torch.equal(found[0][0], other[0])
+        assert all(torch.equal(found[0][2][name], gradient) for name, gradient in other[2].items())
 
 
 lengths = st.lists(st.integers(0, 5), min_size=1, max_size=9)

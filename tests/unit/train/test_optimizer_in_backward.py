@@ -14,7 +14,7 @@ from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import LossParts
 from ftkit.optim import build
-from ftkit.train import events, planned
+from ftkit.train import events
 from ftkit.train.step import gradients, step_in_backward
 
 pytestmark = pytest.mark.unit
@@ -97,19 +97,6 @@ def test_what_needs_all_gradients_is_refused_with_a_hint(
     with pytest.raises(InputError, match=message) as error:
         RunConfig.from_toml(None, settings(training__optimizer_in_backward=True) | changes)
     assert "batch_rows" in str(error.value) or "training.max_gradient_norm=0" in str(error.value)
-
-
-def test_the_planner_offers_it_where_nothing_needs_all_gradients(settings: Settings) -> None:
-    def ways(**changes: Any) -> list[dict[str, object]]:
-        return [option.settings for option in planned.options(RunConfig.from_toml(None, settings(**changes)))]
-
-    freed = {"training.optimizer_in_backward": True}
-    assert freed in ways(training__max_gradient_norm=0.0)
-    assert not any(freed.items() <= way.items() for way in ways())
-    assert not any(
-        "training.batch_rows" in way
-        for way in ways(training__max_gradient_norm=0.0, training__optimizer_in_backward=True)
-    )
 
 
 def tables() -> dict[str, torch.nn.Parameter]:
