@@ -20,7 +20,7 @@ def fit(case: Case, room: int) -> list[Plan]:
     where none does."""
     rows, (fewest, most) = case.config.training.batch_rows, _layers(case)
     tried: list[Plan] = []
-    for parts in dict.fromkeys((1, min(rows, _most_parts(case)))):
+    for parts in dict.fromkeys((1, min(rows, case.most_parts))):
         tried.append(case.plan(Way(recomputed=fewest, parts=parts)))
         if tried[-1].needed_bytes <= room:
             return tried
@@ -29,7 +29,7 @@ def fit(case: Case, room: int) -> list[Plan]:
         tried.append(found)
         if found.needed_bytes <= room:
             return tried
-    finest = _most_parts(case)
+    finest = case.most_parts
     if finest > tried[-1].way.parts:
         smallest = case.plan(Way(recomputed=most, parts=finest))
         parts = 2 * tried[-1].way.parts
@@ -40,11 +40,6 @@ def fit(case: Case, room: int) -> list[Plan]:
             parts *= 2
         tried.append(smallest)
     return tried
-
-
-def _most_parts(case: Case) -> int:
-    """What the batches can be cut into."""
-    return 1 if case.config.training.optimizer_in_backward else max(len(set(shape.groups)) for shape in case.shapes)
 
 
 def _layers(case: Case) -> tuple[int, int]:
@@ -108,7 +103,7 @@ def _other(
 ) -> Other | None:
     try:
         case = case_of(config.changed(settings))
-        plan = case.plan(Way(recomputed=_layers(case)[1], parts=_most_parts(case)))
+        plan = case.plan(Way(recomputed=_layers(case)[1], parts=case.most_parts))
     except InputError:  # these settings do not go together
         return None
     return Other(settings=dict(settings), plan=plan) if plan.needed_bytes <= room else None

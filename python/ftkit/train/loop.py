@@ -49,7 +49,7 @@ class Loop:
         self._watchdog = watchdog.Watchdog(training.stop_after_bad_steps, in_backward=training.optimizer_in_backward)
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
         self._preferences = watchdog.Preferences()
-        self._measured = (0, 0)  # the most tokens and targets of a batch whose memory was counted
+        self._measured: tuple[int, ...] = (0, 0, 0, 0)  # of steps whose memory was counted, as `_most` says
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
         self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
@@ -127,7 +127,7 @@ class Loop:
         session, plan = self.session, self.session.plan
         if session.device.type == "cuda":
             return
-        more = plan.batch_bytes * batch.tokens.numel() // sum(plan.shape.lengths)
+        more = plan.batch_bytes * batch.tokens.numel() // plan.shape.tokens
         memory.keep_below(plan.peak_rss_bytes, more)
         in_backward = session.config.training.optimizer_in_backward
         if (has := memory.rss_bytes()) + more > session.room and not in_backward and len(batch.cut(2)) > 1:
@@ -164,10 +164,7 @@ class Loop:
         batches = [part for _ in range(count) for part in next(self._feed).cut(progress.parts)]
         start = time.perf_counter()
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
-        largest = (
-            max(batch.tokens.numel() for batch in batches),
-            max(int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None),
-        )
+        largest = (*_most(batches[:1]), *_most(batches[1:]))
 
         def made(batches: list[RaggedBatch]) -> StepOutcome:
             if training.optimizer_in_backward:
@@ -187,7 +184,7 @@ class Loop:
                 # it may need more than those before
                 (outcome, warning), peak = memory.peak_bytes_of(work, session.tensors(), session.device)
                 progress.peak_bytes = max(progress.peak_bytes, peak)
-                self._measured = (max(largest[0], self._measured[0]), max(largest[1], self._measured[1]))
+                self._measured = tuple(map(max, largest, self._measured))
             else:
                 outcome, warning = work()
         finally:
@@ -228,7 +225,8 @@ class Loop:
         assert session.evaluation is not None
         session.loaded.model.eval()
         try:
-            return means(session.loss, session.evaluation)
+            parts = (part for batch in session.evaluation for part in batch.cut(self.progress.parts))
+            return means(session.loss, parts)
         finally:
             session.loaded.model.train()
 
@@ -274,6 +272,12 @@ class Loop:
 
     def _warn(self, warning: watchdog.Warning) -> None:
         self._events.emit("warning", self.progress.step, **dataclasses.asdict(warning))
+
+
+def _most(batches: list[RaggedBatch]) -> tuple[int, int]:
+    """The most tokens and the most trained ones of a batch."""
+    trained = (int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None)
+    return max((batch.tokens.numel() for batch in batches), default=0), max(trained, default=0)
 
 
 def _step_seed(seed: int, step: int) -> int:

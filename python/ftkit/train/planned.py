@@ -60,8 +60,6 @@ class Shape:
     """Which of them belong together."""
     trained: int
     """Targets that are trained on in it."""
-    accumulated: int = 1
-    """Batches of an optimizer step."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -73,21 +71,24 @@ class Shape:
         together = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
         lengths = (config.data.max_tokens,) * (training.batch_rows * together)
         groups = tuple(row for row in range(training.batch_rows) for _ in range(together))
-        steps = training.gradient_accumulation_steps
-        return cls(lengths=lengths, groups=groups, trained=sum(lengths), accumulated=steps)
+        return cls(lengths=lengths, groups=groups, trained=sum(lengths))
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return sum(self.lengths)
 
     def cut(self, parts: int) -> "Shape":
         """The largest part, with all that may be trained in it."""
-        cut = cuts(self.lengths, self.groups, parts)
-        first, last = max(cut, key=lambda ends: sum(self.lengths[slice(*ends)]))
+        first, last = max(cuts(self.lengths, self.groups, parts), key=lambda ends: sum(self.lengths[slice(*ends)]))
         lengths = self.lengths[first:last]
-        return dataclasses.replace(
-            self,
-            lengths=lengths,
-            groups=self.groups[first:last],
-            trained=min(self.trained, sum(lengths)),
-            accumulated=self.accumulated * len(cut),
-        )
+        trained = min(self.trained, sum(lengths))
+        return dataclasses.replace(self, lengths=lengths, groups=self.groups[first:last], trained=trained)
+
+
+Step = tuple[Shape, ...]
+"""The first batch of an optimizer step, whose gradients come into being, and one that adds to them, if there are more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Plan:
     flops: int
     """Floating-point operations of an optimizer step's matrix products."""
     shape: Shape
-    """The batch that needs it."""
+    """The largest batch of the step that needs it."""
     reserved_bytes: int | None = None
     """What torch's allocator takes of a GPU for it; None on the CPU."""
 
@@ -135,8 +136,10 @@ class Case:
 
     config: RunConfig
     architecture: DecoderConfig
-    shapes: Sequence[Shape]
-    """Of the batches among which the worst is."""
+    steps: Sequence[Step]
+    """Among which the worst is."""
+    evaluated: Shape | None = None
+    """The largest batch of an evaluation."""
     mapped_bytes: int = 0
     formats: Mapping[str, str] = field(default_factory=dict)
     """The block formats of matrices that are held quantized, by name. Those that stay in their file are part of
@@ -152,15 +155,24 @@ class Case:
 
         `architecture`: of a model that is not here, instead of the configuration's.
         """
-        shapes = [Shape.largest(config)]
+        shape = Shape.largest(config)
+        steps = [(shape,) * min(config.training.gradient_accumulation_steps, 2)]
+        evaluated = shape if config.evaluation.enabled else None
         if architecture is not None:
-            formats = models.formats_of(architecture, config.model.quant)
-            return cls(config=config, architecture=architecture, shapes=shapes, formats=formats, gpu=gpu)
+            return cls(
+                config=config,
+                architecture=architecture,
+                steps=steps,
+                evaluated=evaluated,
+                formats=models.formats_of(architecture, config.model.quant),
+                gpu=gpu,
+            )
         source = models.resolve(config.model.source, config.output.runs_dir)
         return cls(
             config=config,
             architecture=models.config_of(source),
-            shapes=shapes,
+            steps=steps,
+            evaluated=evaluated,
             mapped_bytes=source.path.stat().st_size if source.path.is_file() else 0,
             formats=models.formats(source, config.model.quant),
             gpu=gpu,
@@ -169,23 +181,35 @@ class Case:
     def plan(self, way: Way) -> Plan:
         """The peak of a training step, exactly as the real one would count it."""
         plans = []
-        for shape in dict.fromkeys(shape.cut(way.parts) for shape in self.shapes):
-            recorder = _trace(self, shape, way.recomputed)
+        for step in dict.fromkeys(self._cut(step, way.parts) for step in self.steps):
+            recorder = _trace(self, step, way)
             peak = recorder.peak()
+            batches = self.config.training.gradient_accumulation_steps * min(way.parts, self.most_parts)
             found = Plan(
                 way=way,
                 peak_bytes=peak.bytes,
                 by_category=peak.by_category,
                 mapped_bytes=self.mapped_bytes,
-                shape=shape,
-                flops=recorder.flops // min(shape.accumulated, 2) * shape.accumulated,
+                shape=max(step, key=lambda shape: shape.tokens),
+                flops=recorder.flops // len(step) * batches,
                 reserved_bytes=None if self.gpu is None else recorder.reserved(self.gpu),
             )
             plans.append(found)
         return max(plans, key=lambda plan: plan.needed_bytes)
 
+    @property
+    def most_parts(self) -> int:
+        """What the batches can be cut into."""
+        if self.config.training.optimizer_in_backward:
+            return 1
+        return max(len(set(shape.groups)) for step in self.steps for shape in step)
 
-def _trace(case: Case, shape: Shape, recomputed: int) -> Recorder:
+    def _cut(self, step: Step, parts: int) -> Step:
+        cut = tuple(shape.cut(parts) for shape in step)
+        return cut if cut == step or len(cut) > 1 else (*cut, *cut)
+
+
+def _trace(case: Case, step: Step, way: Way) -> Recorder:
     """What an optimizer step and an evaluation allocate and free."""
     recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
@@ -194,7 +218,7 @@ def _trace(case: Case, shape: Shape, recomputed: int) -> Recorder:
     with FakeTensorMode(), kernels.pinned("reference") if case.gpu is not None else contextlib.nullcontext():
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
-        model.recomputed_layers = recomputed
+        model.recomputed_layers = way.recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
         optimizer = optim.build(config.optimizer, parameters)
@@ -204,7 +228,7 @@ def _trace(case: Case, shape: Shape, recomputed: int) -> Recorder:
         recorder.adopt(parameters.values(), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
-        batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
+        batches = [_batch(shape) for shape in step]
 
         def update(name: str, gradient: torch.Tensor) -> None:
             recorder.adopt([gradient], "gradients")
@@ -238,16 +262,16 @@ def _trace(case: Case, shape: Shape, recomputed: int) -> Recorder:
                 for parameter in parameters.values():
                     parameter.grad = None
             flops = recorder.flops
-            if config.evaluation.enabled:
+            if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
-                    objective.loss(model.eval(), _batch(shape), **options)
+                    objective.loss(model.eval(), _batch(case.evaluated.cut(way.parts)), **options)
             recorder.flops = flops
         return recorder
 
 
 def _batch(shape: Shape) -> RaggedBatch:
     """A batch of this shape; which of its tokens are trained on changes nothing."""
-    flat = iter([0] * shape.trained + [UNTRAINED] * (sum(shape.lengths) - shape.trained))
+    flat = iter([0] * shape.trained + [UNTRAINED] * (shape.tokens - shape.trained))
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
     return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=shape.groups)

@@ -117,7 +117,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     case = planned.Case(
         config=config,
         architecture=loaded.config,
-        shapes=_largest(config, dataset, steps),
+        steps=_worst_steps(config, dataset, steps),
+        evaluated=_evaluated(config, evaluation),
         mapped_bytes=_mapped_bytes(loaded),
         formats=models.formats(loaded.path, config.model.quant),
     )
@@ -154,24 +155,31 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     )
 
 
-def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[planned.Shape]:
-    """The run's batches among which the one is that needs most: none has more tokens and more trained ones."""
+def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int) -> list[planned.Step]:
+    """The run's largest first batches of a step, each beside one of the largest that come later in a step."""
     size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
     count, a_pass = steps * accumulated, -(-len(dataset) // size)
-    passes = range(1 if size == 1 else -(-count // a_pass))  # single rows are the same batches in every pass
-    orders = [dataset.rows.order(config.training.seed, number) for number in passes]
-    cuts = [order[start : start + size] for order in orders for start in range(0, len(order), size)][:count]
+    alike = size == accumulated == 1  # the same batches in every pass
+    orders = (dataset.rows.order(config.training.seed, number) for number in range(1 if alike else -(-count // a_pass)))
+    cut = [tuple(order[start : start + size]) for order in orders for start in range(0, len(order), size)][:count]
+    first, later = set(cut[::accumulated]), {rows for place, rows in enumerate(cut) if place % accumulated}
+    fronts = [_largest(dataset, batches) for batches in (first, later) if batches]
+    longest = max(map(len, fronts))
+    return list(zip(*(front + front[-1:] * (longest - len(front)) for front in fronts), strict=True))
+
+
+def _largest(dataset: data.Dataset, batches: Iterable[tuple[int, ...]]) -> list[planned.Shape]:
+    """Of batches, by their rows, those that may need most: none has more tokens and more trained ones."""
     found = [
         planned.Shape(
-            lengths=tuple(dataset.rows.lengths(rows)),
+            lengths=tuple(dataset.rows.lengths(list(rows))),
             groups=(),
-            trained=dataset.rows.trained(rows),
-            accumulated=accumulated,
-            rows=tuple(rows),
+            trained=dataset.rows.trained(list(rows)),
+            rows=rows,
         )
-        for rows in cuts
+        for rows in batches
     ]
-    found.sort(key=lambda shape: (-sum(shape.lengths), -shape.trained))
+    found.sort(key=lambda shape: (-shape.tokens, -shape.trained, shape.rows))
     front: list[planned.Shape] = []
     for shape in found:
         if not front or shape.trained > front[-1].trained:
@@ -179,6 +187,16 @@ def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[plann
     if len(front) > _TRACED:
         front = [dataclasses.replace(front[0], trained=front[-1].trained)]  # from above
     return [dataclasses.replace(shape, groups=dataset.batch(list(shape.rows)).groups) for shape in front]
+
+
+def _evaluated(config: RunConfig, evaluation: data.Dataset | None) -> planned.Shape | None:
+    """The largest batch of an evaluation, from above."""
+    if evaluation is None:
+        return None
+    size = config.training.batch_rows
+    rows = evaluation.rows.order(evaluation.seed, 0)
+    largest = _largest(evaluation, [tuple(rows[start : start + size]) for start in range(0, len(rows), size)])
+    return dataclasses.replace(largest[0], trained=largest[-1].trained)
 
 
 def _fitting(case: planned.Case, room: int) -> planned.Plan:
