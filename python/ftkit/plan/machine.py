@@ -13,7 +13,7 @@ import torch
 from ftkit import _core
 from ftkit.errors import InputError
 from ftkit.plan.budget import available_bytes
-from ftkit.plan.speed import matmul_flops_per_second
+from ftkit.plan.speed import processor, speeds
 
 _FEATURES = (
     "avx2",
@@ -33,7 +33,9 @@ _PACKAGES = ("torch", "numpy", "safetensors", "huggingface-hub", "llama-cpp-pyth
 
 def report(cache: Path) -> dict[str, Any]:
     """The machine, the versions, and how fast it multiplies matrices now."""
-    model, features = _processor()
+    model, flags = processor()
+    features = [name for name in _FEATURES if name in flags]
+    found = speeds(anew=True)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     place = next(folder for folder in [cache, *cache.parents] if folder.exists())
     return {
@@ -50,22 +52,11 @@ def report(cache: Path) -> dict[str, Any]:
         "cache_free_bytes": shutil.disk_usage(place).free,
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "kernels": os.environ.get("FTKIT_KERNELS") or "fastest",
-        "matmul_gflops": {
-            str(dtype).removeprefix("torch."): round(matmul_flops_per_second(dtype) / 1e9, 1)
-            for dtype in (torch.float32, torch.bfloat16)
+        "gflops": {
+            name: round(getattr(found, name) / 1e9, 1) for name in ("float32", "bfloat16", "blocks", "attention")
         },
+        "memory_gigabytes_per_second": round(found.bandwidth / 1e9, 1),
     }
-
-
-def _processor() -> tuple[str, list[str]]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    fields = [line.partition(":") for line in text.split("\n\n")[0].splitlines()]
-    values = {name.strip(): value.strip() for name, _, value in fields}
-    flags = set((values.get("flags") or values.get("Features") or "").split())
-    return values.get("model name", platform.machine()), [name for name in _FEATURES if name in flags]
 
 
 def _available() -> int | None:

@@ -8,6 +8,7 @@ What an operation allocates and frees inside itself (a kernel's scratch space) i
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from ftkit import _core
 from ftkit.kernels import block_matmul, coded_matmul
 from ftkit.plan.budget import Gpu
+from ftkit.plan.speed import Work
 
 PRODUCTS = {
     getattr(torch.ops.ftkit, f"{room.__name__.rpartition('.')[2]}{way}")
@@ -50,8 +52,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        """Floating-point operations of the matrix products so far."""
+        self.work: Work = Counter()
+        """What the operations so far compute and move."""
         self._events: list[tuple[int, int]] = []  # (storage, bytes, or -1 at its death)
         self._category: dict[int, int] = {}  # storage → category
         self._current = CATEGORIES.index("other")
@@ -67,11 +69,8 @@ class Recorder(TorchDispatchMode):
         self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if func.overloadpacket in PRODUCTS:
-            self.flops += 2 * args[0].numel() * result.shape[1]
-        elif formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        if not getattr(func, "is_view", False):
+            self.work[_work(func, args, kwargs or {}, result)] += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf)
@@ -127,3 +126,18 @@ class Recorder(TorchDispatchMode):
         if self._living.get(address) == number:
             del self._living[address]
         self._events.append((number, -1))
+
+
+def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[str, int, int]:
+    """An operation's kind, floating-point operations and bytes, as `Speeds.seconds` takes them."""
+    packet = func.overloadpacket
+    size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+    if packet in PRODUCTS:
+        return "blocks", 2 * args[0].numel() * result.shape[1], size
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return "", 0, size
+    flops = int(formula(*args, **kwargs, out_val=result))
+    if "attention" in str(packet):
+        return "attention", flops, size
+    return "bfloat16" if args[0].dtype == torch.bfloat16 else "float32", flops, size

@@ -1,27 +1,144 @@
-"""How fast this machine multiplies matrices, measured in a blink."""
+"""How fast this machine is at what a training step does, measured once and kept.
 
+An operation takes as long as the slower of two roofs allows, arithmetic and memory (S. Williams et al., Roofline,
+2009), and what a call takes besides.
+"""
+
+import contextlib
+import dataclasses
 import functools
+import json
+import os
+import platform
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.nn import functional
 
-_SIZE = (1024, 768, 1024)
-"""Rows, inner and outer width of the measured product: like a small model's linear over a batch's tokens."""
+from ftkit import _core
+from ftkit.config.cache import cache_directory
+from ftkit.kernels.block_matmul import block_matmul
+
+Work = Counter[tuple[str, int, int]]
+"""Operations by kind, floating-point operations and bytes that are read and written; how often each."""
+
+_ROWS, _INNER, _OUTER = 1024, 768, 1024
+"""The measured product is like a small model's linear layer over a batch's tokens."""
+_BYTES = 64 << 20
+"""Beyond the caches of most processors."""
+_CALLS = 32
+_FILE = "machine.json"
+_MEASURE_SECONDS = 0.4
+"""For each figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """A machine's roofs, with as many threads as torch has."""
+
+    float32: float
+    """Floating-point operations a second of matrix products."""
+    bfloat16: float
+    blocks: float
+    """Of products with quantized matrices."""
+    attention: float
+    """Of attention inside a sequence, counted as if it were not causal."""
+    bandwidth: float
+    """Bytes a second that element-wise work reads and writes."""
+    call: float
+    """Seconds that an operation takes besides, forward or backward."""
+
+    def seconds(self, work: Work) -> float:
+        """An estimate of how long the operations take, one after the other."""
+        total = 0.0
+        for (kind, flops, size), times in work.items():
+            arithmetic = flops / getattr(self, kind) if flops else 0.0
+            total += times * (max(arithmetic, size / self.bandwidth) + self.call)
+        return total
+
+
+def speeds(*, anew: bool = False) -> Speeds:
+    """This machine's, as they were measured before with as many threads, or else (or `anew`) measured now and kept."""
+    folder = cache_directory()
+    if anew:
+        (folder / _FILE).unlink(missing_ok=True)
+        _speeds.cache_clear()
+    return _speeds(torch.get_num_threads(), folder)
 
 
 @functools.cache
-def matmul_flops_per_second(dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> float:
-    """Floating-point operations a second of torch's matmul on the CPU with the threads that torch now has.
+def _speeds(threads: int, folder: Path) -> Speeds:
+    path = folder / _FILE
+    machine = {"processor": processor()[0], "threads": threads, "torch": torch.__version__, "ftkit": _core.__version__}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["machine"] == machine:
+            return Speeds(**known["speeds"])
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or another version's
+        pass
+    found = measured()
+    with contextlib.suppress(OSError):  # it is measured again then
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".tmp-{os.getpid()}-machine.json"
+        temporary.write_text(json.dumps({"machine": machine, "speeds": dataclasses.asdict(found)}, indent=2) + "\n")
+        temporary.replace(path)
+    return found
 
-    The median over repetitions that take about `seconds` together.
-    """
-    rows, inner, outer = _SIZE
-    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, outer).to(dtype)
-    a @ b  # the first call sets the library up
+
+def measured() -> Speeds:
+    """This machine's, measured now in a few seconds."""
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = torch.randn(_ROWS, _INNER).to(dtype), torch.randn(_INNER, _OUTER).to(dtype)
+        return 2 * _ROWS * _INNER * _OUTER / _seconds(lambda: a @ b)
+
+    a, blocks = torch.randn(_ROWS, _INNER), torch.empty(_OUTER * _INNER // 32 * 34, dtype=torch.uint8)
+    _core.quantize("q8_0", torch.randn(_OUTER * _INNER), blocks)
+    by_blocks = _seconds(lambda: block_matmul(a, "q8_0", blocks.view(_OUTER, -1)))
+    large, small = torch.zeros(_BYTES // 4), torch.ones(4, requires_grad=True)
+
+    def calls() -> None:
+        x = small
+        for _ in range(_CALLS):
+            x = x + small
+        x.backward(small.detach())
+
+    heads, count, width = 8, 512, 64
+    q = torch.randn(1, heads, count, width)
+    attend = _seconds(lambda: functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    return Speeds(
+        float32=product(torch.float32),
+        bfloat16=product(torch.bfloat16),
+        blocks=2 * _ROWS * _INNER * _OUTER / by_blocks,
+        attention=4 * heads * count * count * width / attend,
+        bandwidth=2 * _BYTES / _seconds(lambda: torch.add(large, 1.0, out=large)),
+        call=_seconds(calls) / (2 * _CALLS),
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of as many repetitions as fit a moment."""
+    work()  # the first call sets libraries up
     times: list[float] = []
     began = time.perf_counter()
-    while not times or time.perf_counter() - began < seconds:
+    while not times or time.perf_counter() - began < _MEASURE_SECONDS:
         start = time.perf_counter()
-        a @ b
+        work()
         times.append(time.perf_counter() - start)
-    return 2 * rows * inner * outer / sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 2]
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and the features that it says it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = [line.partition(":") for line in text.split("\n\n")[0].splitlines()]
+    values = {name.strip(): value.strip() for name, _, value in fields}
+    flags = (values.get("flags") or values.get("Features") or "").split()
+    return values.get("model name", platform.machine()), flags

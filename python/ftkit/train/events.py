@@ -1,7 +1,7 @@
 """events.jsonl: what happened in a run, one JSON object a line, each on disk as soon as it happened.
 
-Every line has `event`, `time` (seconds since 1970) and `step` (optimizer steps done). Kinds: `started`, `resumed`,
-`memory` (peak_bytes and peak_rss_bytes of the largest batch, and planned_ of both),
+Every line has `event`, `time` (seconds since 1970) and `step` (optimizer steps done). Kinds: `started`, `resumed`
+(both with the planned seconds_left), `memory` (peak_bytes and peak_rss_bytes of the largest batch, planned_ of both),
 `step` (loss, learning_rate, gradient_norm, tokens, trained_tokens, seconds, tokens_per_second), `evaluation` (loss),
 both with `metrics` (a number by name) where the objective has some, `checkpoint`, `warning` (kind, message, hint),
 `notice`, `sample` (an example's prompt, answer and moment: before or after), and at the end `finished` (the result),

@@ -20,7 +20,7 @@ from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
-from ftkit.plan.speed import matmul_flops_per_second
+from ftkit.plan.speed import Work, speeds
 from ftkit.train.step import each_gradient
 
 OTHER_RESIDENT_BYTES = 1152 << 20
@@ -33,9 +33,6 @@ Measured with torch 2.15 on x86-64, runs of SmolLM2-135M: process and tensors di
 
 CONTEXT_BYTES = 600 << 20
 """What a process takes of a GPU beside tensors, from above: the driver's context, kernels, cuBLAS' workspace."""
-
-MATMUL_SHARE = 0.5
-"""The share of the machine's matmul speed that a training step reaches; the rest is attention, losses, small things."""
 
 _ADAPTER = 0
 
@@ -102,17 +99,14 @@ class Plan:
     """What it is made of."""
     mapped_bytes: int
     """The model's file, as far as it stays mapped into memory."""
-    flops: int
-    """Floating-point operations of an optimizer step's matrix products."""
+    seconds_per_step: float | None
+    """An estimate for an optimizer step of such batches on this machine; None for a GPU."""
+    tokens_per_step: int
+    """Of such an optimizer step."""
     shape: Shape
     """The largest batch of the step that needs it."""
     reserved_bytes: int | None = None
     """What torch's allocator takes of a GPU for it; None on the CPU."""
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """An estimate for this machine, from how fast it multiplies matrices now; None for a GPU."""
-        return None if self.reserved_bytes is not None else self.flops / matmul_flops_per_second() / MATMUL_SHARE
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -182,16 +176,20 @@ class Case:
         """The peak of a training step, exactly as the real one would count it."""
         plans = []
         for step in dict.fromkeys(self._cut(step, way.parts) for step in self.steps):
-            recorder = _trace(self, step, way)
+            recorder, of_batches, of_step = _trace(self, step, way)
             peak = recorder.peak()
             batches = self.config.training.gradient_accumulation_steps * min(way.parts, self.most_parts)
+            seconds = None
+            if self.gpu is None:
+                seconds = speeds().seconds(of_batches) / len(step) * batches + speeds().seconds(of_step)
             found = Plan(
                 way=way,
                 peak_bytes=peak.bytes,
                 by_category=peak.by_category,
                 mapped_bytes=self.mapped_bytes,
                 shape=max(step, key=lambda shape: shape.tokens),
-                flops=recorder.flops // len(step) * batches,
+                seconds_per_step=seconds,
+                tokens_per_step=sum(shape.tokens for shape in step) * batches // len(step),
                 reserved_bytes=None if self.gpu is None else recorder.reserved(self.gpu),
             )
             plans.append(found)
@@ -209,8 +207,8 @@ class Case:
         return cut if cut == step or len(cut) > 1 else (*cut, *cut)
 
 
-def _trace(case: Case, step: Step, way: Way) -> Recorder:
-    """What an optimizer step and an evaluation allocate and free."""
+def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
+    """What an optimizer step and an evaluation allocate; the work of the step's batches, and its other work."""
     recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
@@ -246,12 +244,14 @@ def _trace(case: Case, step: Step, way: Way) -> Recorder:
                     with each_gradient(parameters, update):
                         summed.backward()
                     del summed
+                of_batches = recorder.work.copy()
             else:
                 for batch in batches:  # as in `step.gradients`, whose numbers cannot be read here
                     with recorder.category("activations"):
                         parts = objective.loss(model, batch, **options)
                         parts.sum.sum().backward()
                     recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
+                of_batches = recorder.work.copy()
                 gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
                 with recorder.category("optimizer"):
                     torch._foreach_div_(gradients, 2.0)
@@ -261,12 +261,11 @@ def _trace(case: Case, step: Step, way: Way) -> Recorder:
                 del gradients
                 for parameter in parameters.values():
                     parameter.grad = None
-            flops = recorder.flops
+            of_step = recorder.work - of_batches
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
                     objective.loss(model.eval(), _batch(case.evaluated.cut(way.parts)), **options)
-            recorder.flops = flops
-        return recorder
+        return recorder, of_batches, of_step
 
 
 def _batch(shape: Shape) -> RaggedBatch:

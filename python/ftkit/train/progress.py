@@ -27,7 +27,9 @@ class ProgressLine:
         match event["event"]:
             case "started" | "resumed":
                 self._steps = event["steps"]
-                self._say(f"{event['run']}: {event['event']}, {event['summary']}")
+                left = event.get("seconds_left")
+                time_left = "" if left is None else f", about {duration(left)}"
+                self._say(f"{event['run']}: {event['event']}, {event['summary']}{time_left}")
             case "reading":
                 self._reading(event["rows"])
             case "step":

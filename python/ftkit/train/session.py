@@ -73,6 +73,15 @@ class Session:
         rows = (self.dataset.batch([row]) for row in range(len(self.dataset)))
         return samples.examples(self.evaluation or rows, self.loaded.tokenizer, count) if count else []
 
+    def seconds_left(self, step: int) -> float | None:
+        """An estimate for the steps after `step`, by the plan; None on a GPU."""
+        if self.plan.seconds_per_step is None:
+            return None
+        training, rows = self.config.training, self.dataset.rows
+        batches = training.batch_rows * training.gradient_accumulation_steps
+        tokens = rows.tokens / len(rows) * batches * (self.steps - step)
+        return tokens * self.plan.seconds_per_step / self.plan.tokens_per_step
+
     def summary(self) -> str:
         """One line for people."""
         trained = sum(parameter.numel() for parameter in self.parameters.values())

@@ -62,7 +62,8 @@ def _start(
         events = Events(run.events, [*([listener] if listener else []), *others])
         kind = "resumed" if progress.step else "started"
         try:
-            events.emit(kind, progress.step, run=run.name, steps=made.steps, summary=made.summary())
+            told = {"run": run.name, "steps": made.steps, "summary": made.summary()}
+            events.emit(kind, progress.step, **told, seconds_left=made.seconds_left(progress.step))
             for notice in [*notices, *made.notices]:
                 events.emit("notice", progress.step, message=notice)
             asked = made.examples()

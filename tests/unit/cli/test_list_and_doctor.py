@@ -39,7 +39,8 @@ def test_doctor_tells_what_is_there() -> None:
     facts = json.loads(result.stdout)
     assert torch.__version__.startswith(facts["packages"]["torch"])
     assert facts["cores"] >= 1
-    assert facts["matmul_gflops"]["float32"] > 1
+    assert all(facts["gflops"][kind] > 1 for kind in ("float32", "bfloat16", "blocks", "attention"))
+    assert facts["memory_gigabytes_per_second"] > 0.1
     plain = CliRunner().invoke(application(), ["doctor"])
     assert facts["processor"] in plain.stdout
 
