@@ -8,8 +8,10 @@ import typer
 
 from ftkit.cli import print_json
 from ftkit.cli._run_options import with_run_options
+from ftkit.errors import GateError, InputError
 
 if TYPE_CHECKING:
+    from ftkit.config import RunConfig
     from ftkit.train.fitting import Other
     from ftkit.train.planned import Plan
 
@@ -24,18 +26,24 @@ def command(
     model_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A config.json, for a model that is not here.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run two steps for real, and hold them against the plan.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Says what a run will need before it starts: memory by category, time, and what fits.
 
     It runs the real code on tensors without memory behind them; nothing is loaded, and nothing is written. The figures
-    are those of the largest batch that the configuration allows.
+    are those of the largest batch that the configuration allows. docs/memory.md has what they assume; --verify measures
+    it on this machine (exit code 3 where a plan was too low).
 
     Examples:
 
       ftkit plan --model model.gguf --data chats.jsonl --max-tokens 2048
 
       ftkit plan run.toml --budget 8GiB
+
+      ftkit plan run.toml --verify
 
       ftkit plan --model-config config.json --device cuda:24GiB --quant nf4 --set model.dtype=bfloat16
     """
@@ -52,6 +60,14 @@ def command(
         architecture = models.config_of_file(model_config)
         overrides = {"model.source": str(model_config), "data.path": "-"} | overrides
     config = RunConfig.from_toml(config_path, overrides)
+    if verify:
+        if model_config is not None or device != "cpu":
+            raise InputError(
+                "verify: expected a model and a machine that are here, got --model-config or --device",
+                "model.device says where it runs; auto takes a GPU where there is one",
+            )
+        _verify(config, json)
+        return
     gpu = parse_device(device)
     room = gpu.bytes if gpu is not None else available_bytes()
     room = parse_bytes(config.training.budget) if config.training.budget else room
@@ -79,6 +95,34 @@ def command(
         return
     print_plan(plan)
     _print_tried(tried, others, room)
+
+
+def _verify(config: "RunConfig", json: bool) -> None:
+    """Prints what was planned beside what was measured. Raises GateError where a plan was too low."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftkit.plan.budget import written
+    from ftkit.train.verified import verify
+
+    with Console(stderr=True, quiet=json).status("running two steps of the largest batch"):
+        plan, checks = verify(config)
+    if json:
+        print_json({"way": dataclasses.asdict(plan.way), "checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("", "planned", "measured", "of the plan"):
+            table.add_column(name, justify="right" if name else "left")
+        for check in checks:
+            of = written if check.unit == "bytes" else "{:.2f} s".format
+            table.add_row(check.name, of(check.planned), of(check.measured), f"{check.measured / check.planned:.3f}")
+        Console().print(table)
+    low = [check.name for check in checks if not check.holds]
+    if low:
+        raise GateError(
+            f"expected no more than planned, got more: {', '.join(low)}",
+            "docs/memory.md says what is assumed; please report the table with ftkit doctor's output",
+        )
 
 
 def print_plan(plan: "Plan") -> None:

@@ -47,7 +47,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def written(size: int) -> str:
+def written(size: float) -> str:
     """A number of bytes as people read it, such as 1.50 GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
+from ftkit.plan.budget import written
 from ftkit.train.planned import OTHER_RESIDENT_BYTES, Case, Plan, Way
 
 _TRIES = 4
@@ -40,6 +41,18 @@ def fit(case: Case, room: int) -> list[Plan]:
             parts *= 2
         tried.append(smallest)
     return tried
+
+
+def fastest(case: Case, room: int) -> Plan:
+    """The fastest way that the memory allows. Raises InputError, with what would fit, where none does."""
+    plan = fit(case, room)[-1]
+    if plan.needed_bytes <= room:
+        return plan
+    near = others(case.config, room, lambda config: Case.of_configuration(config, case.gpu))
+    raise InputError(
+        f"training.budget: expected {written(plan.needed_bytes)} for this run at the least, got {written(room)}",
+        _hint(near),
+    )
 
 
 def _layers(case: Case) -> tuple[int, int]:
@@ -134,7 +147,7 @@ def described(way: Way) -> str:
     return ", ".join(words for words in (parts, recomputed) if words) or "as it is"
 
 
-def hint(near: list[Other]) -> str:
+def _hint(near: list[Other]) -> str:
     """What people can do where a run does not fit."""
     words = [written_settings(other.settings) for other in near]
     return "these fit: " + ", or ".join(words) if words else "a smaller model, or one in blocks of 4 bits, takes less"

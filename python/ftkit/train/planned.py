@@ -226,7 +226,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
         recorder.adopt(parameters.values(), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
-        batches = [_batch(shape) for shape in step]
+        batches = [batch_of(shape) for shape in step]
 
         def update(name: str, gradient: torch.Tensor) -> None:
             recorder.adopt([gradient], "gradients")
@@ -264,11 +264,11 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
             of_step = recorder.work - of_batches
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
-                    objective.loss(model.eval(), _batch(case.evaluated.cut(way.parts)), **options)
+                    objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts)), **options)
         return recorder, of_batches, of_step
 
 
-def _batch(shape: Shape) -> RaggedBatch:
+def batch_of(shape: Shape) -> RaggedBatch:
     """A batch of this shape; which of its tokens are trained on changes nothing."""
     flat = iter([0] * shape.trained + [UNTRAINED] * (shape.tokens - shape.trained))
     sequences = [[0] * length for length in shape.lengths]

@@ -97,10 +97,10 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     `while_reading` is called with the number of rows read so far, and may raise.
     """
     training, held_out = config.training, config.evaluation
-    torch.set_num_threads(training.threads or _threads())
+    torch.set_num_threads(training.threads or threads_of_environment())
     _core.set_threads(torch.get_num_threads())
-    device = _device(config.model.device)
-    loaded = _base(config, device)
+    device = device_of(config.model.device)
+    loaded = base_of(config, device)
     objective = plugins.load("objectives", config.objective.name)
     read = functools.partial(
         data.prepare,
@@ -132,7 +132,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         formats=models.formats(loaded.path, config.model.quant),
     )
     room = memory.room(training.budget, device)
-    plan = _fitting(case, room)
+    plan = fitting.fastest(case, room)
     if plan.way.parts > 1 or (plan.way.recomputed and training.activation_checkpointing == "auto"):
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
     loaded.model.recomputed_layers = plan.way.recomputed
@@ -208,24 +208,12 @@ def _evaluated(config: RunConfig, evaluation: data.Dataset | None) -> planned.Sh
     return dataclasses.replace(largest[0], trained=largest[-1].trained)
 
 
-def _fitting(case: planned.Case, room: int) -> planned.Plan:
-    """The fastest way that the memory allows. Raises InputError, with what would fit, where none does."""
-    plan = fitting.fit(case, room)[-1]
-    if plan.needed_bytes <= room:
-        return plan
-    near = fitting.others(case.config, room, lambda config: dataclasses.replace(case, config=config))
-    raise InputError(
-        f"training.budget: expected {written(plan.needed_bytes)} for this run at the least, got {written(room)}",
-        fitting.hint(near),
-    )
-
-
 def _mapped_bytes(loaded: models.LoadedModel) -> int:
     """The model's file, which stays mapped where it is GGUF."""
     return loaded.path.stat().st_size if loaded.path.is_file() else 0
 
 
-def _base(config: RunConfig, device: torch.device) -> models.LoadedModel:
+def base_of(config: RunConfig, device: torch.device) -> models.LoadedModel:
     """The base model. Raises InputError for a run, whose adapter would silently be left out."""
     source = models.resolve(config.model.source, config.output.runs_dir)
     if source.adapter is not None:
@@ -276,7 +264,7 @@ def _notices_of_preferences(config: RunConfig, dataset: data.Dataset) -> list[st
     return found
 
 
-def _threads() -> int:
+def threads_of_environment() -> int:
     """The threads that the environment asks for, or else the processors that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
@@ -284,7 +272,7 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device that the configuration names. Raises InputError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,21 @@
 """`ftkit plan` for machines and models that are not here."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ftkit.cli import application
+from ftkit.config import RunConfig
+from ftkit.errors import GateError, InputError
+from ftkit.train import planned
+from ftkit.train.verified import verify
+from tiny_models import GROUPED, peer
 
 pytestmark = pytest.mark.unit
 
@@ -105,3 +113,45 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         CliRunner().invoke(
             application(), ["plan", "--model-config", str(tmp_path / "config.json")], catch_exceptions=False
         )
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Words of a plan for a model that is here."""
+    peer("llama", torch.float32, sizes=GROUPED).save_pretrained(tmp_path / "model")
+    return ["--model", str(tmp_path / "model"), "--data", "-", "--max-tokens", "64"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.name": "full", "training.batch_rows": 2},
+        {"model.quant": "int8", "training.gradient_accumulation_steps": 2},
+        {"method.name": "full", "training.optimizer_in_backward": True, "training.max_gradient_norm": 0.0},
+    ],
+    ids=str,
+)
+def test_a_plan_is_held_against_real_steps(small: list[str], changes: dict[str, Any]) -> None:
+    given = {"model.source": small[1], "data.path": "-", "data.max_tokens": 64}
+    _, (tensors, process, step) = verify(RunConfig.from_toml(None, given | changes))
+    assert 0.99 <= tensors.measured / tensors.planned <= 1
+    assert process.bound
+    assert process.measured > 2 * tensors.measured
+    assert (step.unit, step.bound, step.holds) == ("seconds", False, True)
+
+
+def test_a_process_of_its_own_keeps_to_the_plan(small: list[str]) -> None:
+    words = [sys.executable, "-m", "ftkit", "plan", *small, "--verify", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert [check["measured"] <= check["planned"] for check in json.loads(done.stdout)["checks"][:2]] == [True, True]
+
+
+def test_a_plan_that_was_too_low_is_a_closed_gate(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "OTHER_RESIDENT_BYTES", 0)
+    with pytest.raises(GateError, match="expected no more than planned, got more: the process"):
+        CliRunner().invoke(application(), ["plan", *small, "--verify"], catch_exceptions=False)
+
+
+def test_a_machine_that_is_not_here_cannot_be_measured(config: Path) -> None:
+    with pytest.raises(InputError, match="expected a model and a machine that are here"):
+        CliRunner().invoke(application(), ["plan", "--model-config", str(config), "--verify"], catch_exceptions=False)
