@@ -24,9 +24,10 @@ test:
 bench *names:
     python -m bench {{ names }}
 
-# Writes the README's table of formats anew: perplexity, KL and speed of each, in a few minutes.
+# Writes the README's tables anew: formats with perplexity, KL and speed, and what fits on a GPU; in some minutes.
 tables:
     python -m bench._tables
+    python -m bench._plans
 
 # Rewrites the sources in the house's format.
 format:

@@ -1,5 +1,6 @@
 """A GGUF file stays where it is: loading copies next to nothing, and processes share its pages."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,41 @@ def test_a_file_is_loaded_at_once_and_its_pages_are_shared(smollm2: Path) -> Non
     finally:
         for process in held:
             process.communicate("")
+
+
+STREAM = """
+import os, sys
+import torch
+from ftkit import adapters, models
+from ftkit.nn.batch import RaggedBatch
+from ftkit.objectives import sft
+from ftkit.quant.gguf import stream
+from test_mapped_pages import file_pages
+from pathlib import Path
+
+batch = RaggedBatch.pack([list(range(100, 150))], targets=[list(range(101, 151))], adapter=0)
+found = []
+for streamed in (False, True):
+    model = models.load(sys.argv[1], quant="gguf").model
+    adapters.attach(model, "lora", {}, 0, 0)
+    model.train()
+    if streamed:
+        stream(linear.weight for linear in model.linears().values())
+    loss = sft.loss(model, batch).sum.sum()
+    loss.backward()
+    gradients = [parameter.grad for parameter in adapters.trainable(model, 0).values()]
+    found.append((float(loss), gradients, file_pages(os.getpid(), Path(sys.argv[1]))[0]))
+    del model, loss
+same = all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+print(found[0][0] == found[1][0] and same, found[0][2], found[1][2])
+"""
+
+
+def test_a_streamed_file_is_let_go_and_gives_the_same_bits(smollm2: Path) -> None:
+    words = [sys.executable, "-c", STREAM, str(smollm2)]
+    place = {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | place)
+    same, held, streamed = done.stdout.split()
+    assert same == "True"
+    assert int(held) > 0.7 * smollm2.stat().st_size
+    assert int(streamed) < 0.1 * smollm2.stat().st_size

@@ -9,13 +9,18 @@ that are asked for, a product a few rows at a time.
 Block formats are those of `ftkit list quant`; a row of W is a row of whole blocks.
 """
 
+import ctypes
+import mmap
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ftkit import _core
 from ftkit.errors import InputError
 from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed, dequantize
-from ftkit.nn.linear import GroupOffsets, frozen_matmul
+from ftkit.nn.linear import GroupOffsets, Weight, frozen_matmul
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 _OFFSETS = {"q4_1": 2, "q5_1": 2}
@@ -38,6 +43,7 @@ class GgufWeight(nn.Module):
             raise InputError(f"{kind}: expected rows of whole blocks of {nbytes} bytes, got {blocks.shape[1]} bytes")
         self.kind, self.dtype = kind, dtype
         self.columns = blocks.shape[1] // nbytes * size
+        self.mapped, self.streamed = mapped, False
         self._offsets: Tensor | None = None
         if mapped:
             self.blocks = blocks
@@ -56,11 +62,24 @@ class GgufWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        return frozen_matmul(x, self, lambda x: block_matmul(x, self.kind, self.blocks))
+        return frozen_matmul(x, self, lambda x: self._let_go(block_matmul(x, self.kind, self.blocks)))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        return block_matmul_transposed(dy, self.kind, self.blocks)
+        return self._let_go(block_matmul_transposed(dy, self.kind, self.blocks))
+
+    def _let_go(self, product: Tensor) -> Tensor:
+        """The product; where the weight is streamed, its pages go: the file has them."""
+        if self.streamed:
+            self.let_go()
+        return product
+
+    def let_go(self) -> None:
+        """Gives the pages of mapped blocks back to the system; the file has them."""
+        address, page = self.blocks.data_ptr(), mmap.PAGESIZE
+        start, end = -(-address // page) * page, (address + self.blocks.nbytes) // page * page
+        if self.mapped and end > start:  # of other memory the values would be gone
+            _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W by their numbers, i32 or i64 [T], to [T, in]."""
@@ -103,3 +122,15 @@ class GgufWeight(nn.Module):
         blocks = torch.empty_like(self.blocks)
         _core.quantize(self.kind, dense.detach().float().contiguous(), blocks)
         return GgufWeight(blocks, self.kind, self.dtype)
+
+
+def stream(weights: Iterable[Weight]) -> None:
+    """Lets go of each mapped matrix after every product with it, so that a model takes little more memory than its
+    largest matrix, however large it is; the system reads the file again as far as it has no room to remember it."""
+    for weight in weights:
+        if isinstance(weight, GgufWeight) and weight.mapped and _madvise is not None:
+            weight.streamed = True
+            weight.let_go()
+
+
+_madvise: Any = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None

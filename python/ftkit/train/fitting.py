@@ -1,9 +1,11 @@
 """Finds the fastest way to a run's update that its memory allows, and, where there is none, what else would fit.
 
 Cutting batches apart costs least: rows that are long enough multiply at the same speed one by one. Then layers are
-recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go.
+recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go. At last the
+matrices of a GGUF file are not kept in memory, but read for each product.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -40,6 +42,8 @@ def fit(case: Case, room: int) -> list[Plan]:
                 return tried
             parts *= 2
         tried.append(smallest)
+    if case.can_stream and tried[-1].needed_bytes > room:
+        tried.append(case.plan(dataclasses.replace(tried[-1].way, streamed=True)))
     return tried
 
 
@@ -116,7 +120,8 @@ def _other(
 ) -> Other | None:
     try:
         case = case_of(config.changed(settings))
-        plan = case.plan(Way(recomputed=_layers(case)[1], parts=case.most_parts))
+        way = Way(recomputed=_layers(case)[1], parts=case.most_parts, streamed=case.can_stream)
+        plan = case.plan(way)
     except InputError:  # these settings do not go together
         return None
     return Other(settings=dict(settings), plan=plan) if plan.needed_bytes <= room else None
@@ -131,6 +136,8 @@ def _changes(config: RunConfig) -> Iterator[dict[str, object]]:
         yield {"optimizer.name": "adamw8bit"}
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
+    if config.model.quant == "none" and config.method.name != "full" and config.model.source.endswith(".gguf"):
+        yield {"model.quant": "gguf"}
     if config.model.quant == "none" and config.method.name != "full":
         yield {"model.quant": "nf4"}
     if config.method.name == "full":
@@ -144,7 +151,8 @@ def described(way: Way) -> str:
     """How an update is computed, for people."""
     parts = f"batches are cut into {way.parts} parts" if way.parts > 1 else ""
     recomputed = f"{way.recomputed} layers are recomputed in the backward pass" if way.recomputed else ""
-    return ", ".join(words for words in (parts, recomputed) if words) or "as it is"
+    streamed = "matrices are read from their file for each product" if way.streamed else ""
+    return ", ".join(words for words in (parts, recomputed, streamed) if words) or "as it is"
 
 
 def _hint(near: list[Other]) -> str:

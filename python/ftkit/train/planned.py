@@ -2,22 +2,23 @@
 
 The whole model is traced, layer after layer. A line through models of three and four layers mostly gives the same peak,
 but says too little where the peak moves (gradients and optimizer grow with each layer, the head's losses do not: 4 % in
-a case of 30 layers), and an allocator's replay needs every event. For a GPU the operations are the references, and the
+a case of 30 layers), and an allocator's replay needs every event. For a GPU the operations are torch's own, and the
 trace is replayed by the rules of torch's allocator there.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftkit import adapters, kernels, models, optim, plugins
+from ftkit import _core, adapters, kernels, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
-from ftkit.nn.decoder import DecoderConfig
+from ftkit.nn.decoder import DecoderConfig, shapes
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
@@ -45,6 +46,8 @@ class Way:
     """Layers, from the first on, whose activations are recomputed in the backward pass."""
     parts: int = 1
     """What a batch is cut into; one goes through the model after the other."""
+    streamed: bool = False
+    """Whether matrices are read from their file for each product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +199,19 @@ class Case:
         return max(plans, key=lambda plan: plan.needed_bytes)
 
     @property
+    def can_stream(self) -> bool:
+        """Whether matrices are multiplied with where they stand in their file."""
+        return self.config.model.quant == "gguf" and self.mapped_bytes > 0
+
+    @property
+    def _streamed_bytes(self) -> int:
+        """Of the largest matrix and the next, in their file."""
+        sides = dict(shapes(self.architecture))
+        block = {name: nbytes / size for name, size, nbytes in _core.quant_formats()}
+        sizes = [int(math.prod(sides[name]) * block[kind]) for name, kind in self.formats.items()]
+        return 2 * max(sizes, default=0)
+
+    @property
     def most_parts(self) -> int:
         """What the batches can be cut into."""
         if self.config.training.optimizer_in_backward:
@@ -213,7 +229,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode(), kernels.pinned("reference") if case.gpu is not None else contextlib.nullcontext():
+    with FakeTensorMode(), kernels.pinned("fused,sdpa") if case.gpu is not None else contextlib.nullcontext():
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         model.recomputed_layers = way.recomputed

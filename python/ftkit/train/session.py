@@ -15,6 +15,7 @@ from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.plan.budget import written
+from ftkit.quant.gguf import stream
 from ftkit.train import fitting, lock, memory, planned, samples
 from ftkit.train.step import Loss
 
@@ -133,7 +134,9 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     )
     room = memory.room(training.budget, device)
     plan = fitting.fastest(case, room)
-    if plan.way.parts > 1 or (plan.way.recomputed and training.activation_checkpointing == "auto"):
+    if plan.way.streamed:
+        stream(linear.weight for linear in loaded.model.linears().values())
+    if plan.way.parts > 1 or plan.way.streamed or (plan.way.recomputed and training.activation_checkpointing == "auto"):
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
     loaded.model.recomputed_layers = plan.way.recomputed
     loaded.model.train()

@@ -13,6 +13,7 @@ import torch
 from ftkit import adapters, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.plan.budget import Gpu
+from ftkit.quant.gguf import stream
 from ftkit.train import fitting, memory, planned, session
 from ftkit.train.planned import Case, Plan
 from ftkit.train.step import clear, gradients, means, step_in_backward
@@ -51,6 +52,8 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
     model = session.base_of(config, device).model
     adapters.attach(model, config.method.name, config.method.options, config.training.seed, session.ADAPTER)
     model.recomputed_layers = plan.way.recomputed
+    if plan.way.streamed:
+        stream(linear.weight for linear in model.linears().values())
     parameters = adapters.trainable(model, session.ADAPTER)
     optimizer = optim.build(config.optimizer, parameters)
     batch = planned.batch_of(case.steps[0][0]).to(device)
