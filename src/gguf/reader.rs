@@ -99,6 +99,18 @@ impl File {
         // an entry of another file gives what this file has there, at most nothing
         tensor.offset.checked_add(tensor.nbytes).and_then(|end| self.map.get(tensor.offset..end)).unwrap_or(&[])
     }
+
+    /// Gives the pages of a tensor's bytes back to the system, which reads them again when they are asked for.
+    pub fn let_go(&self, tensor: &TensorInfo) {
+        #[cfg(unix)]
+        if !self.data(tensor).is_empty() {
+            // SAFETY: nobody writes to the map, so what is read again from the file is what was there.
+            let advised = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, tensor.offset, tensor.nbytes)
+            };
+            drop(advised); // where the system doesn't take advice, it keeps the pages
+        }
+    }
 }
 
 /// Reads everything before the tensor data and checks that all tensor data is there.

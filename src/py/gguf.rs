@@ -102,15 +102,16 @@ impl GgufFile {
         let tensor = self.tensor(name)?;
         let (kind, blocks) = (tensor.kind, self.file.data(tensor));
         let size = quant::TASK_VALUES / kind.block_size() * kind.block_bytes();
-        py.detach(|| {
+        let checked = py.detach(|| {
             blocks.par_chunks(size).enumerate().try_for_each(|(task, blocks)| {
                 let mut values = [0.0; quant::TASK_VALUES];
                 let values = &mut values[..blocks.len() / kind.block_bytes() * kind.block_size()];
                 kind.dequantize(blocks, values);
                 quant::check_finite(values, task * quant::TASK_VALUES)
             })
-        })
-        .map_err(|error| self.about(tensor, error))
+        });
+        self.file.let_go(tensor); // whoever uses the tensor maps the file on their own
+        checked.map_err(|error| self.about(tensor, error))
     }
 
     fn __repr__(&self) -> String {

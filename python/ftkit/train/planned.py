@@ -189,7 +189,7 @@ class Case:
                 way=way,
                 peak_bytes=peak.bytes,
                 by_category=peak.by_category,
-                mapped_bytes=self.mapped_bytes,
+                mapped_bytes=self._streamed_bytes if way.streamed else self.mapped_bytes,
                 shape=max(step, key=lambda shape: shape.tokens),
                 seconds_per_step=seconds,
                 tokens_per_step=sum(shape.tokens for shape in step) * batches // len(step),

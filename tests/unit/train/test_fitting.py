@@ -69,6 +69,16 @@ def test_what_was_asked_for_is_not_changed(case: Case, asked: bool | int, layers
     assert {plan.way.recomputed for plan in fitting.fit(dataclasses.replace(case, config=config), 0)} == {layers}
 
 
+def test_at_last_a_gguf_file_is_read_for_each_product(case: Case) -> None:
+    config, formats = case.config.changed({"model.quant": "gguf"}), {"model.layers.0.mlp.up_proj.weight": "q8_0"}
+    case = dataclasses.replace(case, config=config, mapped_bytes=1 << 30, formats=formats)
+    *others, last = fitting.fit(case, 1 << 30)
+    assert not any(plan.way.streamed for plan in others)
+    assert last.way == dataclasses.replace(others[-1].way, streamed=True)
+    assert last.mapped_bytes == 2 * 48 * 32 * 34 // 32  # of the matrix that there is, and one as large
+    assert last.needed_bytes < case.plan(dataclasses.replace(last.way, streamed=False)).needed_bytes
+
+
 def test_others_change_what_is_learned_as_little_as_it_takes(settings: Settings) -> None:
     table = settings(method__name="full", data__max_tokens=512)
     config = RunConfig.from_toml(None, {k: v for k, v in table.items() if k not in ("method.rank", "method.dropout")})
