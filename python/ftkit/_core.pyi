@@ -307,6 +307,9 @@ class PreparedData:
     @property
     def statistics(self) -> dict[str, int]:
         """Counts: rows, bad_rows, truncated_rows, split_rows, masked_rows, duplicate_rows, sequences, tokens, …"""
+    @property
+    def tasks(self) -> list[str]:
+        """The names of tasks, in the order of their numbers; empty when they were not asked for."""
     def lengths(self) -> list[int]:
         """The sequences' lengths, in tokens."""
     def sequence(self, index: int) -> tuple[list[int], list[bool]]:
@@ -361,11 +364,14 @@ def prepare_data(
     mapping: dict[str, str] | None = None,
     train_on: str = "assistant",
     long_rows: str = "truncate",
+    tasks: bool = False,
     skip_bad_rows: int = 0,
     cache: str | PathLike[str],
     progress: Callable[[int], None] | None = None,
 ) -> PreparedData:
     """Prepares a dataset below `cache`, or opens what an equal call has prepared; `progress` gets the rows so far.
+
+    `tasks`: every row names its task in a column `task`.
 
     Raises InputError for sources that cannot be read, more bad rows than allowed, or nothing left to train on.
     """

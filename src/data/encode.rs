@@ -55,7 +55,7 @@ pub(super) struct Tokens {
     pub trained: Vec<bool>,
     /// Where it may be cut.
     pub turn_ends: Vec<usize>,
-    /// Its task: 1 for an answer that is not wanted.
+    /// Its task: 1 for an answer that is not wanted, and for a rationale.
     pub task: u32,
 }
 
@@ -70,8 +70,14 @@ pub(super) struct Outcome {
     pub truncated: bool,
     /// It became several units.
     pub split: bool,
+    /// It is a pair of a chosen and a rejected answer.
+    pub pair: bool,
+    /// It is an answer and its rationale.
+    pub explained: bool,
     /// Whether its answer is wanted, where the row says so.
     pub wanted: Option<bool>,
+    /// What the row calls its task, where that is asked for.
+    pub task: Option<String>,
 }
 
 impl Encoder {
@@ -81,9 +87,11 @@ impl Encoder {
     /// What the template or the loss mask has against it.
     pub(super) fn encode(&self, example: &Example) -> Result<Outcome> {
         let wanted = if let Example::Labelled { wanted, .. } = example { Some(*wanted) } else { None };
-        let whole = wanted.is_some() || matches!(example, Example::Preference { .. });
+        let pair = matches!(example, Example::Preference { .. });
+        let explained = matches!(example, Example::Tasks(_));
+        let whole = wanted.is_some() || pair || explained;
         let outcome = self.cut(self.sequences(example)?, matches!(example, Example::Text(_)), whole);
-        Ok(Outcome { wanted, ..outcome })
+        Ok(Outcome { wanted, pair, explained, ..outcome })
     }
 
     fn sequences(&self, example: &Example) -> Result<Vec<Tokens>> {
@@ -100,6 +108,13 @@ impl Encoder {
             Example::Preference { chosen, rejected, tools } => {
                 let rejected = self.answer(rejected, tools.as_ref())?;
                 vec![self.answer(chosen, tools.as_ref())?, Tokens { task: UNWANTED, ..rejected }]
+            }
+            Example::Tasks(examples) => {
+                let mut all = Vec::new();
+                for (task, example) in (0..).zip(examples) {
+                    all.extend(self.sequences(example)?.into_iter().map(|sequence| Tokens { task, ..sequence }));
+                }
+                all
             }
             Example::Labelled { answer, wanted } => {
                 let mut sequences = self.sequences(answer)?;

@@ -45,6 +45,7 @@ impl PreparedData {
             ("pairs", counts.pairs),
             ("labelled", counts.labelled),
             ("wanted", counts.wanted),
+            ("explained", counts.explained),
             ("chosen_tokens", counts.chosen_tokens),
             ("rejected_tokens", counts.rejected_tokens),
             ("sequences", counts.sequences),
@@ -55,6 +56,11 @@ impl PreparedData {
             table.set_item(name, count)?;
         }
         Ok(table)
+    }
+
+    #[getter]
+    fn tasks(&self) -> Vec<String> {
+        self.cache.tasks.clone()
     }
 
     fn lengths(&self) -> Vec<u32> {
@@ -170,7 +176,7 @@ impl PackedRows {
 /// Prepares a dataset, or opens what an equal call has prepared.
 #[pyfunction]
 #[pyo3(signature = (paths, tokenizer, template, *, max_tokens, schema=None, mapping=None, train_on="assistant",
-                    long_rows="truncate", skip_bad_rows=0, cache, progress=None))]
+                    long_rows="truncate", tasks=false, skip_bad_rows=0, cache, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keywords of a Python function")]
 fn prepare_data(
     py: Python<'_>,
@@ -182,6 +188,7 @@ fn prepare_data(
     mapping: Option<BTreeMap<String, String>>,
     train_on: &str,
     long_rows: &str,
+    tasks: bool,
     skip_bad_rows: u64,
     cache: PathBuf,
     progress: Option<Py<PyAny>>,
@@ -190,6 +197,7 @@ fn prepare_data(
         paths,
         schema: schema.map(str::parse).transpose()?,
         mapping: mapping.unwrap_or_default(),
+        tasks,
         skip_bad_rows,
         cache,
     };

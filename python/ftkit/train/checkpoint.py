@@ -48,6 +48,8 @@ class Progress:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     peak_bytes: int = 0
+    held_out: list[list[float]] = dataclasses.field(default_factory=list)
+    """The tasks' losses on held-out rows in each step, where the objective follows them."""
 
 
 def save(

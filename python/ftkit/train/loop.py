@@ -121,6 +121,11 @@ class Loop:
         torch.manual_seed(_step_seed(training.seed, progress.step))
         batches = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
         start = time.perf_counter()
+        if session.tasks is not None:
+            lacking = session.tasks.warning(progress.step + 1, batches)
+            if lacking is not None:
+                self._warn(lacking)
+            batches = session.tasks.balance(batches, progress, session.loss, session.loaded.model)
         clear(session.parameters)
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
         largest = (

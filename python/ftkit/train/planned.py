@@ -58,7 +58,8 @@ class Shape:
         """Full rows, each one sequence, pair or group, all trained: nothing that is allowed needs more."""
         training = config.training
         objective = plugins.load("objectives", config.objective.name)
-        sequences = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
+        two = objective.PAIRS or getattr(objective, "EXPLAINED", False)
+        sequences = getattr(objective, "TOGETHER", 2 if two else 1)
         lengths = (config.data.max_tokens,) * (training.batch_rows * sequences)
         return cls(lengths=lengths, trained=sum(lengths), accumulated=training.gradient_accumulation_steps)
 
@@ -205,7 +206,8 @@ def _trace(
         recorder.adopt(parameters.values(), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
-        batches = [_batch(shape) for _ in range(min(shape.accumulated, 2))]
+        tasks = hasattr(objective, "balanced")
+        batches = [_batch(shape, tasks) for _ in range(min(shape.accumulated, 2))]
 
         def update(name: str, gradient: torch.Tensor) -> None:
             recorder.adopt([gradient], "gradients")
@@ -241,14 +243,15 @@ def _trace(
             flops = recorder.flops
             if config.evaluation.enabled:
                 with torch.no_grad(), recorder.category("activations"):
-                    objective.loss(model.eval(), _batch(shape), **options)
+                    objective.loss(model.eval(), _batch(shape, tasks), **options)
             recorder.flops = flops
         return recorder
 
 
-def _batch(shape: Shape) -> RaggedBatch:
+def _batch(shape: Shape, tasks: bool) -> RaggedBatch:
     """A batch of this shape; which of its tokens are trained on changes nothing."""
     flat = iter([0] * shape.trained + [UNTRAINED] * (sum(shape.lengths) - shape.trained))
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
-    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=[0] * len(sequences))
+    zeros = [0] * len(sequences)
+    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=zeros, task=zeros if tasks else None)

@@ -16,6 +16,7 @@ from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.train import lock, planned, samples
 from ftkit.train.step import Loss
+from ftkit.train.tasks import Tasks
 
 _TRACED = 4
 """Batches that are planned exactly, when it isn't plain which one is the worst."""
@@ -38,6 +39,8 @@ class Session:
     lock: lock.Lock
     notices: Sequence[str]
     plan: planned.Plan
+    tasks: Tasks | None = None
+    """Of an objective that balances several."""
 
     def feed(self, start: int) -> Iterator[RaggedBatch]:
         """The training batches, pass after pass, from the `start`-th on."""
@@ -97,12 +100,15 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         pairs=objective.PAIRS,
         labelled=getattr(objective, "LABELLED", False),
         together=getattr(objective, "TOGETHER", 1),
+        explained=getattr(objective, "EXPLAINED", False),
+        tasks=getattr(objective, "TASKS", False),
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)
     notices = _notices(dataset, "data")
     if held_out.path is not None:
         evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
+        evaluation = evaluation.with_tasks(dataset.tasks) if dataset.tasks else evaluation
         notices += _notices(evaluation, "evaluation")
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
@@ -117,6 +123,11 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     batches = None
     if evaluation is not None:
         batches = [batch.to(device) for batch in evaluation.batches(training.batch_rows, passes=1)]
+    balanced = None
+    if dataset.tasks:
+        options |= {"names": dataset.tasks}
+        balanced = Tasks(config, objective, dataset.tasks, batches)
+        batches = balanced.held_out
     made_of = {
         "base": loaded.fingerprint,
         "data": dataset.fingerprint,
@@ -134,6 +145,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         steps=steps,
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
         notices=notices,
+        tasks=balanced,
         plan=planned.plan(
             config,
             loaded.config,
