@@ -39,8 +39,8 @@ pub struct Sequence {
     pub unit: u32,
     /// Its task: 1 for an answer that is not wanted, and for a rationale; or the number of its name in [`Cache::tasks`].
     pub task: u32,
-    /// Nothing; the entry's size is a multiple of its largest field.
-    pub unused: u32,
+    /// How many tokens it has in common with its unit's first sequence, all before the first that predicts one it learns.
+    pub shared: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -179,8 +179,14 @@ impl Writer {
             let tokens: Vec<u32> = pairs.map(|(&id, &trained)| id | if trained { TRAINED } else { 0 }).collect();
             let length =
                 u32::try_from(tokens.len()).map_err(|_| Error::input("a sequence of more than 2^32 tokens"))?;
-            let task = sequence.task;
-            let entry = Sequence { start: self.written, content, length, unit: self.units, task, unused: 0 };
+            let entry = Sequence {
+                start: self.written,
+                content,
+                length,
+                unit: self.units,
+                task: sequence.task,
+                shared: sequence.shared,
+            };
             self.tokens.write(bytemuck::cast_slice(&tokens))?;
             self.index.write(bytemuck::bytes_of(&entry))?;
             self.written += u64::from(length);

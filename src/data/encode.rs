@@ -57,6 +57,8 @@ pub(super) struct Tokens {
     pub turn_ends: Vec<usize>,
     /// Its task: 1 for an answer that is not wanted, and for a rationale.
     pub task: u32,
+    /// How many tokens it has in common with the first of its unit, all before the first that predicts one it learns.
+    pub shared: u32,
 }
 
 /// What an example became.
@@ -152,7 +154,7 @@ impl Encoder {
         train_on: TrainOn,
     ) -> Result<Tokens> {
         let encoded = encode_conversation(self.template()?, &self.tokenizer, &talk(messages, tools), train_on)?;
-        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends, task: 0 })
+        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends, ..Tokens::default() })
     }
 
     /// A text that goes on: the end-of-sequence token is trained, so that the model learns to stop.
@@ -170,7 +172,7 @@ impl Encoder {
         ids.extend(self.tokenizer.encode(completion, Specials::Literal)?);
         ids.push(end);
         let trained = (0..ids.len()).map(|index| index >= first).collect();
-        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids, task: 0 })
+        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids, ..Tokens::default() })
     }
 
     fn template(&self) -> Result<&Template> {
@@ -195,7 +197,8 @@ impl Encoder {
             outcome.truncated = true;
             vec![sequences.into_iter().map(|sequence| sequence.truncated(self.max_tokens, anywhere)).collect()]
         };
-        outcome.units = units.into_iter().filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
+        let units = units.into_iter().map(|unit| if whole { with_shared(unit) } else { unit });
+        outcome.units = units.filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
         outcome
     }
 }
@@ -221,8 +224,21 @@ impl Tokens {
             trained: trained.to_vec(),
             turn_ends: Vec::new(),
             task: self.task,
+            shared: 0,
         })
     }
+}
+
+/// The sequences of a unit, each with the number of tokens that it has in common with the first.
+fn with_shared(mut unit: Vec<Tokens>) -> Vec<Tokens> {
+    if let Some((first, others)) = unit.split_first_mut() {
+        for other in others {
+            let alike = first.ids.iter().zip(&other.ids).take_while(|(a, b)| a == b).count();
+            let learnt = other.trained.iter().skip(1).position(|&trained| trained).unwrap_or(0);
+            other.shared = u32::try_from(alike.min(learnt)).unwrap_or(0);
+        }
+    }
+    unit
 }
 
 fn talk(messages: &[serde_json::Value], tools: Option<&serde_json::Value>) -> Conversation {

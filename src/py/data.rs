@@ -77,7 +77,7 @@ impl PreparedData {
         Ok(self.cache.tokens(sequence).unzip())
     }
 
-    #[pyo3(signature = (room, seed, held_out, together=1))]
+    #[pyo3(signature = (room, seed, held_out, together=1, share=false))]
     fn split(
         &self,
         py: Python<'_>,
@@ -85,8 +85,9 @@ impl PreparedData {
         seed: u64,
         held_out: f64,
         together: usize,
+        share: bool,
     ) -> (PackedRows, Option<PackedRows>) {
-        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out, together));
+        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out, together, share));
         (PackedRows { part: train }, evaluation.map(|part| PackedRows { part }))
     }
 }
@@ -125,6 +126,11 @@ impl PackedRows {
     #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
     fn lengths(&self, rows: Vec<usize>) -> PyResult<Vec<u32>> {
         Ok(self.part.lengths(&rows)?)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
+    fn shared(&self, rows: Vec<usize>) -> PyResult<Vec<u32>> {
+        Ok(self.part.shared(&rows)?)
     }
 
     fn trained(&self, py: Python<'_>, rows: Vec<usize>) -> PyResult<usize> {

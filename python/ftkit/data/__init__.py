@@ -75,6 +75,7 @@ class Dataset:
         self.rows.write(rows, ids, targets, positions, cu_seqlens, group, task)
         if self.numbers is not None:
             task = torch.tensor(self.numbers, dtype=torch.int32)[task.long()]
+        shared = tuple(self.rows.shared(rows))
         return RaggedBatch(
             tokens=ids,
             targets=targets,
@@ -85,6 +86,7 @@ class Dataset:
             adapter=torch.zeros(sequences, dtype=torch.int32),
             host_lengths=tuple(self.rows.lengths(rows)),
             host_adapter=(0,) * sequences,
+            shared=shared if any(shared) else (),
         )
 
 
@@ -135,6 +137,7 @@ def prepare(
     together: int = 1,
     explained: bool = False,
     tasks: bool = False,
+    share: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The dataset packed into rows of `config.max_tokens`, and the share `split` of it that is held out.
@@ -142,14 +145,15 @@ def prepare(
     Equal rows are on the same side. `pairs`: every row has a chosen and a rejected answer (True), none has (False), or
     any may have (None); `labelled`: a row may also have one answer, and say whether it is wanted. `together`: answers
     that follow one another in the files and stay in one group, so that every group has those of several rows.
-    `explained`: every row is a label and a rationale; `tasks`: every row names its task. Raises InputError for data
-    that cannot be used, or too little to hold any out.
+    `explained`: every row is a label and a rationale; `tasks`: every row names its task. `share`: what both
+    answers of a pair begin with is in the batch once. Raises InputError for data that cannot be used, or too little to
+    hold any out.
     """
     prepared = encode(config, tokenizer, template, tasks=tasks, progress=progress)
     if pairs is not None:
         _check_answers(prepared.statistics, pairs, labelled)
         _check_explained(prepared.statistics, explained)
-    training, held_out = prepared.split(config.max_tokens, seed, split, together)
+    training, held_out = prepared.split(config.max_tokens, seed, split, together, share)
     if not len(training):
         raise InputError(
             f"evaluation.split: expected rows to train on beside those held out, got {len(prepared)} in all",

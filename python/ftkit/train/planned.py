@@ -50,6 +50,8 @@ class Shape:
     """Targets that are trained on in it."""
     accumulated: int = 1
     """Batches of an optimizer step."""
+    shared: tuple[int, ...] = ()
+    """As in `RaggedBatch`."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -254,4 +256,6 @@ def _batch(shape: Shape, tasks: bool) -> RaggedBatch:
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
     zeros = [0] * len(sequences)
-    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=zeros, task=zeros if tasks else None)
+    return RaggedBatch.pack(
+        sequences, targets=targets, adapter=_ADAPTER, group=zeros, task=zeros if tasks else None, shared=shape.shared
+    )

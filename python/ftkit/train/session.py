@@ -102,6 +102,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         together=getattr(objective, "TOGETHER", 1),
         explained=getattr(objective, "EXPLAINED", False),
         tasks=getattr(objective, "TASKS", False),
+        share=objective.PAIRS and not getattr(objective, "LABELLED", False),
         progress=while_reading,
     )
     dataset, evaluation = read(config.data, split=held_out.split)
@@ -166,6 +167,7 @@ def _largest(config: RunConfig, dataset: data.Dataset, steps: int) -> list[plann
     found = [
         planned.Shape(
             lengths=tuple(dataset.rows.lengths(rows)),
+            shared=tuple(dataset.rows.shared(rows)),
             trained=dataset.rows.trained(rows),
             accumulated=accumulated,
             rows=tuple(rows),
