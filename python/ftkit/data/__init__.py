@@ -54,16 +54,20 @@ class Dataset:
         return replace(self, tasks=tuple(names), numbers=tuple(names.index(name) for name in self.tasks))
 
     def batches(self, batch_rows: int, *, start: int = 0, passes: int | None = None) -> Iterator[RaggedBatch]:
-        """Batches of `batch_rows` rows, pass after pass (without end when `passes` is None), from the `start`-th on.
+        """Batches of `batch_rows` rows, pass after pass (without end when `passes` is None), from the `start`-th on."""
+        return (self.batch(rows) for rows in self.portions(batch_rows, start=start, passes=passes))
 
-        The last batch of a pass may have fewer rows. Which rows are in the i-th batch depends on the seed only.
+    def portions(self, batch_rows: int, *, start: int = 0, passes: int | None = None) -> Iterator[list[int]]:
+        """The rows of each of these batches.
+
+        The last batch of a pass may have fewer. Which rows are in the i-th one depends on the seed only.
         """
         a_pass = -(-len(self) // batch_rows)
         number, first = divmod(start, a_pass)
         while passes is None or number < passes:
             order = self.rows.order(self.seed, number)
             for index in range(first, a_pass):
-                yield self.batch(order[index * batch_rows : (index + 1) * batch_rows])
+                yield order[index * batch_rows : (index + 1) * batch_rows]
             number, first = number + 1, 0
 
     def batch(self, rows: list[int]) -> RaggedBatch:

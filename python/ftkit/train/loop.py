@@ -58,7 +58,7 @@ class Loop:
         if progress.step == 0 and evaluate_every:
             self._tell_evaluation(self._evaluate(), best=False)
         while progress.step < session.steps:
-            if self._stop.requested:
+            if any(session.processes.exchange(self._stop.requested)):
                 self._interrupt()
             self._step()
             done = progress.step == session.steps
@@ -79,12 +79,13 @@ class Loop:
         session, progress = self.session, self.progress
         if self._saved == progress.step > 0:
             return  # writing the same again could only lose it
-        path = checkpoint.save(
-            self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
-        )
-        checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
         self._saved = progress.step
-        self._events.emit("checkpoint", progress.step, path=str(path))
+        if session.processes.first:
+            path = checkpoint.save(
+                self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
+            )
+            checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
+            self._events.emit("checkpoint", progress.step, path=str(path))
 
     def _rehearse(self) -> None:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
@@ -118,8 +119,9 @@ class Loop:
 
     def _step(self) -> None:
         session, progress, training = self.session, self.progress, self.session.config.training
-        torch.manual_seed(_step_seed(training.seed, progress.step))
-        batches = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
+        torch.manual_seed(_step_seed(training.seed, progress.step, session.processes.rank))
+        portions = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
+        batches = [session.batch(rows) for rows in session.processes.part(portions)]
         start = time.perf_counter()
         if session.tasks is not None:
             lacking = session.tasks.warning(progress.step + 1, batches)
@@ -129,8 +131,8 @@ class Loop:
         clear(session.parameters)
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
         largest = (
-            max(batch.tokens.numel() for batch in batches),
-            max(int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None),
+            max((batch.tokens.numel() for batch in batches), default=0),
+            max((int((batch.targets != UNTRAINED).sum()) for batch in batches if batch.targets is not None), default=0),
         )
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
@@ -140,7 +142,12 @@ class Loop:
                 outcome = step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
             else:
                 outcome = gradients(
-                    session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room
+                    session.loss,
+                    session.parameters,
+                    batches,
+                    training.max_gradient_norm,
+                    self._make_room,
+                    session.processes,
                 )
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
             if warning is None and not in_backward:
@@ -159,7 +166,7 @@ class Loop:
             clear(session.parameters)
         seconds = time.perf_counter() - start
         progress.step += 1
-        progress.batches += len(batches)
+        progress.batches += len(portions)
         progress.tokens += outcome.tokens
         progress.trained_tokens += outcome.trained_tokens
         progress.seconds += seconds
@@ -193,7 +200,8 @@ class Loop:
         assert session.evaluation is not None
         session.loaded.model.eval()
         try:
-            return means(session.loss, session.evaluation)
+            mine = session.evaluation[session.processes.rank :: session.processes.size]
+            return means(session.loss, mine, session.processes)
         finally:
             session.loaded.model.train()
 
@@ -241,6 +249,7 @@ class Loop:
         self._events.emit("warning", self.progress.step, **dataclasses.asdict(warning))
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for the randomness of one step, such as dropout."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the randomness of one step, such as dropout, in one process."""
+    told = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") >> 1

@@ -15,6 +15,7 @@ from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.train import lock, planned, samples
+from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.tasks import Tasks
 
@@ -39,17 +40,21 @@ class Session:
     lock: lock.Lock
     notices: Sequence[str]
     plan: planned.Plan
+    processes: Processes = ALONE
     tasks: Tasks | None = None
     """Of an objective that balances several."""
 
-    def feed(self, start: int) -> Iterator[RaggedBatch]:
-        """The training batches, pass after pass, from the `start`-th on."""
-        batches = self.dataset.batches(self.config.training.batch_rows, start=start)
-        return (batch.to(self.device) for batch in batches)
+    def feed(self, start: int) -> Iterator[list[int]]:
+        """The rows of the training batches, pass after pass, from the `start`-th on."""
+        return self.dataset.portions(self.config.training.batch_rows, start=start)
+
+    def batch(self, rows: list[int]) -> RaggedBatch:
+        """A training batch."""
+        return self.dataset.batch(rows).to(self.device)
 
     def worst(self) -> RaggedBatch:
         """The batch that needs most memory."""
-        return self.dataset.batch(list(self.plan.shape.rows)).to(self.device)
+        return self.batch(list(self.plan.shape.rows))
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
@@ -81,7 +86,7 @@ class Session:
         )
 
 
-def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
+def build(config: RunConfig, while_reading: Callable[[int], None], processes: Processes = ALONE) -> Session:
     """Loads the model, prepares the data, attaches the adapter. Writes nothing but the data's cache.
 
     `while_reading` is called with the number of rows read so far, and may raise.
@@ -105,10 +110,11 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         share=objective.PAIRS and not getattr(objective, "LABELLED", False),
         progress=while_reading,
     )
-    dataset, evaluation = read(config.data, split=held_out.split)
+    dataset, evaluation = processes.one_after_the_first(lambda: read(config.data, split=held_out.split))
     notices = _notices(dataset, "data")
     if held_out.path is not None:
-        evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
+        elsewhere = dataclasses.replace(config.data, path=held_out.path)
+        evaluation, _ = processes.one_after_the_first(lambda: read(elsewhere))
         evaluation = evaluation.with_tasks(dataset.tasks) if dataset.tasks else evaluation
         notices += _notices(evaluation, "evaluation")
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
@@ -127,8 +133,9 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     balanced = None
     if dataset.tasks:
         options |= {"names": dataset.tasks}
-        balanced = Tasks(config, objective, dataset.tasks, batches)
+        balanced = Tasks(config, objective, dataset.tasks, batches, processes)
         batches = balanced.held_out
+    many = {"processes": processes.size}
     made_of = {
         "base": loaded.fingerprint,
         "data": dataset.fingerprint,
@@ -144,8 +151,9 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         dataset=dataset,
         evaluation=batches,
         steps=steps,
-        lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
+        lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | many | {"steps": steps}},
         notices=notices,
+        processes=processes,
         tasks=balanced,
         plan=planned.plan(
             config,

@@ -14,6 +14,7 @@ from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.train.checkpoint import Progress
+from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.watchdog import Warning
 
@@ -22,12 +23,18 @@ class Tasks:
     """An objective's balance between tasks."""
 
     def __init__(
-        self, config: RunConfig, objective: ModuleType, names: Sequence[str], held_out: Sequence[RaggedBatch] | None
+        self,
+        config: RunConfig,
+        objective: ModuleType,
+        names: Sequence[str],
+        held_out: Sequence[RaggedBatch] | None,
+        processes: Processes = ALONE,
     ) -> None:
         """Raises InputError where held-out rows are needed, of every task, and are not there."""
         self._balanced: Any = objective.balanced
         self._config: Any = objective.Config(**config.objective.options)
         self._names = names
+        self._processes = processes
         self._told = False
         self._watches = getattr(self._config, "watches", False)
         self.held_out = None if held_out is None else self._balanced(held_out, self._config, names)
@@ -37,7 +44,8 @@ class Tasks:
 
     def warning(self, step: int, batches: Sequence[RaggedBatch]) -> Warning | None:
         """That a step lacks a task, whose share the others have then; the first time only."""
-        missing = self._missing(batches)
+        lists = self._processes.exchange(self._missing(batches))
+        missing = [name for name in lists[0] if all(name in others for others in lists)]
         if self._told or not missing:
             return None
         self._told = True
@@ -53,8 +61,10 @@ class Tasks:
     ) -> list[RaggedBatch]:
         """A step's batches with their weights; adds to `progress` what held-out rows say before the step."""
         if self._watches:
-            progress.held_out.append(self._look(progress, loss, model))
-        found: list[RaggedBatch] = self._balanced(batches, self._config, self._names, progress.held_out)
+            seen = self._processes.exchange(self._look(progress, loss, model))
+            progress.held_out.append(seen[0])  # the same in each, but for rounding on another kind of processor
+        add = self._processes.add
+        found: list[RaggedBatch] = self._balanced(batches, self._config, self._names, progress.held_out, add)
         return found
 
     @torch.no_grad()
