@@ -307,14 +307,20 @@ class PreparedData:
     @property
     def statistics(self) -> dict[str, int]:
         """Counts: rows, bad_rows, truncated_rows, split_rows, masked_rows, duplicate_rows, sequences, tokens, …"""
+    @property
+    def tasks(self) -> list[str]:
+        """The names of tasks, in the order of their numbers; empty when they were not asked for."""
     def lengths(self) -> list[int]:
         """The sequences' lengths, in tokens."""
     def sequence(self, index: int) -> tuple[list[int], list[bool]]:
         """A sequence's token ids, and whether each is trained on."""
-    def split(self, room: int, seed: int, held_out: float, together: int = 1) -> tuple[PackedRows, PackedRows | None]:
+    def split(
+        self, room: int, seed: int, held_out: float, together: int = 1, share: bool = False
+    ) -> tuple[PackedRows, PackedRows | None]:
         """Packs into rows of `room` tokens what is trained on, and the share `held_out` that isn't.
 
-        Examples that follow one another belong together as long as they have at most `together` sequences.
+        Examples that follow one another belong together as long as they have at most `together` sequences. `share`:
+        what both answers of a pair begin with stands in the first of them alone.
         """
 
 @final
@@ -335,6 +341,8 @@ class PackedRows:
         """The rows in the order of the `number`-th pass."""
     def lengths(self, rows: list[int]) -> list[int]:
         """The lengths of the sequences in these rows, in order."""
+    def shared(self, rows: list[int]) -> list[int]:
+        """How many tokens each of these rows' sequences leaves out, in order."""
     def trained(self, rows: list[int]) -> int:
         """How many targets of these rows are trained on."""
     def sizes(self, rows: list[int]) -> tuple[int, int]:
@@ -361,11 +369,14 @@ def prepare_data(
     mapping: dict[str, str] | None = None,
     train_on: str = "assistant",
     long_rows: str = "truncate",
+    tasks: bool = False,
     skip_bad_rows: int = 0,
     cache: str | PathLike[str],
     progress: Callable[[int], None] | None = None,
 ) -> PreparedData:
     """Prepares a dataset below `cache`, or opens what an equal call has prepared; `progress` gets the rows so far.
+
+    `tasks`: every row names its task in a column `task`.
 
     Raises InputError for sources that cannot be read, more bad rows than allowed, or nothing left to train on.
     """

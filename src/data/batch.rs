@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::cache::Cache;
+use super::cache::{Cache, Sequence};
 use super::pack::pack;
 use crate::error::{Error, Result};
 
@@ -22,6 +22,8 @@ pub struct Part {
     units: usize,
     tokens: u64,
     room: u32,
+    /// Sequences leave out what they share with the first of their unit.
+    share: bool,
 }
 
 /// Where the arrays of a batch are written; lengths as [`Part::sizes`] says.
@@ -45,8 +47,16 @@ impl Part {
     ///
     /// About `held_out` of the units are held out, chosen by `seed` and their content, so that equal rows are on the same
     /// side. Units that follow one another in the files belong together as long as they have at most `together`
-    /// sequences; 1 leaves every unit alone. Rows of sequences that belong together may be longer than `room`.
-    pub fn split(cache: &Arc<Cache>, room: u32, seed: u64, held_out: f64, together: usize) -> (Self, Option<Self>) {
+    /// sequences; 1 leaves every unit alone. Rows of sequences that belong together may be longer than `room`. With `share`,
+    /// what the sequences of a unit have in common at their beginning stands in the first one alone.
+    pub fn split(
+        cache: &Arc<Cache>,
+        room: u32,
+        seed: u64,
+        held_out: f64,
+        together: usize,
+        share: bool,
+    ) -> (Self, Option<Self>) {
         let mut units: Vec<(u64, Vec<u32>)> = Vec::new(); // content, sequences
         for (index, sequence) in (0_u32..).zip(cache.sequences()) {
             match units.get_mut(sequence.unit as usize) {
@@ -65,23 +75,23 @@ impl Part {
         let (held, kept): (Vec<_>, Vec<_>) =
             units.into_iter().partition(|(content, _)| count > 0 && rank(*content) < below);
         let part = |units: Vec<(u64, Vec<u32>)>| {
-            Self::packed(cache, units.into_iter().map(|(_, unit)| unit).collect(), room, seed, together)
+            Self::packed(cache, units.into_iter().map(|(_, unit)| unit).collect(), room, seed, together, share)
         };
         let evaluation = if held.is_empty() { None } else { Some(part(held)) };
         (part(kept), evaluation)
     }
 
-    fn packed(cache: &Arc<Cache>, units: Vec<Vec<u32>>, room: u32, seed: u64, together: usize) -> Self {
+    fn packed(cache: &Arc<Cache>, units: Vec<Vec<u32>>, room: u32, seed: u64, together: usize, share: bool) -> Self {
         let count = units.len();
         let groups = grouped(units, together);
-        let length = |index: &u32| cache.sequences()[*index as usize].length;
+        let length = |index: &u32| own(&cache.sequences()[*index as usize], share);
         let lengths: Vec<u32> = groups.iter().map(|sequences| sequences.iter().map(length).sum()).collect();
         let rows = pack(&lengths, room, seed)
             .into_iter()
             .map(|row| row.into_iter().map(|group| groups[group as usize].clone()).collect())
             .collect();
         let tokens = lengths.iter().map(|&length| u64::from(length)).sum();
-        Self { cache: cache.clone(), rows, units: count, tokens, room }
+        Self { cache: cache.clone(), rows, units: count, tokens, room, share }
     }
 
     /// Number of rows.
@@ -123,9 +133,19 @@ impl Part {
     pub fn lengths(&self, rows: &[usize]) -> Result<Vec<u32>> {
         let mut lengths = Vec::new();
         for &row in rows {
-            lengths.extend(self.row(row)?.map(|index| self.cache.sequences()[index as usize].length));
+            lengths.extend(self.row(row)?.map(|index| own(&self.cache.sequences()[index as usize], self.share)));
         }
         Ok(lengths)
+    }
+
+    /// How many tokens each of the sequences in `rows` leaves out, in order.
+    pub fn shared(&self, rows: &[usize]) -> Result<Vec<u32>> {
+        let mut counts = Vec::new();
+        for &row in rows {
+            let sequence = |index| &self.cache.sequences()[index as usize];
+            counts.extend(self.row(row)?.map(|index| sequence(index).length - own(sequence(index), self.share)));
+        }
+        Ok(counts)
     }
 
     /// How many targets of `rows` are trained on.
@@ -145,7 +165,7 @@ impl Part {
         let mut sizes = (0, 0);
         for &row in rows {
             for index in self.row(row)? {
-                sizes.0 += self.cache.sequences()[index as usize].length as usize;
+                sizes.0 += own(&self.cache.sequences()[index as usize], self.share) as usize;
                 sizes.1 += 1;
             }
         }
@@ -176,7 +196,8 @@ impl Part {
             for &index in &self.rows[row][place] {
                 let sequence = &self.cache.sequences()[index as usize];
                 let start = at;
-                for (position, (id, trained)) in self.cache.tokens(sequence).enumerate() {
+                let shared = (sequence.length - own(sequence, self.share)) as usize;
+                for (position, (id, trained)) in self.cache.tokens(sequence).enumerate().skip(shared) {
                     out.tokens[at] = id.cast_signed();
                     out.positions[at] = i32::try_from(position).unwrap_or(i32::MAX);
                     out.targets[at] = UNTRAINED;
@@ -213,6 +234,11 @@ impl Part {
         let missing = || Error::failure(format!("expected a row below {}, got {row}", self.rows.len()));
         self.rows.get(row).map(Vec::as_slice).ok_or_else(missing)
     }
+}
+
+/// How many tokens a sequence has in a row.
+fn own(sequence: &Sequence, share: bool) -> u32 {
+    if share { sequence.length.saturating_sub(sequence.shared) } else { sequence.length }
 }
 
 /// Units one after another as groups of at most `together` sequences, in the order of the files.

@@ -37,16 +37,17 @@ pub struct Sequence {
     pub length: u32,
     /// Its unit: sequences that stay in one row, numbered from 0 in the order of the file.
     pub unit: u32,
-    /// Its task: 1 for an answer that is not wanted.
+    /// Its task: 1 for an answer that is not wanted, and for a rationale; or the number of its name in [`Cache::tasks`].
     pub task: u32,
-    /// Nothing; the entry's size is a multiple of its largest field.
-    pub unused: u32,
+    /// How many tokens it has in common with its unit's first sequence, all before the first that predicts one it learns.
+    pub shared: u32,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Meta {
     key: String,
     statistics: Statistics,
+    tasks: Vec<String>,
     tokens_hash: String,
     index_hash: String,
 }
@@ -58,6 +59,8 @@ pub struct Cache {
     index: Vec<Sequence>,
     /// What was counted when it was made.
     pub statistics: Statistics,
+    /// The names of tasks, where they were asked for.
+    pub tasks: Vec<String>,
     /// What it was made from, hashed.
     pub key: String,
 }
@@ -77,7 +80,7 @@ impl Cache {
             .map(<[Sequence]>::to_vec)
             .or_else(|_| unaligned(&index))
             .ok()?;
-        whole.then_some(Self { tokens, index, statistics: meta.statistics, key: meta.key })
+        whole.then_some(Self { tokens, index, statistics: meta.statistics, tasks: meta.tasks, key: meta.key })
     }
 
     /// The sequences, in the order of the files.
@@ -176,8 +179,14 @@ impl Writer {
             let tokens: Vec<u32> = pairs.map(|(&id, &trained)| id | if trained { TRAINED } else { 0 }).collect();
             let length =
                 u32::try_from(tokens.len()).map_err(|_| Error::input("a sequence of more than 2^32 tokens"))?;
-            let task = sequence.task;
-            let entry = Sequence { start: self.written, content, length, unit: self.units, task, unused: 0 };
+            let entry = Sequence {
+                start: self.written,
+                content,
+                length,
+                unit: self.units,
+                task: sequence.task,
+                shared: sequence.shared,
+            };
             self.tokens.write(bytemuck::cast_slice(&tokens))?;
             self.index.write(bytemuck::bytes_of(&entry))?;
             self.written += u64::from(length);
@@ -187,10 +196,11 @@ impl Writer {
     }
 
     /// Syncs everything and puts the cache in its place.
-    pub fn finish(self, key: &str, statistics: &Statistics) -> Result<()> {
+    pub fn finish(self, key: &str, statistics: &Statistics, tasks: Vec<String>) -> Result<()> {
         let meta = Meta {
             key: key.to_owned(),
             statistics: statistics.clone(),
+            tasks,
             tokens_hash: self.tokens.finish()?,
             index_hash: self.index.finish()?,
         };
@@ -237,7 +247,7 @@ mod tests {
         let mut writer = Writer::create(place).unwrap();
         writer.unit(&[tokens(&[1, 2, 3])], 7).unwrap();
         writer.unit(&[tokens(&[4]), tokens(&[5, 6])], 8).unwrap();
-        writer.finish("key", &Statistics { rows: 2, ..Statistics::default() }).unwrap();
+        writer.finish("key", &Statistics { rows: 2, ..Statistics::default() }, vec!["a".to_owned()]).unwrap();
     }
 
     #[test]
@@ -249,7 +259,7 @@ mod tests {
         let cache = Cache::open(&place, "key").unwrap();
         let units: Vec<u32> = cache.sequences().iter().map(|sequence| sequence.unit).collect();
         assert_eq!(units, [0, 1, 1]);
-        assert_eq!(cache.statistics.rows, 2);
+        assert_eq!((cache.statistics.rows, cache.tasks.len()), (2, 1));
         let last: Vec<_> = cache.tokens(&cache.sequences()[2]).collect();
         assert_eq!(last, [(5, false), (6, true)]);
         assert!(Cache::open(&place, "other key").is_none());
@@ -269,7 +279,7 @@ mod tests {
         }
         written(&folder.path().join("b"));
         assert!(!left.exists());
-        running.finish("key", &Statistics::default()).unwrap();
+        running.finish("key", &Statistics::default(), Vec::new()).unwrap();
     }
 
     #[test]

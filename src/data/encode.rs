@@ -55,8 +55,10 @@ pub(super) struct Tokens {
     pub trained: Vec<bool>,
     /// Where it may be cut.
     pub turn_ends: Vec<usize>,
-    /// Its task: 1 for an answer that is not wanted.
+    /// Its task: 1 for an answer that is not wanted, and for a rationale.
     pub task: u32,
+    /// How many tokens it has in common with the first of its unit, all before the first that predicts one it learns.
+    pub shared: u32,
 }
 
 /// What an example became.
@@ -70,8 +72,14 @@ pub(super) struct Outcome {
     pub truncated: bool,
     /// It became several units.
     pub split: bool,
+    /// It is a pair of a chosen and a rejected answer.
+    pub pair: bool,
+    /// It is an answer and its rationale.
+    pub explained: bool,
     /// Whether its answer is wanted, where the row says so.
     pub wanted: Option<bool>,
+    /// What the row calls its task, where that is asked for.
+    pub task: Option<String>,
 }
 
 impl Encoder {
@@ -81,9 +89,11 @@ impl Encoder {
     /// What the template or the loss mask has against it.
     pub(super) fn encode(&self, example: &Example) -> Result<Outcome> {
         let wanted = if let Example::Labelled { wanted, .. } = example { Some(*wanted) } else { None };
-        let whole = wanted.is_some() || matches!(example, Example::Preference { .. });
+        let pair = matches!(example, Example::Preference { .. });
+        let explained = matches!(example, Example::Tasks(_));
+        let whole = wanted.is_some() || pair || explained;
         let outcome = self.cut(self.sequences(example)?, matches!(example, Example::Text(_)), whole);
-        Ok(Outcome { wanted, ..outcome })
+        Ok(Outcome { wanted, pair, explained, ..outcome })
     }
 
     fn sequences(&self, example: &Example) -> Result<Vec<Tokens>> {
@@ -100,6 +110,13 @@ impl Encoder {
             Example::Preference { chosen, rejected, tools } => {
                 let rejected = self.answer(rejected, tools.as_ref())?;
                 vec![self.answer(chosen, tools.as_ref())?, Tokens { task: UNWANTED, ..rejected }]
+            }
+            Example::Tasks(examples) => {
+                let mut all = Vec::new();
+                for (task, example) in (0..).zip(examples) {
+                    all.extend(self.sequences(example)?.into_iter().map(|sequence| Tokens { task, ..sequence }));
+                }
+                all
             }
             Example::Labelled { answer, wanted } => {
                 let mut sequences = self.sequences(answer)?;
@@ -137,7 +154,7 @@ impl Encoder {
         train_on: TrainOn,
     ) -> Result<Tokens> {
         let encoded = encode_conversation(self.template()?, &self.tokenizer, &talk(messages, tools), train_on)?;
-        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends, task: 0 })
+        Ok(Tokens { ids: encoded.ids, trained: encoded.trained, turn_ends: encoded.turn_ends, ..Tokens::default() })
     }
 
     /// A text that goes on: the end-of-sequence token is trained, so that the model learns to stop.
@@ -155,7 +172,7 @@ impl Encoder {
         ids.extend(self.tokenizer.encode(completion, Specials::Literal)?);
         ids.push(end);
         let trained = (0..ids.len()).map(|index| index >= first).collect();
-        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids, task: 0 })
+        Ok(Tokens { turn_ends: vec![ids.len()], trained, ids, ..Tokens::default() })
     }
 
     fn template(&self) -> Result<&Template> {
@@ -180,7 +197,8 @@ impl Encoder {
             outcome.truncated = true;
             vec![sequences.into_iter().map(|sequence| sequence.truncated(self.max_tokens, anywhere)).collect()]
         };
-        outcome.units = units.into_iter().filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
+        let units = units.into_iter().map(|unit| if whole { with_shared(unit) } else { unit });
+        outcome.units = units.filter(|unit| unit.iter().all(|sequence| sequence.targets() > 0)).collect();
         outcome
     }
 }
@@ -206,8 +224,21 @@ impl Tokens {
             trained: trained.to_vec(),
             turn_ends: Vec::new(),
             task: self.task,
+            shared: 0,
         })
     }
+}
+
+/// The sequences of a unit, each with the number of tokens that it has in common with the first.
+fn with_shared(mut unit: Vec<Tokens>) -> Vec<Tokens> {
+    if let Some((first, others)) = unit.split_first_mut() {
+        for other in others {
+            let alike = first.ids.iter().zip(&other.ids).take_while(|(a, b)| a == b).count();
+            let learnt = other.trained.iter().skip(1).position(|&trained| trained).unwrap_or(0);
+            other.shared = u32::try_from(alike.min(learnt)).unwrap_or(0);
+        }
+    }
+    unit
 }
 
 fn talk(messages: &[serde_json::Value], tools: Option<&serde_json::Value>) -> Conversation {

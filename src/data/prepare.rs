@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 
 use super::cache::{Cache, Writer};
 use super::encode::{Encoder, Outcome};
@@ -16,9 +17,11 @@ use super::statistics::Statistics;
 use crate::error::{Error, Result};
 
 /// Changes whenever the same inputs would give other sequences.
-const VERSION: u32 = 4;
+const VERSION: u32 = 6;
 /// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
 const CHUNK: usize = 1024;
+/// Names of tasks; more of them are another kind of column.
+const TASKS: usize = 256;
 /// Bad rows that an error shows.
 const SHOWN: usize = 20;
 
@@ -31,6 +34,8 @@ pub struct Settings {
     pub schema: Option<Schema>,
     /// The data's names for our columns.
     pub mapping: Mapping,
+    /// Every row names its task in a column `task`.
+    pub tasks: bool,
     /// Bad rows that are allowed.
     pub skip_bad_rows: u64,
     /// Where caches are kept.
@@ -74,6 +79,7 @@ pub fn prepare(
         statistics: Statistics::default(),
         problems: Vec::new(),
         seen: HashSet::new(),
+        tasks: Vec::new(),
         chunk: Vec::with_capacity(CHUNK),
         schema: settings.schema,
         // those two are fields of a message
@@ -93,15 +99,27 @@ pub fn prepare(
 fn key(settings: &Settings, encoder: &Encoder, data: &str) -> String {
     let template = encoder.template.as_ref().map(crate::text::Template::hash).unwrap_or_default();
     let said = format!(
-        "{VERSION}\n{data}\n{template}\n{}\n{:?}\n{:?}\n{:?}\n{}\n{:?}",
+        "{VERSION}\n{data}\n{template}\n{}\n{:?}\n{:?}\n{:?}\n{}\n{:?}\n{}",
         encoder.tokenizer.hash(),
         settings.schema,
         settings.mapping,
         encoder.train_on,
         encoder.max_tokens,
-        encoder.long_rows
+        encoder.long_rows,
+        settings.tasks
     );
     blake3::hash(said.as_bytes()).to_hex().to_string()
+}
+
+/// What a row calls its task.
+fn task(columns: &Map<String, Value>) -> Result<String, String> {
+    match columns.get("task") {
+        Some(Value::String(name)) if !name.trim().is_empty() => Ok(name.clone()),
+        Some(Value::Number(number)) => Ok(number.to_string()),
+        Some(Value::String(_)) => Err("task: expected a name, got an empty one".to_owned()),
+        Some(other) => Err(format!("task: expected a name, got {}", read::kind(other))),
+        None => Err("expected a column task, which names the row's, got none".to_owned()),
+    }
 }
 
 struct Work<'a> {
@@ -112,6 +130,8 @@ struct Work<'a> {
     statistics: Statistics,
     problems: Vec<String>,
     seen: HashSet<u64>,
+    /// Names of tasks, as they come.
+    tasks: Vec<String>,
     /// Rows that wait, bad ones among them, so that problems are told in the order of the file.
     chunk: Vec<Result<(Schema, Row), BadRow>>,
     schema: Option<Schema>,
@@ -152,22 +172,28 @@ impl Work<'_> {
             .into_par_iter()
             .map(|row| {
                 let (schema, Row { place, columns }) = row?;
-                let example = schema.read(&columns, &self.settings.mapping);
-                let outcome =
-                    example.and_then(|example| self.encoder.encode(&example).map_err(|error| error.to_string()));
+                let outcome = self.settings.tasks.then(|| task(&columns)).transpose().and_then(|task| {
+                    let example = schema.read(&columns, &self.settings.mapping)?;
+                    let outcome = self.encoder.encode(&example).map_err(|error| error.to_string())?;
+                    Ok(Outcome { task, ..outcome })
+                });
                 outcome.map_err(|problem| BadRow { place, problem })
             })
             .collect();
         for outcome in outcomes {
             match outcome {
-                Ok(outcome) => self.write(&outcome)?,
+                Ok(outcome) => self.write(outcome)?,
                 Err(bad) => self.bad(&bad),
             }
         }
         (self.progress)(self.statistics.rows)
     }
 
-    fn write(&mut self, outcome: &Outcome) -> Result<()> {
+    fn write(&mut self, mut outcome: Outcome) -> Result<()> {
+        if let Some(name) = outcome.task.take().filter(|_| !outcome.units.is_empty()) {
+            let number = self.number(name)?;
+            outcome.units.iter_mut().flatten().for_each(|sequence| sequence.task = number);
+        }
         let counts = &mut self.statistics;
         counts.longest_row = counts.longest_row.max(outcome.length as u64);
         counts.truncated_rows += u64::from(outcome.truncated);
@@ -176,7 +202,8 @@ impl Work<'_> {
         for (index, unit) in outcome.units.iter().enumerate() {
             counts.labelled += u64::from(outcome.wanted.is_some());
             counts.wanted += u64::from(outcome.wanted == Some(true));
-            if let [chosen, rejected] = unit.as_slice() {
+            counts.explained += u64::from(outcome.explained);
+            if let ([chosen, rejected], true) = (unit.as_slice(), outcome.pair) {
                 counts.pairs += 1;
                 counts.chosen_tokens += chosen.targets();
                 counts.rejected_tokens += rejected.targets();
@@ -194,6 +221,19 @@ impl Work<'_> {
             self.writer.unit(unit, content)?;
         }
         Ok(())
+    }
+
+    /// The number of a task.
+    fn number(&mut self, name: String) -> Result<u32> {
+        let number = self.tasks.iter().position(|known| *known == name).unwrap_or(self.tasks.len());
+        if number == self.tasks.len() {
+            self.tasks.push(name);
+        }
+        if self.tasks.len() > TASKS {
+            let problem = format!("task: expected at most {TASKS} names, got another one: {:?}", self.tasks[TASKS]);
+            return Err(Error::input(problem).hint("data.columns = { task = \"…\" } takes another column"));
+        }
+        u32::try_from(number).map_err(|_| Error::failure("more tasks than there may be"))
     }
 
     /// Closes the cache; the problems of the rows that were skipped.
@@ -225,7 +265,7 @@ impl Work<'_> {
             ))
             .hint("ftkit data show prints what is trained on; --max-tokens and --train-on change it"));
         }
-        self.writer.finish(key, counts)?;
+        self.writer.finish(key, counts, self.tasks)?;
         Ok(self.problems)
     }
 }

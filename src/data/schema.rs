@@ -25,6 +25,8 @@ pub enum Schema {
     Text,
     /// `prompt`, `chosen`, `rejected`, as text or as messages.
     Preference,
+    /// `prompt`, `label` and `rationale`: an answer, and why it is the right one.
+    Explained,
 }
 
 /// What a row says.
@@ -64,7 +66,14 @@ pub enum Example {
         /// Functions that the model may call.
         tools: Option<Value>,
     },
+    /// Questions about one thing, each a task of its own.
+    Tasks(Vec<Example>),
 }
+
+/// Before a question whose answer is the label.
+const PREDICT: &str = "predict: ";
+/// Before a question whose answer is the rationale.
+const EXPLAIN: &str = "explain: ";
 
 /// Our column → the data's name for it.
 pub type Mapping = BTreeMap<String, String>;
@@ -73,8 +82,9 @@ type Columns = Map<String, Value>;
 
 impl Schema {
     /// Every schema, with its name and the columns that it needs.
-    pub const ALL: [(Self, &'static str, &'static [&'static str]); 7] = [
+    pub const ALL: [(Self, &'static str, &'static [&'static str]); 8] = [
         (Self::Preference, "preference", &["chosen", "rejected"]),
+        (Self::Explained, "explained", &["prompt", "label", "rationale"]),
         (Self::Messages, "messages", &["messages"]),
         (Self::ShareGpt, "sharegpt", &["conversations"]),
         (Self::Alpaca, "alpaca", &["instruction", "output"]),
@@ -89,8 +99,12 @@ impl Schema {
     /// Names what was expected and the columns that are there.
     pub fn recognise(columns: &Columns) -> Result<Self, String> {
         let has = |names: &[&str]| names.iter().all(|name| columns.contains_key(*name));
-        // other labels, of a classification for instance, say nothing of whether the answer is wanted
-        let says = |schema: Self| schema != Self::Labelled || columns["label"].is_boolean();
+        // a completion beside a label and a rationale is the answer; other labels, of a classification for instance, say nothing of whether the answer is wanted
+        let says = |schema: Self| match schema {
+            Self::Labelled => columns["label"].is_boolean(),
+            Self::Explained => !columns.contains_key("completion"),
+            _ => true,
+        };
         Self::ALL
             .iter()
             .find(|(schema, _, names)| has(names) && says(*schema))
@@ -151,6 +165,27 @@ impl Schema {
                 Ok(Example::Labelled { answer: Box::new(Self::PromptCompletion.read(columns, mapping)?), wanted })
             }
             Self::Text => Ok(Example::Text(text(columns, "text")?)),
+            Self::Explained => {
+                let label = match required(columns, "label")? {
+                    Value::String(label) => label.clone(),
+                    label @ (Value::Number(_) | Value::Bool(_)) => label.to_string(),
+                    other => return Err(format!("label: expected text or a number, got {}", kind(other))),
+                };
+                let views = [(PREDICT, label), (EXPLAIN, text(columns, "rationale")?)];
+                let views = views.map(|(task, answer)| match required(columns, "prompt")? {
+                    Value::String(prompt) => {
+                        Ok(Example::Completion { prompt: format!("{task}{prompt}"), completion: answer })
+                    }
+                    prompt => {
+                        let mut turns = turns(prompt, "prompt", "user", &words)?;
+                        ask(task, turns.last_mut())?;
+                        let count = turns.len();
+                        turns.push(message("assistant", &answer));
+                        conversation(turns, count, tools.clone(), columns)
+                    }
+                });
+                Ok(Example::Tasks(views.into_iter().collect::<Result<_, String>>()?))
+            }
             Self::Preference => {
                 let prompt = match columns.get("prompt") {
                     None | Some(Value::Null) => Vec::new(),
@@ -203,6 +238,20 @@ impl<'a> Words<'a> {
     fn of(mapping: &'a Mapping) -> Self {
         let named = |ours: &str, other: &'a str| mapping.get(ours).map_or(other, String::as_str);
         Self { role: [named("role", "role"), "from"], content: [named("content", "content"), "value"] }
+    }
+}
+
+/// Puts a word before a question, which must be the last message.
+fn ask(word: &str, question: Option<&mut Value>) -> Result<(), String> {
+    match question {
+        Some(question) if question["role"] == "user" => {
+            question["content"] = Value::String(format!("{word}{}", question["content"].as_str().unwrap_or_default()));
+            Ok(())
+        }
+        other => Err(format!(
+            "prompt: expected the user's words at its end, got those of {}",
+            other.map_or(&Value::Null, |other| &other["role"])
+        )),
     }
 }
 
@@ -474,6 +523,27 @@ mod tests {
     }
 
     #[test]
+    fn an_explained_answer_is_two_tasks() {
+        let view = |prompt: &str, completion: &str| Example::Completion {
+            prompt: prompt.to_owned(),
+            completion: completion.to_owned(),
+        };
+        for (label, said) in [(json!("yes"), "yes"), (json!(3), "3"), (json!(true), "true")] {
+            let row = json!({"prompt": "q", "label": label, "rationale": "r"});
+            assert_eq!(read(row), Ok(Example::Tasks(vec![view("predict: q", said), view("explain: q", "r")])));
+        }
+        let row = json!({"prompt": talk(&[("user", "a"), ("assistant", "b"), ("user", "q")]), "label": "l", "rationale": "r"});
+        let Ok(Example::Tasks(views)) = read(row) else { panic!() };
+        let expected = talk(&[("user", "a"), ("assistant", "b"), ("user", "explain: q"), ("assistant", "r")]);
+        assert_eq!(views[1], Example::Conversation { messages: expected, prompt: 3, tools: None });
+        let row = json!({"prompt": talk(&[("assistant", "b")]), "label": "l", "rationale": "r"});
+        assert_eq!(
+            read(row),
+            Err("prompt: expected the user's words at its end, got those of \"assistant\"".to_owned())
+        );
+    }
+
+    #[test]
     fn arguments_that_are_text_become_objects() {
         let call = |arguments: Value| json!([{"type": "function", "function": {"name": "f", "arguments": arguments}}]);
         let row = json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null, "tool_calls": call(json!("{\"x\": 1}"))}], "tools": "[{\"type\": \"function\"}]"});
@@ -498,7 +568,7 @@ mod tests {
         for (row, expected) in [
             (
                 json!({"question": "?"}),
-                "expected the columns of a schema (chosen+rejected, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
+                "expected the columns of a schema (chosen+rejected, prompt+label+rationale, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
             ),
             (json!({"messages": "hi"}), "messages: expected a list of messages, got a string"),
             (json!({"messages": []}), "messages: expected at least one message, got an empty list"),
@@ -546,7 +616,7 @@ mod tests {
     proptest! {
         // Whatever the columns hold, the answer is an example or a problem that says what was expected.
         #[test]
-        fn no_row_makes_it_panic(values in prop::collection::vec(anything(), 5), schema in 0_usize..7) {
+        fn no_row_makes_it_panic(values in prop::collection::vec(anything(), 5), schema in 0_usize..8) {
             let (schema, _, names) = Schema::ALL[schema];
             let extra = ["tools", "system", "prompt", "history", "label"];
             let columns: Columns = names.iter().chain(&extra).map(|name| (*name).to_owned()).zip(values).collect();

@@ -23,6 +23,8 @@ pub struct Statistics {
     pub labelled: u64,
     /// Rows among them whose answer is.
     pub wanted: u64,
+    /// Rows that are an answer and its rationale.
+    pub explained: u64,
     /// Tokens of pairs' chosen answers.
     pub chosen_tokens: u64,
     /// Tokens of pairs' rejected answers.

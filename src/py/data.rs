@@ -45,6 +45,7 @@ impl PreparedData {
             ("pairs", counts.pairs),
             ("labelled", counts.labelled),
             ("wanted", counts.wanted),
+            ("explained", counts.explained),
             ("chosen_tokens", counts.chosen_tokens),
             ("rejected_tokens", counts.rejected_tokens),
             ("sequences", counts.sequences),
@@ -55,6 +56,11 @@ impl PreparedData {
             table.set_item(name, count)?;
         }
         Ok(table)
+    }
+
+    #[getter]
+    fn tasks(&self) -> Vec<String> {
+        self.cache.tasks.clone()
     }
 
     fn lengths(&self) -> Vec<u32> {
@@ -71,7 +77,7 @@ impl PreparedData {
         Ok(self.cache.tokens(sequence).unzip())
     }
 
-    #[pyo3(signature = (room, seed, held_out, together=1))]
+    #[pyo3(signature = (room, seed, held_out, together=1, share=false))]
     fn split(
         &self,
         py: Python<'_>,
@@ -79,8 +85,9 @@ impl PreparedData {
         seed: u64,
         held_out: f64,
         together: usize,
+        share: bool,
     ) -> (PackedRows, Option<PackedRows>) {
-        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out, together));
+        let (train, evaluation) = py.detach(|| Part::split(&self.cache, room, seed, held_out, together, share));
         (PackedRows { part: train }, evaluation.map(|part| PackedRows { part }))
     }
 }
@@ -119,6 +126,11 @@ impl PackedRows {
     #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
     fn lengths(&self, rows: Vec<usize>) -> PyResult<Vec<u32>> {
         Ok(self.part.lengths(&rows)?)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "a list from Python has no other form")]
+    fn shared(&self, rows: Vec<usize>) -> PyResult<Vec<u32>> {
+        Ok(self.part.shared(&rows)?)
     }
 
     fn trained(&self, py: Python<'_>, rows: Vec<usize>) -> PyResult<usize> {
@@ -170,7 +182,7 @@ impl PackedRows {
 /// Prepares a dataset, or opens what an equal call has prepared.
 #[pyfunction]
 #[pyo3(signature = (paths, tokenizer, template, *, max_tokens, schema=None, mapping=None, train_on="assistant",
-                    long_rows="truncate", skip_bad_rows=0, cache, progress=None))]
+                    long_rows="truncate", tasks=false, skip_bad_rows=0, cache, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keywords of a Python function")]
 fn prepare_data(
     py: Python<'_>,
@@ -182,6 +194,7 @@ fn prepare_data(
     mapping: Option<BTreeMap<String, String>>,
     train_on: &str,
     long_rows: &str,
+    tasks: bool,
     skip_bad_rows: u64,
     cache: PathBuf,
     progress: Option<Py<PyAny>>,
@@ -190,6 +203,7 @@ fn prepare_data(
         paths,
         schema: schema.map(str::parse).transpose()?,
         mapping: mapping.unwrap_or_default(),
+        tasks,
         skip_bad_rows,
         cache,
     };

@@ -1,5 +1,6 @@
 """Finetune a model on your data."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,17 +31,22 @@ def command(
       ftkit train run.toml --set optimizer.learning_rate=1e-4 --name second-try
 
       ftkit train --resume --name second-try
+
+      torchrun --nproc-per-node 2 -m ftkit train run.toml --set training.gradient_accumulation_steps=2
     """
     from ftkit import train
     from ftkit.config import RunConfig
     from ftkit.train.progress import ProgressLine
 
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that speaks
     config = train.resumed_config(config_path, overrides) if resume else RunConfig.from_toml(config_path, overrides)
     line = ProgressLine()
     try:
         result = train.run(config, line, resume=resume, overwrite=overwrite)
     finally:
         line.close()
+    if not first:
+        return
     if json:
         print_json(result.table())
     else:

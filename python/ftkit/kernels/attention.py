@@ -4,8 +4,11 @@ For token t of a sequence, over the tokens s ≤ t of the same sequence (s > t �
 
     y_t = Σ_s softmax_s(scale · q_t · k_s) v_s
 
-Query head h reads key and value head h // (heads / key_value_heads). No token sees another sequence.
+Query head h reads key and value head h // (heads / key_value_heads). No token sees another sequence, but for those that
+a sequence shares: it then goes on after the first tokens of the last one before it that shares nothing.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,19 +19,27 @@ from ftkit.kernels import operation
 
 @operation
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    shared: tuple[int, ...] = (),
 ) -> Tensor:
     """q [T, heads, head_dim], k and v [T, key_value_heads, head_dim] to q's shape.
 
-    `lengths` are those of the sequences, in order, and sum to T. A window counts the token itself.
+    `lengths` are those of the sequences, in order, and sum to T. A window counts the token itself. `shared` is of each
+    sequence, 0 for all when empty: the tokens of another one that come before its own, and are not among its `lengths`.
     The softmax is computed in float32 at least.
     """
     group = q.shape[1] // k.shape[1]
     outputs = []
-    for queries, keys, values in _sequences(q, k, v, lengths):
+    for queries, keys, values in _sequences(q, k, v, lengths, shared):
         keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
-        scores = scale * (queries @ keys.transpose(1, 2))  # [heads, n, n]
-        scores = scores.masked_fill(~visible(queries.shape[1], window, q.device), float("-inf"))
+        scores = scale * (queries @ keys.transpose(1, 2))  # [heads, n, s + n]
+        scores = scores.masked_fill(~visible(queries.shape[1], keys.shape[1], window, q.device), float("-inf"))
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         outputs.append((torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ values).transpose(0, 1))
     return torch.cat(outputs)
@@ -36,18 +47,25 @@ def attention(
 
 @attention.backend("sdpa", lambda q, *_, **__: q.device.type in ("cpu", "cuda"))
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    shared: tuple[int, ...] = (),
 ) -> Tensor:
     """torch's scaled_dot_product_attention, a sequence at a time."""
     outputs = []
-    for queries, keys, values in _sequences(q, k, v, lengths):
-        count = queries.shape[1]
-        limited = window is not None and count > window
+    for queries, keys, values in _sequences(q, k, v, lengths, shared):
+        count, seen = queries.shape[1], keys.shape[1]
+        limited = count < seen or (window is not None and count > window)
         output = functional.scaled_dot_product_attention(
             queries.unsqueeze(0),
             keys.unsqueeze(0),
             values.unsqueeze(0),
-            attn_mask=visible(count, window, q.device) if limited else None,
+            attn_mask=visible(count, seen, window, q.device) if limited else None,
             is_causal=not limited,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -56,13 +74,23 @@ def _sdpa(
     return torch.cat(outputs)
 
 
-def visible(count: int, window: int | None, device: torch.device) -> Tensor:
-    """The mask [count, count] of a sequence: may the token of the row see the token of the column?"""
-    mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+def visible(count: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """The mask [count, seen] of the last `count` of `seen` tokens: may that of the row see that of the column?"""
+    before = seen - count
+    mask = torch.ones(count, seen, dtype=torch.bool, device=device).tril(before)
+    return mask if window is None else mask.triu(before + 1 - window)
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q, k, v) of each sequence that has tokens, each [heads, n, head_dim]."""
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], shared: tuple[int, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(q, k, v) of each sequence that has tokens: [heads, n, head_dim], and [heads, s + n, head_dim] with s shared."""
     parts = [[part.transpose(0, 1) for part in x.split(lengths)] for x in (q, k, v)]
-    return [(a, b, c) for a, b, c in zip(*parts, strict=True) if a.shape[1]]
+    whole = parts[1][0], parts[2][0]
+    for queries, keys, values, count in zip(*parts, shared or (0,) * len(lengths), strict=True):
+        if count:
+            keys, values = (torch.cat([a[:, :count], b], 1) for a, b in zip(whole, (keys, values), strict=True))
+        else:
+            whole = keys, values
+        if queries.shape[1]:
+            yield queries, keys, values

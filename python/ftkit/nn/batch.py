@@ -54,6 +54,9 @@ class RaggedBatch:
     """Known groups, when the maker has them on the host."""
     host_trained: tuple[int, ...] | None = field(default=None, repr=False)
     """Known positions in the stream that are trained on, when the maker has them on the host."""
+    shared: tuple[int, ...] = ()
+    """Of each sequence, the tokens that it has in common with the last one before it that shares nothing: it begins
+    with that one's first `shared` tokens, which stand in the stream once. Empty: no sequence shares any."""
 
     @classmethod
     def pack(
@@ -66,19 +69,21 @@ class RaggedBatch:
         starts: Sequence[int] | None = None,
         task: Sequence[int] | None = None,
         group: Sequence[int] | None = None,
+        shared: Sequence[int] = (),
         device: torch.device | str = "cpu",
     ) -> Self:
         """A batch of lists of token ids, one list a sequence.
 
         `targets` and `weights` are laid out like the sequences; `starts` are the lengths that sequences already have
-        in a cache; `adapter` is one id for all sequences or one each.
+        in a cache; `adapter` is one id for all sequences or one each. With `shared`, a sequence's list has what comes
+        after the tokens that it shares.
         """
         lengths = tuple(len(sequence) for sequence in sequences)
         adapters = (adapter,) * len(lengths) if isinstance(adapter, int) else tuple(adapter)
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)
-        begins = starts or [0] * len(lengths)
+        begins = starts or shared or [0] * len(lengths)
         positions = [begin + i for begin, length in zip(begins, lengths, strict=True) for i in range(length)]
         flat_targets = None if targets is None else [target for row in targets for target in row]
         flat_weights = None if weights is None else [weight for row in weights for weight in row]
@@ -102,6 +107,7 @@ class RaggedBatch:
             group=integers(group),
             host_lengths=lengths,
             host_adapter=adapters,
+            shared=tuple(shared),
             host_group=None if group is None else tuple(group),
             host_trained=None
             if flat_targets is None
@@ -169,6 +175,7 @@ class RaggedBatch:
         changed: dict[str, Any] = {
             "cu_seqlens": self.cu_seqlens[first : last + 1] - start,
             "host_lengths": self.lengths[first:last],
+            "shared": self.shared[first:last],
             "host_trained": None
             if self.host_trained is None
             else tuple(place - start for place in self.host_trained if start <= place < end),

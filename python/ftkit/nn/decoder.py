@@ -90,7 +90,7 @@ class Attention(nn.Module):
         q, k = rope(q, *angles), rope(k, *angles)
         scale, window = config.head_dim**-0.5, config.window(self.layer)
         if cache is None:
-            y = attention(q, k, v, batch.lengths, scale=scale, window=window)
+            y = attention(q, k, v, batch.lengths, scale=scale, window=window, shared=batch.shared)
         else:
             y = cache.attend(self.layer, q, k, v, batch, scale=scale, window=window)
         output: Tensor = self.o_proj(y.flatten(1), routes)

@@ -4,6 +4,11 @@ An objective's file has `loss(forward, batch) -> LossParts`, `PAIRS` (whether it
 rejected answer) and, where it has options, `Config`. `LABELLED = True` takes rows of one answer and its label, too;
 `TOGETHER` answers of neighbouring rows then have one number in `batch.group`, whatever row of a batch they are in.
 
+An objective of several tasks has `TASKS = True` (every row names its task) or `EXPLAINED = True` (rows are a label and
+a rationale), its `loss` takes the tasks' `names`, and `balanced(batches, config, names, losses)` gives the batches of a
+step the weights that a mean over each task needs. Where `config.watches`, `losses` are those of the tasks on held-out
+rows, in every step so far.
+
 A loss is returned as sums and counts, one entry a task, so that whoever adds up micro-batches, packed rows, tasks and
 machines divides once, by what was really trained on.
 """
@@ -76,14 +81,16 @@ def trained_rows(forward: Forward, batch: RaggedBatch) -> tuple[Tensor, dict[str
     return hidden, {"routes": routes, "head_is_trained": trained}
 
 
-def sums_by_task(losses: Tensor, batch: RaggedBatch) -> LossParts:
-    """The weighted losses [K] of the trained tokens and their weights, added up by task."""
+def sums_by_task(losses: Tensor, batch: RaggedBatch, tasks: int | None = None) -> LossParts:
+    """The weighted losses [K] of the trained tokens and their weights, added up by task.
+
+    `tasks`: how many there are, else those up to the last that the batch has.
+    """
     rows = batch.trained
     weights = torch.ones_like(losses) if batch.weights is None else batch.weights.index_select(0, rows).to(losses.dtype)
     weighted = losses * weights
     if batch.task is None:
         return LossParts(sum=weighted.sum().unsqueeze(0), count=weights.sum().unsqueeze(0))
     task = batch.task.long()[batch.sequence[rows]]  # [K]
-    tasks = int(batch.task.max()) + 1
-    zeros = losses.new_zeros(tasks)
+    zeros = losses.new_zeros(int(batch.task.max()) + 1 if tasks is None else tasks)
     return LossParts(sum=zeros.index_add(0, task, weighted), count=zeros.index_add(0, task, weights.detach()))

@@ -3,8 +3,9 @@
     ℓ(y) = Σ_t log π(y_t | x, y_<t)          h(y) = ℓ(y) − ℓ_ref(y)          |y|: the answer's trained tokens
 
 A batch holds pairs: its sequences are a chosen answer (y⁺), its rejected one (y⁻), the next chosen one, and so on, each
-after its prompt x. The reference is the model without adapter, on the same sequences, without gradient. A loss counts
-pairs, not tokens, so packing and accumulation change nothing.
+after its prompt x; where the batch says so (`shared`), the prompt of both is computed once. The reference is the model
+without adapter, on the same sequences, without gradient. A loss counts pairs, not tokens, so packing and accumulation
+change nothing.
 """
 
 from collections.abc import Mapping

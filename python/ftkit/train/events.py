@@ -10,6 +10,7 @@ both with `metrics` (a number by name) where the objective has some, `checkpoint
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ Listener = Callable[[Event], None]
 class Events:
     """Appends to a run's events.jsonl and tells every listener."""
 
-    def __init__(self, path: Path, listeners: Sequence[Listener]) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, listeners: Sequence[Listener]) -> None:
+        """Without a path nothing is written."""
+        self._path = Path(os.devnull) if path is None else path
         self._listeners = listeners
-        with files.disk_errors(path):
-            self._file = path.open("a", encoding="utf-8")
+        with files.disk_errors(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
 
     def emit(self, event: str, step: int, **values: Any) -> None:
         """One event; it is flushed before anyone hears of it."""

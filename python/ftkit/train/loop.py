@@ -64,7 +64,7 @@ class Loop:
         if progress.step == 0 and evaluate_every:
             self._tell_evaluation(self._evaluate(), best=False)
         while progress.step < session.steps:
-            if self._stop.requested:
+            if any(session.processes.exchange(self._stop.requested)):
                 self._interrupt()
             self._step()
             done = progress.step == session.steps
@@ -85,12 +85,13 @@ class Loop:
         session, progress = self.session, self.progress
         if self._saved == progress.step > 0:
             return  # writing the same again could only lose it
-        path = checkpoint.save(
-            self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
-        )
-        checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
         self._saved = progress.step
-        self._events.emit("checkpoint", progress.step, path=str(path))
+        if session.processes.first:
+            path = checkpoint.save(
+                self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
+            )
+            checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
+            self._events.emit("checkpoint", progress.step, path=str(path))
 
     def _rehearse(self) -> None:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
@@ -159,18 +160,25 @@ class Loop:
 
     def _step(self) -> None:
         session, progress, training = self.session, self.progress, self.session.config.training
-        torch.manual_seed(_step_seed(training.seed, progress.step))
-        count = training.gradient_accumulation_steps
-        batches = [part for _ in range(count) for part in next(self._feed).cut(progress.parts)]
+        torch.manual_seed(_step_seed(training.seed, progress.step, session.processes.rank))
+        portions = [next(self._feed) for _ in range(training.gradient_accumulation_steps)]
+        batches = [session.batch(rows) for rows in session.processes.part(portions)]
         start = time.perf_counter()
+        if session.tasks is not None:
+            lacking = session.tasks.warning(progress.step + 1, batches)
+            if lacking is not None:
+                self._warn(lacking)
+            batches = session.tasks.balance(batches, progress, session.loss, session.loaded.model)
+        batches = [part for batch in batches for part in batch.cut(progress.parts)]
         factor = schedules.factor(session.config.schedule, progress.step, session.steps)
         largest = (*_most(batches[:1]), *_most(batches[1:]))
 
         def made(batches: list[RaggedBatch]) -> StepOutcome:
+            loss, parameters = session.loss, session.parameters
             if training.optimizer_in_backward:
                 self._make_room(batches[0])
-                return step_in_backward(session.loss, session.parameters, batches[0], session.optimizer, factor)
-            return gradients(session.loss, session.parameters, batches, training.max_gradient_norm, self._make_room)
+                return step_in_backward(loss, parameters, batches[0], session.optimizer, factor)
+            return gradients(loss, parameters, batches, training.max_gradient_norm, self._make_room, session.processes)
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
             outcome = self._within_memory(made, batches)
@@ -191,7 +199,7 @@ class Loop:
             clear(session.parameters)
         seconds = time.perf_counter() - start
         progress.step += 1
-        progress.batches += count
+        progress.batches += len(portions)
         progress.tokens += outcome.tokens
         progress.trained_tokens += outcome.trained_tokens
         progress.seconds += seconds
@@ -225,8 +233,9 @@ class Loop:
         assert session.evaluation is not None
         session.loaded.model.eval()
         try:
-            parts = (part for batch in session.evaluation for part in batch.cut(self.progress.parts))
-            return means(session.loss, parts)
+            mine = session.evaluation[session.processes.rank :: session.processes.size]
+            parts = (part for batch in mine for part in batch.cut(self.progress.parts))
+            return means(session.loss, parts, session.processes)
         finally:
             session.loaded.model.train()
 
@@ -280,6 +289,7 @@ def _most(batches: list[RaggedBatch]) -> tuple[int, int]:
     return max((batch.tokens.numel() for batch in batches), default=0), max(trained, default=0)
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for the randomness of one step, such as dropout."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the randomness of one step, such as dropout, in one process."""
+    told = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") >> 1

@@ -60,6 +60,8 @@ class Shape:
     """Which of them belong together."""
     trained: int
     """Targets that are trained on in it."""
+    shared: tuple[int, ...] = ()
+    """As in `RaggedBatch`."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -68,7 +70,8 @@ class Shape:
         """Full rows, each one sequence, pair or group, all trained: nothing that is allowed needs more."""
         training = config.training
         objective = plugins.load("objectives", config.objective.name)
-        together = getattr(objective, "TOGETHER", 2 if objective.PAIRS else 1)
+        two = objective.PAIRS or getattr(objective, "EXPLAINED", False)
+        together = getattr(objective, "TOGETHER", 2 if two else 1)
         lengths = (config.data.max_tokens,) * (training.batch_rows * together)
         groups = tuple(row for row in range(training.batch_rows) for _ in range(together))
         return cls(lengths=lengths, groups=groups, trained=sum(lengths))
@@ -81,9 +84,9 @@ class Shape:
     def cut(self, parts: int) -> "Shape":
         """The largest part, with all that may be trained in it."""
         first, last = max(cuts(self.lengths, self.groups, parts), key=lambda ends: sum(self.lengths[slice(*ends)]))
-        lengths = self.lengths[first:last]
+        lengths, groups, shared = (of[first:last] for of in (self.lengths, self.groups, self.shared))
         trained = min(self.trained, sum(lengths))
-        return dataclasses.replace(self, lengths=lengths, groups=self.groups[first:last], trained=trained)
+        return dataclasses.replace(self, lengths=lengths, groups=groups, shared=shared, trained=trained)
 
 
 Step = tuple[Shape, ...]
@@ -242,7 +245,8 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
         recorder.adopt(parameters.values(), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
-        batches = [batch_of(shape) for shape in step]
+        tasks = hasattr(objective, "balanced")
+        batches = [batch_of(shape, tasks) for shape in step]
 
         def update(name: str, gradient: torch.Tensor) -> None:
             recorder.adopt([gradient], "gradients")
@@ -280,13 +284,16 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
             of_step = recorder.work - of_batches
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
-                    objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts)), **options)
+                    objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
         return recorder, of_batches, of_step
 
 
-def batch_of(shape: Shape) -> RaggedBatch:
+def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:
     """A batch of this shape; which of its tokens are trained on changes nothing."""
     flat = iter([0] * shape.trained + [UNTRAINED] * (shape.tokens - shape.trained))
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
-    return RaggedBatch.pack(sequences, targets=targets, adapter=_ADAPTER, group=shape.groups)
+    task = [0] * len(sequences) if tasks else None
+    return RaggedBatch.pack(
+        sequences, targets=targets, adapter=_ADAPTER, group=shape.groups, task=task, shared=shape.shared
+    )

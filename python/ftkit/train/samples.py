@@ -4,6 +4,7 @@ Prompts are taken from the held-out rows where there are any, cut where the firs
 that chat and serve use answers, by the likeliest token.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,12 @@ def examples(batches: Iterable[RaggedBatch], tokenizer: _core.Tokenizer, count: 
         assert batch.targets is not None
         tokens, targets = batch.tokens.tolist(), batch.targets.tolist()
         end = 0
-        for length in batch.lengths:
+        for length, shared in zip(batch.lengths, batch.shared or itertools.repeat(0), strict=False):
             start, end = end, end + length
             trained = [place for place in range(start, end) if targets[place] != UNTRAINED]
             if len(found) == count:
                 return list(found.values())
-            if not trained or not 2 <= trained[0] - start + 1 <= _MOST_PROMPT_TOKENS:
+            if shared or not trained or not 2 <= trained[0] - start + 1 <= _MOST_PROMPT_TOKENS:
                 continue
             prompt = tuple(tokens[start : trained[0] + 1])
             answer = [targets[place] for place, after in enumerate(trained, trained[0]) if place == after]

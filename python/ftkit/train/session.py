@@ -17,7 +17,9 @@ from ftkit.nn.batch import RaggedBatch
 from ftkit.plan.budget import written
 from ftkit.quant.gguf import stream
 from ftkit.train import fitting, lock, memory, planned, samples
+from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
+from ftkit.train.tasks import Tasks
 
 _TRACED = 4
 """Batches that are planned exactly, when it isn't plain which one is the worst."""
@@ -42,16 +44,21 @@ class Session:
     plan: planned.Plan
     room: int
     """Bytes that the run may take."""
+    processes: Processes = ALONE
+    tasks: Tasks | None = None
+    """Of an objective that balances several."""
 
-    def feed(self, start: int) -> Iterator[RaggedBatch]:
-        """The training batches, pass after pass, from the `start`-th on."""
-        batches = self.dataset.batches(self.config.training.batch_rows, start=start)
-        return (batch.to(self.device) for batch in batches)
+    def feed(self, start: int) -> Iterator[list[int]]:
+        """The rows of the training batches, pass after pass, from the `start`-th on."""
+        return self.dataset.portions(self.config.training.batch_rows, start=start)
+
+    def batch(self, rows: list[int]) -> RaggedBatch:
+        """A training batch."""
+        return self.dataset.batch(rows).to(self.device)
 
     def worst(self, parts: int) -> RaggedBatch:
         """The largest of the parts of the batch that needs most memory."""
-        cut = self.dataset.batch(list(self.plan.shape.rows)).to(self.device).cut(parts)
-        return max(cut, key=lambda part: part.tokens.numel())
+        return max(self.batch(list(self.plan.shape.rows)).cut(parts), key=lambda part: part.tokens.numel())
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
@@ -92,7 +99,7 @@ class Session:
         )
 
 
-def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
+def build(config: RunConfig, while_reading: Callable[[int], None], processes: Processes = ALONE) -> Session:
     """Loads the model, prepares the data, attaches the adapter. Writes nothing but the data's cache.
 
     `while_reading` is called with the number of rows read so far, and may raise.
@@ -111,12 +118,17 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         pairs=objective.PAIRS,
         labelled=getattr(objective, "LABELLED", False),
         together=getattr(objective, "TOGETHER", 1),
+        explained=getattr(objective, "EXPLAINED", False),
+        tasks=getattr(objective, "TASKS", False),
+        share=objective.PAIRS and not getattr(objective, "LABELLED", False),
         progress=while_reading,
     )
-    dataset, evaluation = read(config.data, split=held_out.split)
+    dataset, evaluation = processes.one_after_the_first(lambda: read(config.data, split=held_out.split))
     notices = _notices(dataset, "data")
     if held_out.path is not None:
-        evaluation, _ = read(dataclasses.replace(config.data, path=held_out.path))
+        elsewhere = dataclasses.replace(config.data, path=held_out.path)
+        evaluation, _ = processes.one_after_the_first(lambda: read(elsewhere))
+        evaluation = evaluation.with_tasks(dataset.tasks) if dataset.tasks else evaluation
         notices += _notices(evaluation, "evaluation")
     rows_a_step = training.batch_rows * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))
@@ -127,7 +139,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     case = planned.Case(
         config=config,
         architecture=loaded.config,
-        steps=_worst_steps(config, dataset, steps),
+        steps=_worst_steps(config, dataset, steps, processes),
         evaluated=_evaluated(config, evaluation),
         mapped_bytes=_mapped_bytes(loaded),
         formats=models.formats(loaded.path, config.model.quant),
@@ -145,6 +157,12 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
     batches = None
     if evaluation is not None:
         batches = [batch.to(device) for batch in evaluation.batches(training.batch_rows, passes=1)]
+    balanced = None
+    if dataset.tasks:
+        options |= {"names": dataset.tasks}
+        balanced = Tasks(config, objective, dataset.tasks, batches, processes)
+        batches = balanced.held_out
+    many = {"processes": processes.size}
     made_of = {
         "base": loaded.fingerprint,
         "data": dataset.fingerprint,
@@ -160,14 +178,16 @@ def build(config: RunConfig, while_reading: Callable[[int], None]) -> Session:
         dataset=dataset,
         evaluation=batches,
         steps=steps,
-        lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | {"steps": steps}},
+        lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | many | {"steps": steps}},
         notices=notices,
+        processes=processes,
+        tasks=balanced,
         plan=plan,
         room=room,
     )
 
 
-def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int) -> list[planned.Step]:
+def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes: Processes) -> list[planned.Step]:
     """The run's largest first batches of a step, each beside one of the largest that come later in a step."""
     size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
     count, a_pass = steps * accumulated, -(-len(dataset) // size)
@@ -175,6 +195,8 @@ def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int) -> list[p
     orders = (dataset.rows.order(config.training.seed, number) for number in range(1 if alike else -(-count // a_pass)))
     cut = [tuple(order[start : start + size]) for order in orders for start in range(0, len(order), size)][:count]
     first, later = set(cut[::accumulated]), {rows for place, rows in enumerate(cut) if place % accumulated}
+    if processes.size > 1:
+        first = later = set(cut)  # either may be a process' first
     fronts = [_largest(dataset, batches) for batches in (first, later) if batches]
     longest = max(map(len, fronts))
     return list(zip(*(front + front[-1:] * (longest - len(front)) for front in fronts), strict=True))
@@ -186,6 +208,7 @@ def _largest(dataset: data.Dataset, batches: Iterable[tuple[int, ...]]) -> list[
         planned.Shape(
             lengths=tuple(dataset.rows.lengths(list(rows))),
             groups=(),
+            shared=tuple(dataset.rows.shared(list(rows))),
             trained=dataset.rows.trained(list(rows)),
             rows=rows,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftkit.config import RunConfig
 from ftkit.errors import FtkitError, InputError, Interrupted
-from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, report, samples, session
+from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, processes, report, samples, session
 from ftkit.train import lock as locks
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events, rewind
@@ -19,14 +19,20 @@ from ftkit.train.result import TrainResult, sha256_of
 from ftkit.train.session import Session
 from ftkit.train.signals import Interruption
 
+_ONCE_SECONDS = 2.0
+"""In which torchrun passes a signal on."""
+
 Listener = Callable[[dict[str, Any]], None]
 
 
 def start(config: RunConfig, listener: Listener | None, *, resume: bool, overwrite: bool) -> TrainResult:
     """See `ftkit.train.run`."""
-    with Interruption() as stop:
+    with Interruption(_ONCE_SECONDS if processes.launched() > 1 else 0.0) as stop:
         try:
-            return _start(config, listener, stop, resume=resume, overwrite=overwrite)
+            mine = processes.join()
+            result = _start(config, listener if mine.first else None, stop, mine, resume=resume, overwrite=overwrite)
+            processes.leave()
+            return result
         except KeyboardInterrupt:
             raise Interrupted(
                 "stopped at once; the last checkpoint is whole", "continue with ftkit train --resume"
@@ -34,13 +40,20 @@ def start(config: RunConfig, listener: Listener | None, *, resume: bool, overwri
 
 
 def _start(
-    config: RunConfig, listener: Listener | None, stop: Interruption, *, resume: bool, overwrite: bool
+    config: RunConfig,
+    listener: Listener | None,
+    stop: Interruption,
+    mine: processes.Processes,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> TrainResult:
+    mine.check(config)
     if config.output.name is None:
-        name = directory.fresh_name(config)
+        name = mine.exchange(directory.fresh_name(config))[0]
         config = dataclasses.replace(config, output=dataclasses.replace(config.output, name=name))
     config = directory.with_absolute_paths(config).resolved()
-    run = directory.expected(config, resume=resume, overwrite=overwrite)
+    run = mine.one_after_the_first(lambda: directory.expected(config, resume=resume, overwrite=overwrite))
     loggers.check(config.output.loggers)
 
     def while_reading(rows: int) -> None:
@@ -49,41 +62,47 @@ def _start(
         if listener is not None:
             listener({"event": "reading", "step": 0, "rows": rows})
 
-    made = session.build(config, while_reading)
+    made = session.build(config, while_reading, mine)
     if stop.requested:
         raise Interrupted("interrupted before the first step; nothing was written")
-    if not resume:
+    if not resume and mine.first:
         directory.create(run, config)
-    with directory.claim(run):
+    with directory.claim(run) if mine.first else contextlib.nullcontext():
         progress, losses, notices = _resume(run, made) if resume else (checkpoint.Progress(), [], [])
-        files.write_text(run.config, config.to_toml())
-        locks.write(run.lock, made.lock)
-        others = loggers.open_all(config.output.loggers, run.name, run.path, config.table())
-        events = Events(run.events, [*([listener] if listener else []), *others])
+        mine.exchange(None)  # all have read what the first is about to write
+        others = []
+        if mine.first:
+            files.write_text(run.config, config.to_toml())
+            locks.write(run.lock, made.lock)
+            others = loggers.open_all(config.output.loggers, run.name, run.path, config.table())
+        events = Events(run.events if mine.first else None, [*([listener] if listener else []), *others])
         kind = "resumed" if progress.step else "started"
         try:
             told = {"run": run.name, "steps": made.steps, "summary": made.summary()}
             events.emit(kind, progress.step, **told, seconds_left=made.seconds_left(progress.step))
             for notice in [*notices, *made.notices]:
                 events.emit("notice", progress.step, message=notice)
-            asked = made.examples()
+            asked = made.examples() if mine.first else []
             if progress.step == 0:
                 _sample(made, asked, events, 0, None)
             loop = Loop(made, run, progress, events, losses, stop)
             loop.train()
-            result = _finish(loop, run)
+            result = mine.exchange(_finish(loop, run) if mine.first else None)[0]
+            assert result is not None
             _sample(made, asked, events, progress.step, run.adapter)
             events.emit("finished", progress.step, **result.table())
         except BaseException as error:
             with contextlib.suppress(FtkitError):  # what is already going wrong is what people should read
                 if not isinstance(error, Interrupted):
                     events.emit("failed", progress.step, message=str(error) or type(error).__name__)
-                report.write(run)
+                if mine.first:
+                    report.write(run)
             raise
         finally:
             with contextlib.suppress(FtkitError):
                 events.close()
-        report.write(run)
+        if mine.first:
+            report.write(run)
     return result
 
 
@@ -100,7 +119,8 @@ def _resume(run: RunDirectory, made: Session) -> tuple[checkpoint.Progress, list
         f"resumed with another {difference}; bits may differ from those of a run that was never interrupted"
         for difference in surroundings
     ]
-    files.sweep(run.path)
+    if made.processes.first:
+        files.sweep(run.path)
     found = checkpoints.every(run.checkpoints)
     progress = checkpoint.load(found[-1], made.parameters, made.optimizer) if found else checkpoint.Progress()
     if progress.step >= made.steps:
@@ -108,6 +128,8 @@ def _resume(run: RunDirectory, made: Session) -> tuple[checkpoint.Progress, list
             f"{run.path}: expected a run with steps left, got one that has done {progress.step} of {made.steps}",
             "--max-steps with a higher number continues it",
         )
+    if not made.processes.first:
+        return progress, [], []
     run.result.unlink(missing_ok=True)
     kept = rewind(run.events, progress.step)
     losses = [event["loss"] for event in kept if event["event"] == "step" and event.get("loss") is not None]

@@ -1,7 +1,8 @@
 """One optimizer step's gradients: several forward passes that count as one big batch.
 
 An objective gives a sum and a count for every batch. The sums' gradients are added over the step's batches and divided
-once by the step's whole count, so that how the tokens fall into batches changes nothing but rounding.
+once by the step's whole count, so that how the tokens fall into batches, and batches to processes, changes nothing but
+rounding.
 
 A step of one batch knows its count before its gradients. So each weight can be updated, and its gradient freed, while
 the backward pass goes on to the next: `step_in_backward`.
@@ -17,6 +18,7 @@ import torch
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import LossParts
 from ftkit.optim import Optimizer, clip
+from ftkit.train.processes import ALONE, Processes
 
 Loss = Callable[[RaggedBatch], LossParts]
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -55,7 +57,27 @@ class _Totals:
     def __init__(self) -> None:
         self.sum = 0.0
         self.count = 0.0
+        self.tokens = 0
+        self.trained_tokens = 0
         self._metrics: dict[str, tuple[float, float]] = {}
+
+    def saw(self, batch: RaggedBatch) -> None:
+        """Counts a batch's tokens."""
+        self.tokens += batch.tokens.numel()
+        self.trained_tokens += batch.trained.numel()
+
+    def of_all(self, processes: Processes) -> "_Totals":
+        """The sums over all processes, in the order of their ranks."""
+        whole = _Totals()
+        for one in processes.exchange(self):
+            whole.sum += one.sum
+            whole.count += one.count
+            whole.tokens += one.tokens
+            whole.trained_tokens += one.trained_tokens
+            for name, (told, of) in one._metrics.items():
+                before = whole._metrics.get(name, (0.0, 0.0))
+                whole._metrics[name] = (before[0] + told, before[1] + of)
+        return whole
 
     def add(self, parts: LossParts) -> None:
         self.sum += float(parts.sum.detach().double().sum())
@@ -79,28 +101,33 @@ def gradients(
     batches: Sequence[RaggedBatch],
     max_norm: float,
     before: Callable[[RaggedBatch], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> StepOutcome:
     """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`.
 
-    `before` is called before each batch.
+    `before` is called before each batch. The mean is over the batches of all processes.
     """
     totals = _Totals()
     for batch in batches:
         before(batch)
+        totals.saw(batch)
         parts = loss(batch)
         if float(parts.count.sum()) == 0:
             continue
         parts.sum.sum().backward()
         totals.add(parts)
+    totals = totals.of_all(processes)
+    if totals.count:
+        processes.add_gradients(parameters.values())
     existing = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     if existing and totals.count:
         torch._foreach_div_(existing, totals.count)
     return StepOutcome(
         loss=totals.means.loss,
         gradient_norm=clip(parameters, max_norm),
-        tokens=sum(batch.tokens.numel() for batch in batches),
+        tokens=totals.tokens,
         trained=totals.count,
-        trained_tokens=sum(batch.trained.numel() for batch in batches),
+        trained_tokens=totals.trained_tokens,
         metrics=totals.means.metrics,
     )
 
@@ -163,12 +190,12 @@ def each_gradient(parameters: Parameters, use: Callable[[str, torch.Tensor], Non
 
 
 @torch.no_grad()
-def means(loss: Loss, batches: Iterable[RaggedBatch]) -> Means:
-    """The mean loss over batches, and the means of what the objective reports beside it."""
+def means(loss: Loss, batches: Iterable[RaggedBatch], processes: Processes = ALONE) -> Means:
+    """The mean loss over the batches of all processes, and the means of what the objective reports beside it."""
     totals = _Totals()
     for batch in batches:
         totals.add(loss(batch))
-    return totals.means
+    return totals.of_all(processes).means
 
 
 def clear(parameters: Parameters) -> None:

@@ -56,7 +56,7 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
         stream(linear.weight for linear in model.linears().values())
     parameters = adapters.trainable(model, session.ADAPTER)
     optimizer = optim.build(config.optimizer, parameters)
-    batch = planned.batch_of(case.steps[0][0]).to(device)
+    batch = planned.batch_of(case.steps[0][0], hasattr(objective, "balanced")).to(device)
     batches = [part for _ in range(config.training.gradient_accumulation_steps) for part in batch.cut(plan.way.parts)]
     seconds: list[float] = []
 
