@@ -1,0 +1,62 @@
+// Blocks of GGUF files to numbers.
+//
+//   Q4_0: d (q − 8)     Q4_1: d q + m     Q8_0: d q     Q4_K: (d s) q − (d' m); each operation rounded, as the CPU's do
+//
+// FORMAT: Q4_0, Q4_1, Q8_0 or Q4_K. OUT: float, bf16, half. A thread makes 4 neighbours.
+#include "numbers.cuh"
+
+constexpr int THREADS = 256;
+
+static __device__ __forceinline__ float half_at(const uint8_t* bytes) {
+  return half_value((uint16_t)(bytes[0] | bytes[1] << 8));
+}
+
+// Value i of a block; the first 16 of 32 values are in the low halves of the bytes.
+struct Q4_0 {
+  static constexpr int VALUES = 32, BYTES = 18;
+  static __device__ __forceinline__ float value(const uint8_t* block, int i) {
+    uint8_t byte = block[2 + i % 16];
+    return __fmul_rn(half_at(block), (float)((i < 16 ? byte & 15 : byte >> 4) - 8));
+  }
+};
+struct Q4_1 {
+  static constexpr int VALUES = 32, BYTES = 20;
+  static __device__ __forceinline__ float value(const uint8_t* block, int i) {
+    uint8_t byte = block[4 + i % 16];
+    return __fadd_rn(__fmul_rn(half_at(block), (float)(i < 16 ? byte & 15 : byte >> 4)), half_at(block + 2));
+  }
+};
+struct Q8_0 {
+  static constexpr int VALUES = 32, BYTES = 34;
+  static __device__ __forceinline__ float value(const uint8_t* block, int i) {
+    return __fmul_rn(half_at(block), (float)(int8_t)block[2 + i]);
+  }
+};
+// 8 groups of 32; their 6-bit scales and offsets lie in 12 bytes: see src/quant/scales.rs.
+struct Q4_K {
+  static constexpr int VALUES = 256, BYTES = 144;
+  static __device__ __forceinline__ float value(const uint8_t* block, int i) {
+    const uint8_t* packed = block + 4;
+    int group = i / 32, scale, offset;
+    if (group < 4) {
+      scale = packed[group] & 63;
+      offset = packed[group + 4] & 63;
+    } else {
+      scale = (packed[group + 4] & 15) | packed[group - 4] >> 6 << 4;
+      offset = packed[group + 4] >> 4 | packed[group] >> 6 << 4;
+    }
+    uint8_t byte = block[16 + group / 2 * 32 + i % 32];
+    float code = (float)(group % 2 ? byte >> 4 : byte & 15);
+    return __fsub_rn(__fmul_rn(__fmul_rn(half_at(block), (float)scale), code),
+                     __fmul_rn(half_at(block + 2), (float)offset));
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    dequant_blocks(const uint8_t* __restrict__ blocks, OUT* __restrict__ out, int64_t count) {
+  int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
+  if (first >= count) return;
+  const uint8_t* block = blocks + first / FORMAT::VALUES * FORMAT::BYTES;
+#pragma unroll
+  for (int i = 0; i < 4; i++) out[first + i] = narrow<OUT>(FORMAT::value(block, (int)(first % FORMAT::VALUES) + i));
+}
