@@ -9,6 +9,20 @@
 constexpr int THREADS = 256;
 constexpr int EACH = 8;  // values of a thread; groups are multiples of it
 
+static __device__ __forceinline__ float value_of(const uint8_t* codes, const float* meaning, int64_t place, float scale,
+                                                 float offset) {
+  float number;
+  if (TABLE == 16) {
+    const uint8_t pair = codes[place / 2];
+    number = meaning[place % 2 ? pair & 15 : pair >> 4];
+  } else {
+    const uint8_t code = codes[place];
+    number = TABLE ? meaning[code] : (float)(int8_t)code;
+  }
+  const float value = __fmul_rn(number, scale);
+  return OFFSETS ? __fadd_rn(value, offset) : value;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) dequant_coded(
     const uint8_t* __restrict__ codes, const float* __restrict__ table, const SCALE* __restrict__ scales,
     const float* __restrict__ map, const float* __restrict__ greatest, const float* __restrict__ mean,
@@ -16,30 +30,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequant_coded(
   __shared__ float meaning[TABLE ? TABLE : 1];
   for (int i = threadIdx.x; i < TABLE; i += THREADS) meaning[i] = table[i];
   __syncthreads();
-  int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
+  const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
   if (first >= count) return;
-  int64_t place = first / group;
-  float scale = scale_of(scales, Nested{map, greatest, mean}, place);
-  float offset = OFFSETS ? wide(offsets[place]) : 0.0f;
-  int here = count - first < EACH ? (int)(count - first) : EACH;
-  float values[EACH];
+  const int64_t place = first / group;
+  const float scale = scale_of(scales, Nested{map, greatest, mean}, place);
+  const float offset = OFFSETS ? wide(offsets[place]) : 0.0f;
+  if (first + EACH <= count) {
+    float values[EACH];
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    if (i >= here) break;
-    float number;
-    if (TABLE == 16) {
-      uint8_t pair = codes[(first + i) / 2];
-      number = meaning[i % 2 ? pair & 15 : pair >> 4];
-    } else {
-      uint8_t code = codes[first + i];
-      number = TABLE ? meaning[code] : (float)(int8_t)code;
-    }
-    values[i] = __fmul_rn(number, scale);
-    if (OFFSETS) values[i] = __fadd_rn(values[i], offset);
-  }
-  if (here == EACH) {
+    for (int i = 0; i < EACH; i++) values[i] = value_of(codes, meaning, first + i, scale, offset);
     store8(out + first, values);
   } else {
-    for (int i = 0; i < here; i++) out[first + i] = narrow<OUT>(values[i]);
+    for (int64_t i = first; i < count; i++) out[i] = narrow<OUT>(value_of(codes, meaning, i, scale, offset));
   }
 }

@@ -1,0 +1,83 @@
+"""Kernels launched in the emulator, as the driver launches them on a GPU; a fault fails the test."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ftkit.cuda.launches import Argument
+from ftkit.cuda.on_cpu import Library, Report, build
+from ftkit.cuda.source import Variant, variant
+from ftkit.kernels.coded_matmul import Coded, coded_dense
+from ftkit.plugins import load
+
+# What tests launch; compiled in one go. Others are compiled when they are launched.
+VARIANTS = [
+    variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="float"),
+    variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="bf16"),
+    variant("dequant_coded", TABLE=16, SCALE="float", OFFSETS=0, OUT="half"),
+    variant("dequant_coded", TABLE=16, SCALE="half", OFFSETS=1, OUT="float"),
+    variant("dequant_coded", TABLE=0, SCALE="float", OFFSETS=0, OUT="float"),
+    *(variant("dequant_blocks", FORMAT=kind, OUT="float") for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K")),
+    *(variant("nf4_gemv", ROWS=m, T="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t") for m in (1, 3, 4)),
+    variant("nf4_gemv", ROWS=2, T="float", GROUP=32, OFFSETS=1, SCALE="half"),
+    *(
+        variant(name, SCALE=scale)
+        for name in ("nf4_decode", "nf4_lora_forward", "nf4_lora_dx")
+        for scale in ("uint8_t", "float")
+    ),
+    *(variant(name, T=kind) for name in ("rms_norm", "swiglu", "rope") for kind in ("bf16", "float")),
+    *(
+        variant("cross_entropy", T=kind, GRADIENT=gradient)
+        for kind, gradient in (("bf16", 1), ("float", 1), ("half", 0))
+    ),
+    variant("adamw_8bit"),
+]
+
+
+class Emulated:
+    """Launches by the emulator under one schedule."""
+
+    def __init__(self, libraries: dict[Variant, Library], schedule: int = 0, traffic: bool = False) -> None:
+        self.libraries, self.schedule, self.traffic = libraries, schedule, traffic
+        self.reports: list[Report] = []
+
+    def __call__(self, variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
+        if variant not in self.libraries:
+            (self.libraries[variant],) = build([variant])
+        poison(self.libraries[variant], name, arguments)
+        report = self.libraries[variant].launch(
+            name, grid, arguments, schedule=self.schedule, seed=self.schedule, traffic=self.traffic
+        )
+        self.reports.append(report)
+        assert not report.faults, "\n".join(map(str, report.faults))
+
+
+def poison(library: Library, name: str, arguments: Sequence[Argument]) -> None:
+    """Fills outputs (what is written and was only just made) with NaN, so that what isn't written shows."""
+    for parameter, argument in zip(library.variant.kernels()[name].parameters, arguments, strict=True):
+        if isinstance(argument, Tensor) and not parameter.constant and parameter.name in OUTPUTS:
+            argument.fill_(torch.nan)
+
+
+OUTPUTS = {"out", "y", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+
+
+def coded_matrix(scheme: str, rows: int, columns: int, seed: int = 0) -> Coded:
+    """A random matrix, quantized by a scheme of ftkit's."""
+    name, _, option = scheme.partition(":")
+    made = load("quant", name).scheme(option)
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+    return made.coded(made.encode(dense), (rows, columns))
+
+
+def exact(coded: Coded, dtype: torch.dtype) -> Tensor:
+    """W as kernels for this dtype have it, in float64."""
+    return coded_dense.reference(coded).to(dtype).double()
+
+
+def close(found: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+    """Fails unless each number is right up to its type's rounding and float32's of sums of this magnitude."""
+    bound = expected.abs() * torch.finfo(found.dtype).eps + magnitude * 2e-6 + 1e-12
+    wrong = ~((found.double() - expected).abs() <= bound)  # NaN is wrong
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} numbers, the first at {wrong.nonzero()[0].tolist()}"
