@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.config.cache import cache_directory
-from ftkit.cuda.source import Variant, headers
+from ftkit.cuda.source import Variant
 from ftkit.errors import FtkitError, InputError
 
 LEAST_ARCHITECTURE = 80
@@ -71,7 +71,7 @@ def compile_variant(variant: Variant, architecture: str) -> Program:
             f"CUDA kernels: expected one of the compiler's architectures {known}, got {architecture}",
             "a newer torch brings a newer NVRTC",
         )
-    texts = headers()
+    texts = variant.headers()
     _, program = _call(
         nvrtc.nvrtcCreateProgram(
             variant.text.encode(),
@@ -140,8 +140,6 @@ def _nvrtc() -> Any:
 
 
 def _architectures(nvrtc: Any) -> list[int]:
-    _, count = _call(nvrtc.nvrtcGetNumSupportedArchs())
-    del count
     return list(_call(nvrtc.nvrtcGetSupportedArchs())[1])
 
 
@@ -152,7 +150,7 @@ def _call(answer: Any) -> Any:
 
 
 def _text_bytes(nvrtc: Any, program: Any, what: str) -> bytes:
-    _, size = _call(getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    size: int = _call(getattr(nvrtc, f"nvrtcGet{what}Size")(program))[1]
     content = b" " * size
     _call(getattr(nvrtc, f"nvrtcGet{what}")(program, content))
     return content

@@ -16,6 +16,8 @@ Argument = Tensor | int | float
 GEMV_ROWS, DECODE_ROWS = 4, 16
 STEP = 64
 """Values of one scale, and of one step of the tensor core's kernels."""
+TILE = 128
+"""Rows, and columns, of the result that a block of the tiled kernels makes."""
 BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k")
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half", torch.uint8: "uint8_t"}
 
@@ -101,7 +103,7 @@ def block_dense(launch: Launch, kind: str, blocks: Tensor, columns: int, dtype: 
 
 def takes_matmul(x: Tensor, coded: Codes) -> bool:
     """4-bit codes; up to 4 rows with any group of whole eights, more of them as NF4 in bfloat16."""
-    rows, columns = coded.shape
+    columns = coded.shape[1]
     if coded.table is None or len(coded.table) != 16 or not takes_dense(coded) or columns % coded.group:
         return False
     return (x.dtype in _TYPES and x.shape[0] <= GEMV_ROWS) or _takes_tiles(x, coded)
@@ -119,25 +121,29 @@ def _takes_tiles(x: Tensor, coded: Codes) -> bool:
 
 
 def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank], rank in whole sixteens."""
+    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank], ranks of sixteens."""
     (n, k), m = coded.shape, x.shape[0]
     y = x.new_empty(m, n)
+    rank = 0 if low is None else low.shape[1]
+    scale = _TYPES[coded.scales.dtype]
     if not y.numel():
         return y
-    rank = 0 if low is None else low.shape[1]
     if m <= GEMV_ROWS:
-        macros = {"ROWS": m, "T": _TYPES[x.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
-        kernel = variant("nf4_gemv", **macros, SCALE=_TYPES[coded.scales.dtype])
-        added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
         offsets = _or_none(coded.offsets, torch.float16, coded)
+        added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
+        macros = {"ROWS": m, "VALUE": _TYPES[x.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
+        kernel = variant("nf4_gemv", **macros, SCALE=scale)
         grid = (blocks_of(n, kernel.constant("THREADS") // 32),)
         launch(kernel, "nf4_gemv", grid, [x, *_codes(coded), offsets, *added, y, n, k, rank])
-        return y
-    name = "nf4_decode" if m <= DECODE_ROWS else "nf4_lora_forward"
-    added = [_or_none(low, torch.float32 if name == "nf4_decode" else x.dtype, coded), _or_none(b, x.dtype, coded)]
-    grid = (blocks_of(n, 32),) if name == "nf4_decode" else (blocks_of(m, 128), blocks_of(n, 128))
-    arguments = [x, *_codes(coded), *added, y, m, n, k, rank]
-    launch(variant(name, SCALE=_TYPES[coded.scales.dtype]), name, grid, arguments)
+    elif m <= DECODE_ROWS:
+        added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
+        arguments: list[Argument] = [x, *_codes(coded), *added, y, m, n, k, rank]
+        launch(variant("nf4_decode", SCALE=scale), "nf4_decode", (blocks_of(n, 32),), arguments)
+    else:
+        added = [_or_none(low, x.dtype, coded), _or_none(b, x.dtype, coded)]
+        arguments = [x, *_codes(coded), *added, y, m, n, k, rank]
+        kernel = variant("nf4_lora_forward", SCALE=scale)
+        launch(kernel, "nf4_lora_forward", (blocks_of(m, TILE), blocks_of(n, TILE)), arguments)
     return y
 
 
@@ -150,9 +156,9 @@ def matmul_transposed(
     if not dx.numel():
         return dx
     added = [_or_none(dlow, dy.dtype, coded), _or_none(a, dy.dtype, coded)]
-    arguments = [dy, *_codes(coded), *added, dx, m, n, k, 0 if dlow is None else dlow.shape[1]]
+    arguments: list[Argument] = [dy, *_codes(coded), *added, dx, m, n, k, 0 if dlow is None else dlow.shape[1]]
     kernel = variant("nf4_lora_dx", SCALE=_TYPES[coded.scales.dtype])
-    launch(kernel, "nf4_lora_dx", (blocks_of(m, 128), blocks_of(k, 128)), arguments)
+    launch(kernel, "nf4_lora_dx", (blocks_of(m, TILE), blocks_of(k, TILE)), arguments)
     return dx
 
 
@@ -165,7 +171,7 @@ def rms_norm(launch: Launch, x: Tensor, weight: Tensor, epsilon: float) -> tuple
     """x [rows, d] to (y, 1 / √(mean(x²) + ε) float32 [rows])."""
     y, scales = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     if x.numel():
-        kernel = variant("rms_norm", T=_TYPES[x.dtype])
+        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
         launch(kernel, "rms_norm_forward", (x.shape[0],), [x, weight, y, scales, x.shape[1], epsilon])
     return y, scales
 
@@ -174,7 +180,7 @@ def rms_norm_dx(launch: Launch, dy: Tensor, x: Tensor, weight: Tensor, scales: T
     """The gradient in x."""
     dx = torch.empty_like(x)
     if x.numel():
-        kernel = variant("rms_norm", T=_TYPES[x.dtype])
+        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
         launch(kernel, "rms_norm_dx", (x.shape[0],), [dy, x, weight, scales, dx, x.shape[1]])
     return dx
 
@@ -183,7 +189,7 @@ def rms_norm_dweight(launch: Launch, dy: Tensor, x: Tensor, scales: Tensor) -> T
     """The gradient in the weight, float32 [d]."""
     dweight = x.new_zeros(x.shape[1], dtype=torch.float32)
     if x.numel():
-        kernel = variant("rms_norm", T=_TYPES[x.dtype])
+        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
         grid = (blocks_of(x.shape[1], kernel.constant("COLUMNS")),)
         launch(kernel, "rms_norm_dweight", grid, [dy, x, scales, dweight, *x.shape])
     return dweight
@@ -193,7 +199,7 @@ def swiglu(launch: Launch, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up."""
     y = torch.empty_like(gate)
     if count := y.numel():
-        kernel = variant("swiglu", T=_TYPES[gate.dtype])
+        kernel = variant("swiglu", VALUE=_TYPES[gate.dtype])
         launch(kernel, "swiglu_forward", (blocks_of(count, 8 * kernel.constant("THREADS")),), [gate, up, y, count])
     return y
 
@@ -202,7 +208,7 @@ def swiglu_backward(launch: Launch, dy: Tensor, gate: Tensor, up: Tensor) -> tup
     """The gradients in gate and up."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if count := dy.numel():
-        kernel = variant("swiglu", T=_TYPES[gate.dtype])
+        kernel = variant("swiglu", VALUE=_TYPES[gate.dtype])
         grid = (blocks_of(count, 8 * kernel.constant("THREADS")),)
         launch(kernel, "swiglu_backward", grid, [dy, gate, up, dgate, dup, count])
     return dgate, dup
@@ -213,7 +219,7 @@ def rope(launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False
     y = torch.empty_like(x)
     if x.numel():
         tokens, heads, size = x.shape
-        kernel = variant("rope", T=_TYPES[x.dtype])
+        kernel = variant("rope", VALUE=_TYPES[x.dtype])
         grid = (blocks_of(x.numel() // 16, kernel.constant("THREADS")),)
         launch(kernel, "rope", grid, [x, cos, sin, y, tokens, heads, size // 2, -1.0 if back else 1.0])
     return y
@@ -224,7 +230,7 @@ def cross_entropy(launch: Launch, logits: Tensor, targets: Tensor, gradient: boo
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
     if logits.numel():
-        kernel = variant("cross_entropy", T=_TYPES[logits.dtype], GRADIENT=int(gradient))
+        kernel = variant("cross_entropy", VALUE=_TYPES[logits.dtype], GRADIENT=int(gradient))
         launch(kernel, "cross_entropy", (len(targets),), [logits, targets, losses, slope, logits.shape[1]])
     return losses, slope if gradient else None
 

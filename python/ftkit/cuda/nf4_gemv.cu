@@ -1,20 +1,20 @@
 // y = x Wᵀ + low Bᵀ for at most 4 rows of x, W in 4-bit codes with a table: decoding one token.
 //
 // A warp makes one number of each row. Lane l takes the values 8 l … 8 l + 7 of every 256, so that a warp reads 128
-// neighbouring bytes of codes; its sums meet in a fixed order that depends on K alone. Values of W are rounded to T first,
+// neighbouring bytes of codes; its sums meet in a fixed order that depends on K alone. Values of W are rounded to VALUE first,
 // as everywhere.
 //
-// ROWS: 1 to 4. T: float, bf16, half. GROUP: values of a scale, a multiple of 8. SCALE, OFFSETS: see dequant_coded.cu.
+// ROWS: 1 to 4. VALUE: float, bf16, half. GROUP: values of a scale, a multiple of 8. SCALE, OFFSETS: see dequant_coded.cu.
 #include "scales.cuh"
 
 constexpr int THREADS = 128;
 constexpr int EACH = 8;
 
 extern "C" __global__ void __launch_bounds__(THREADS) nf4_gemv(
-    const T* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
+    const VALUE* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
     const float* __restrict__ mean, const half* __restrict__ offsets, const float* __restrict__ low,
-    const T* __restrict__ b, T* __restrict__ y, int n, int k, int rank) {
+    const VALUE* __restrict__ b, VALUE* __restrict__ y, int n, int k, int rank) {
   __shared__ float meaning[16];
   if (threadIdx.x < 16) meaning[threadIdx.x] = table[threadIdx.x];
   __syncthreads();
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_gemv(
     for (int i = 0; i < EACH; i++) {
       const int shift = i / 2 * 8 + (i % 2 ? 0 : 4);
       float value = __fmul_rn(meaning[packed >> shift & 15], scale);
-      w[i] = rounded<T>(OFFSETS ? __fadd_rn(value, offset) : value);
+      w[i] = rounded<VALUE>(OFFSETS ? __fadd_rn(value, offset) : value);
     }
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
@@ -49,6 +49,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_gemv(
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
     const float sum = warp_sum(sums[row]);
-    if (lane == 0) y[(int64_t)row * n + column] = narrow<T>(sum);
+    if (lane == 0) y[(int64_t)row * n + column] = narrow<VALUE>(sum);
   }
 }

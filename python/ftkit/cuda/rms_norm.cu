@@ -1,14 +1,14 @@
 // y = weight ⊙ x / √(mean(x²) + ε) over rows of d values, and its gradients.
 //
-// The division is rounded to T before the product with the weight, as published weights were trained. `scales` float
-// [rows] is 1 / √(mean(x²) + ε), kept for the gradients. A block makes a row; d is a multiple of 8. T: float, bf16, half.
+// The division is rounded to VALUE before the product with the weight, as published weights were trained. `scales` float
+// [rows] is 1 / √(mean(x²) + ε), kept for the gradients. A block makes a row; d is a multiple of 8. VALUE: float, bf16, half.
 #include "block.cuh"
 
 constexpr int THREADS = 256;
 constexpr int COLUMNS = 32;  // that a block of the weight's gradient makes
 
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
-    const T* __restrict__ x, const T* __restrict__ weight, T* __restrict__ y, float* __restrict__ scales, int d,
+    const VALUE* __restrict__ x, const VALUE* __restrict__ weight, VALUE* __restrict__ y, float* __restrict__ scales, int d,
     float epsilon) {
   __shared__ float parts[THREADS / 32];
   const int64_t row = (int64_t)blockIdx.x * d;
@@ -26,15 +26,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
     load8_wide(x + row + at, v);
     load8_wide(weight + at, w);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = w[i] * rounded<T>(v[i] * scale);
+    for (int i = 0; i < 8; i++) v[i] = w[i] * rounded<VALUE>(v[i] * scale);
     store8(y + row + at, v);
   }
 }
 
 // dx = (g − n mean(g n)) / √(mean(x²) + ε) with g = weight ⊙ dy and n the normalised row.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dx(
-    const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ scales,
-    T* __restrict__ dx, int d) {
+    const VALUE* __restrict__ dy, const VALUE* __restrict__ x, const VALUE* __restrict__ weight, const float* __restrict__ scales,
+    VALUE* __restrict__ dx, int d) {
   __shared__ float parts[THREADS / 32];
   const int64_t row = (int64_t)blockIdx.x * d;
   const float scale = scales[blockIdx.x];
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dx(
     load8_wide(x + row + at, v);
     load8_wide(weight + at, w);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += rounded<T>(g[i] * w[i]) * rounded<T>(v[i] * scale);
+    for (int i = 0; i < 8; i++) sum += rounded<VALUE>(g[i] * w[i]) * rounded<VALUE>(v[i] * scale);
   }
   const float along = block_sum<THREADS>(sum, parts) / d;
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
@@ -54,14 +54,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dx(
     load8_wide(x + row + at, v);
     load8_wide(weight + at, w);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = (rounded<T>(g[i] * w[i]) - rounded<T>(v[i] * scale) * along) * scale;
+    for (int i = 0; i < 8; i++) v[i] = (rounded<VALUE>(g[i] * w[i]) - rounded<VALUE>(v[i] * scale) * along) * scale;
     store8(dx + row + at, v);
   }
 }
 
 // dweight = Σ over rows of dy n, float [d]. The block's 8 warps share out the rows; a lane has one column.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dweight(
-    const T* __restrict__ dy, const T* __restrict__ x, const float* __restrict__ scales, float* __restrict__ dweight,
+    const VALUE* __restrict__ dy, const VALUE* __restrict__ x, const float* __restrict__ scales, float* __restrict__ dweight,
     int rows, int d) {
   __shared__ float parts[THREADS / 32][COLUMNS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * COLUMNS + lane;
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dweight(
   if (column < d)
     for (int row = warp; row < rows; row += THREADS / 32) {
       const int64_t place = (int64_t)row * d + column;
-      sum += wide(dy[place]) * rounded<T>(wide(x[place]) * scales[row]);
+      sum += wide(dy[place]) * rounded<VALUE>(wide(x[place]) * scales[row]);
     }
   parts[warp][lane] = sum;
   __syncthreads();

@@ -1,13 +1,13 @@
 // y = [a cos − b sin, b cos + a sin] of the halves x = [a, b] of each head; with sign −1 the way back, which is its gradient.
 //
-// x [tokens, heads, 2 half], cos and sin [tokens, half], half a multiple of 8. Each operation is rounded to T, as torch
-// does. A thread turns 8 pairs. T: float, bf16, half.
+// x [tokens, heads, 2 half], cos and sin [tokens, half], half a multiple of 8. Each operation is rounded to VALUE, as torch
+// does. A thread turns 8 pairs. VALUE: float, bf16, half.
 #include "numbers.cuh"
 
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope(const T* __restrict__ x, const T* __restrict__ cosines, const T* __restrict__ sines, T* __restrict__ y,
+    rope(const VALUE* __restrict__ x, const VALUE* __restrict__ cosines, const VALUE* __restrict__ sines, VALUE* __restrict__ y,
          int tokens, int heads, int half_size, float sign) {
   const int64_t piece = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   const int pieces = half_size / 8;  // of a head
@@ -23,8 +23,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const float sine = s[i] * sign, first = a[i];
-    a[i] = __fsub_rn(rounded<T>(__fmul_rn(first, c[i])), rounded<T>(__fmul_rn(b[i], sine)));
-    b[i] = __fadd_rn(rounded<T>(__fmul_rn(b[i], c[i])), rounded<T>(__fmul_rn(first, sine)));
+    a[i] = __fsub_rn(rounded<VALUE>(__fmul_rn(first, c[i])), rounded<VALUE>(__fmul_rn(b[i], sine)));
+    b[i] = __fadd_rn(rounded<VALUE>(__fmul_rn(b[i], c[i])), rounded<VALUE>(__fmul_rn(first, sine)));
   }
   store8(y + place, a);
   store8(y + place + half_size, b);

@@ -1,7 +1,8 @@
 """The kernels' sources, which come with the package, and what can be read in them without compiling.
 
-`NAME.cu` holds one kernel or a few that belong together; `include/` what they share, `on_gpu/` and `on_cpu/` what differs. A source leaves types and sizes
-open as macros (`OUT`, `ROWS`, …): a `Variant` names a source and says what they are.
+`NAME.cu` holds one kernel or a few that belong together; `include/` what they share, `on_gpu/` and `on_cpu/` what
+differs. A source leaves types and sizes open as macros (`OUT`, `ROWS`, …): a `Variant` names a source and says what
+they are.
 """
 
 import functools
@@ -24,18 +25,23 @@ class Variant:
     name: str
     """The source is NAME.cu."""
     macros: tuple[tuple[str, str], ...] = ()
-    changed: str | None = field(default=None, repr=False)
-    """Another text in its place, for tests that break it."""
+    changed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """(file, text) of files that are others than ours, for tests that break them."""
 
     @property
     def text(self) -> str:
         """The source."""
-        return read(f"{self.name}.cu") if self.changed is None else self.changed
+        file = f"{self.name}.cu"
+        return dict(self.changed)[file] if file in dict(self.changed) else read(file)
+
+    def headers(self) -> dict[str, str]:
+        """Name → text of what sources include, on a GPU."""
+        return headers() | {name: text for name, text in self.changed if name.endswith(".cuh")}
 
     @property
     def digest(self) -> str:
         """SHA-256 of all that its meaning depends on."""
-        parts = [self.name, repr(self.macros), self.text, *(f"{name}\n{text}" for name, text in headers().items())]
+        parts = [self.name, repr(self.macros), self.text, *(f"{name}\n{text}" for name, text in self.headers().items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def kernels(self) -> "dict[str, Kernel]":

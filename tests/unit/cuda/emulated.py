@@ -19,16 +19,16 @@ VARIANTS = [
     variant("dequant_coded", TABLE=16, SCALE="half", OFFSETS=1, OUT="float"),
     variant("dequant_coded", TABLE=0, SCALE="float", OFFSETS=0, OUT="float"),
     *(variant("dequant_blocks", FORMAT=kind, OUT="float") for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K")),
-    *(variant("nf4_gemv", ROWS=m, T="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t") for m in (1, 3, 4)),
-    variant("nf4_gemv", ROWS=2, T="float", GROUP=32, OFFSETS=1, SCALE="half"),
+    *(variant("nf4_gemv", ROWS=m, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t") for m in (1, 3, 4)),
+    variant("nf4_gemv", ROWS=2, VALUE="float", GROUP=32, OFFSETS=1, SCALE="half"),
     *(
         variant(name, SCALE=scale)
         for name in ("nf4_decode", "nf4_lora_forward", "nf4_lora_dx")
         for scale in ("uint8_t", "float")
     ),
-    *(variant(name, T=kind) for name in ("rms_norm", "swiglu", "rope") for kind in ("bf16", "float")),
+    *(variant(name, VALUE=kind) for name in ("rms_norm", "swiglu", "rope") for kind in ("bf16", "float")),
     *(
-        variant("cross_entropy", T=kind, GRADIENT=gradient)
+        variant("cross_entropy", VALUE=kind, GRADIENT=gradient)
         for kind, gradient in (("bf16", 1), ("float", 1), ("half", 0))
     ),
     variant("adamw_8bit"),

@@ -40,7 +40,8 @@ FAULTY = {
     ),
     "deadlock": ("if (threadIdx.x < 40)\n__syncwarp();\nelse\n__syncthreads();", 6),
     "divergent warp operation": (
-        "int t = threadIdx.x;\nif (t % 2)\ny[t] = __shfl_sync(~0u, 1.0f, 0);\nelse\ny[t] = __shfl_xor_sync(~0u, 2.0f, 1);",
+        "int t = threadIdx.x;\nif (t % 2)\ny[t] = __shfl_sync(~0u, 1.0f, 0);\nelse\n"
+        "y[t] = __shfl_xor_sync(~0u, 2.0f, 1);",
         5,
     ),
     "lane not in its own mask": ("y[threadIdx.x] = __shfl_sync(1u, 1.0f, 0);", 3),
@@ -61,10 +62,14 @@ SOUND = {
 }
 
 
+def made(name: str, text: str) -> Variant:
+    return Variant(name, changed=((f"{name}.cu", text),))
+
+
 @pytest.fixture(scope="module")
-def libraries() -> dict[str, Library]:
+def broken() -> dict[str, Library]:
     bodies = {name: body for name, (body, _) in FAULTY.items()} | SOUND
-    built = build([Variant("broken", (), f"{HEAD}{body}\n}}\n") for body in bodies.values()])
+    built = build([made("broken", f"{HEAD}{body}\n}}\n") for body in bodies.values()])
     return dict(zip(bodies, built, strict=True))
 
 
@@ -75,8 +80,8 @@ def launch(library: Library, schedule: int, y: torch.Tensor | None = None) -> Re
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", FAULTY)
-def test_faults_are_found_under_every_schedule(libraries: dict[str, Library], name: str, schedule: int) -> None:
-    faults = launch(libraries[name], schedule).faults
+def test_faults_are_found_under_every_schedule(broken: dict[str, Library], name: str, schedule: int) -> None:
+    faults = launch(broken[name], schedule).faults
     wanted = [fault for fault in faults if name.startswith(fault.kind)]
     assert wanted, list(map(str, faults))
     assert any(f"broken.cu:{FAULTY[name][1]}" in (fault.where, fault.other) for fault in wanted), list(map(str, wanted))
@@ -85,15 +90,15 @@ def test_faults_are_found_under_every_schedule(libraries: dict[str, Library], na
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_allowed_passes(libraries: dict[str, Library], name: str, schedule: int) -> None:
+def test_what_is_allowed_passes(broken: dict[str, Library], name: str, schedule: int) -> None:
     y = torch.zeros(64)
-    report = launch(libraries[name], schedule, y)
+    report = launch(broken[name], schedule, y)
     assert not report.faults, list(map(str, report.faults))
     assert torch.equal(y, torch.arange(64.0).flip(0))
 
 
-def test_a_fault_reads_as_a_sentence(libraries: dict[str, Library]) -> None:
-    (fault,) = launch(libraries["out of bounds"], 0).faults
+def test_a_fault_reads_as_a_sentence(broken: dict[str, Library]) -> None:
+    (fault,) = launch(broken["out of bounds"], 0).faults
     assert str(fault) == "broken.cu:3: out of bounds, write of 4 bytes of global memory, block (0, 0, 0), thread 63"
 
 
@@ -102,7 +107,7 @@ def test_bank_conflicts_and_sectors_are_counted_by_line() -> None:
         HEAD + "__shared__ float s[64 * 32];\nint t = threadIdx.x;\ns[t * 32] = x[t];\n"
         "__syncthreads();\ns[t] = 1.0f;\ny[t / 32 * 32 + t * 9 % 32] = s[t * 32];\n}\n"
     )
-    (library,) = build([Variant("strided", (), text)])
+    (library,) = build([made("strided", text)])
     x, y = torch.zeros(64), torch.zeros(64)
     report = library.launch("k", (1,), [x, y, 64], traffic=True)
     found = {(one.where, one.kind): (one.requests, one.taken, one.least) for one in report.traffic}
@@ -116,13 +121,13 @@ def test_bank_conflicts_and_sectors_are_counted_by_line() -> None:
 
 def test_the_tensor_core_needs_a_whole_warp() -> None:
     text = HEAD.replace("(64)", "(40)") + "float d[4] = {};\nuint32_t a[4] = {};\nmma_bf16(d, a, 0, 0);\n}\n"
-    (library,) = build([Variant("part", (), text)])
+    (library,) = build([made("part", text)])
     (fault,) = launch(library, 0).faults
     assert (fault.kind, fault.where) == ("whole-warp operation in a part of a warp", "part.cu:5")
 
 
-def test_arguments_are_held_against_the_parameters(libraries: dict[str, Library]) -> None:
-    library, x = libraries["out of bounds"], torch.zeros(64)
+def test_arguments_are_held_against_the_parameters(broken: dict[str, Library]) -> None:
+    library, x = broken["out of bounds"], torch.zeros(64)
     for wrong, what in (
         ([x, x], "expected 3 arguments, got 2"),
         ([x, x.double(), 64], "y: expected torch.float32, got torch.float64"),

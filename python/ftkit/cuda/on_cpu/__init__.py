@@ -1,6 +1,6 @@
 """Runs kernels on the CPU, thread by thread, with every access checked: for tests; not part of a release.
 
-    library = build([variant("swiglu", T="bf16")])[0]
+    library = build([variant("swiglu", VALUE="bf16")])[0]
     report = library.launch("swiglu_forward", grid, [gate, up, y, count], schedule=1)
     assert not report.faults
 
@@ -26,14 +26,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ftkit.cuda.arguments import check, packed
-from ftkit.cuda.source import FOLDER, Variant
+from ftkit.cuda.source import Variant
 from ftkit.errors import InputError
 
 HERE = Path(__file__).parent
 SCHEDULES = (0, 1, 2, 3)
 """In turn; a random warp runs ahead; the last warp runs ahead; random switches. See runtime/schedule.cpp."""
 _FLAGS = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
-_INCLUDE = re.compile(r"^\s*#include[^\n]*", re.MULTILINE)
+_INCLUDE = re.compile(r'#include "(.*)"')
 _KINDS = ("load shared", "store shared", "load global", "store global", "ldmatrix")
 
 
@@ -180,24 +180,37 @@ def build(variants: Sequence[Variant], cache: Path | None = None) -> list[Librar
     digest = hashlib.sha256("".join(one.digest for one in variants).encode() + _own_digest().encode()).hexdigest()[:24]
     path = folder / f"kernels_{digest}.so"
     if not path.exists():
-        _compile(path, _unit(variants), ("-O1", "-g1", "-fsanitize=thread", "-include", "on_cpu.h", *_includes()))
+        _compile(
+            path, _unit(variants), ("-O1", "-g1", "-fsanitize=thread", "-include", "on_cpu.h", f"-I{HERE / 'include'}")
+        )
     return [Library(one, path, f"v{number}_") for number, one in enumerate(variants)]
 
 
 def _unit(variants: Sequence[Variant]) -> str:
-    """One translation unit: each variant in a namespace of its own, their includes before them."""
-    lines = sorted({line.strip() for one in variants for line in _INCLUDE.findall(one.text)})
+    """One translation unit: each variant, with the headers it includes, in a namespace of its own."""
+    lines = ['#include "ptx.cuh"']
     for number, one in enumerate(variants):
         lines += [f"#define {name} {value}" for name, value in one.macros]
-        lines += [f"namespace v{number} {{", f'#line 1 "{one.name}.cu"']
-        lines += [_INCLUDE.sub("", one.text).replace('extern "C"', ""), "}"]
+        lines += [f"namespace v{number} {{", _whole(one, f"{one.name}.cu", {"ptx.cuh"}), "}"]
         lines += [f"#undef {name}" for name, _ in one.macros]
         lines += [f"ON_CPU_ENTRY(v{number}::{name}, v{number}_{name})" for name in one.kernels()]
     return "\n".join(lines)
 
 
-def _includes() -> tuple[str, ...]:
-    return (f"-I{HERE / 'include'}", f"-I{FOLDER / 'include'}")
+def _whole(variant: Variant, file: str, there: set[str]) -> str:
+    """The file's text with what it includes in its place, each once, and with lines numbered as in the files."""
+    texts = variant.headers() | {f"{variant.name}.cu": variant.text}
+    lines = [f'#line 1 "{file}"']
+    for number, line in enumerate(texts[file].replace('extern "C"', "").splitlines(), 1):
+        included = _INCLUDE.fullmatch(line)
+        if included and included[1] not in there:
+            there.add(included[1])
+            lines += [_whole(variant, included[1], there), f'#line {number + 1} "{file}"']
+        elif included or line == "#pragma once":
+            lines.append("")
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _compile(path: Path, text: str, flags: Sequence[str]) -> None:
