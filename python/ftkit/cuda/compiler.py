@@ -5,6 +5,7 @@ compiler's version and flags, the architecture and the driver.
 """
 
 import hashlib
+import importlib
 import os
 import re
 import tempfile
@@ -128,8 +129,7 @@ def _keep(path: Path, content: bytes) -> None:
 
 def _nvrtc() -> Any:
     try:
-        from cuda.bindings import nvrtc
-
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise InputError(

@@ -1,13 +1,12 @@
 """Kernels compiled for the CPU once for all tests."""
 
 import pytest
-from tests.unit.cuda.emulated import VARIANTS
+from tests.unit.cuda.emulated import VARIANTS, Emulated
 
-from ftkit.cuda.on_cpu import Library, build
-from ftkit.cuda.source import Variant
+from ftkit.cuda.on_cpu import build
 
 
 @pytest.fixture(scope="session")
-def libraries() -> dict[Variant, Library]:
+def kit() -> Emulated:
     """The variants that tests launch, compiled."""
-    return dict(zip(VARIANTS, build(VARIANTS), strict=True))
+    return Emulated(dict(zip(VARIANTS, build(VARIANTS), strict=True)))

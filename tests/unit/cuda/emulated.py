@@ -1,12 +1,18 @@
 """Kernels launched in the emulator, as the driver launches them on a GPU; a fault fails the test."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ftkit.cuda.launches import Argument
-from ftkit.cuda.on_cpu import Library, Report, build
+from ftkit.cuda.arguments import check
+from ftkit.cuda.compiler import compile_variant
+from ftkit.cuda.launches import Argument, Launch
+from ftkit.cuda.on_cpu import Library, build
+from ftkit.cuda.on_cpu.ptx import kernels_of, run
 from ftkit.cuda.source import Variant, variant
 from ftkit.kernels.coded_matmul import Coded, coded_dense
 from ftkit.plugins import load
@@ -35,28 +41,57 @@ VARIANTS = [
 ]
 
 
+class Kit(Protocol):
+    """A way to run kernels."""
+
+    def launcher(self, schedule: int = 0) -> Launch:
+        """What launches by this schedule of the emulator's."""
+
+
 class Emulated:
-    """Launches by the emulator under one schedule."""
+    """Kernels in the emulator, those of `libraries` compiled before."""
 
-    def __init__(self, libraries: dict[Variant, Library], schedule: int = 0, traffic: bool = False) -> None:
-        self.libraries, self.schedule, self.traffic = libraries, schedule, traffic
-        self.reports: list[Report] = []
+    def __init__(self, libraries: dict[Variant, Library]) -> None:
+        self.libraries = libraries
 
-    def __call__(self, variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
-        if variant not in self.libraries:
-            (self.libraries[variant],) = build([variant])
-        poison(self.libraries[variant], name, arguments)
-        report = self.libraries[variant].launch(
-            name, grid, arguments, schedule=self.schedule, seed=self.schedule, traffic=self.traffic
-        )
-        self.reports.append(report)
-        assert not report.faults, "\n".join(map(str, report.faults))
+    def launcher(self, schedule: int = 0) -> Launch:
+        def launch(variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
+            if variant not in self.libraries:
+                (self.libraries[variant],) = build([variant])
+            poison(variant, name, arguments)
+            library = self.libraries[variant]
+            report = library.launch(name, grid, arguments, schedule=schedule, seed=schedule)
+            assert not report.faults, "\n".join(map(str, report.faults))
+
+        return launch
 
 
-def poison(library: Library, name: str, arguments: Sequence[Argument]) -> None:
+class Interpreted:
+    """Kernels as PTX, which NVRTC makes and the interpreter executes; `changed` are files that are others."""
+
+    def __init__(self, changed: tuple[tuple[str, str], ...] = ()) -> None:
+        self.changed = changed
+
+    def launcher(self, _schedule: int = 0) -> Launch:
+        def launch(variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
+            check(variant.kernels()[name], arguments, "cpu")
+            poison(variant, name, arguments)
+            variant = dataclasses.replace(variant, changed=self.changed)
+            run(_ptx(variant)[name], grid, variant.kernels()[name].threads, arguments)
+
+        return launch
+
+
+@functools.cache
+def _ptx(variant: Variant) -> dict[str, Any]:
+    return kernels_of(compile_variant(variant, "sm_80").ptx)
+
+
+def poison(variant: Variant, name: str, arguments: Sequence[Argument]) -> None:
     """Fills outputs (what is written and was only just made) with NaN, so that what isn't written shows."""
-    for parameter, argument in zip(library.variant.kernels()[name].parameters, arguments, strict=True):
-        if isinstance(argument, Tensor) and not parameter.constant and parameter.name in OUTPUTS:
+    for parameter, argument in zip(variant.kernels()[name].parameters, arguments, strict=True):
+        written = isinstance(argument, Tensor) and not parameter.constant and argument.is_floating_point()
+        if written and parameter.name in OUTPUTS:
             argument.fill_(torch.nan)
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tests.unit.cuda.emulated import Emulated, close, coded_matrix, exact
+from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact
 
 from ftkit import _core
 from ftkit.cuda import launches
-from ftkit.cuda.on_cpu import SCHEDULES, Library
-from ftkit.cuda.source import Variant
+from ftkit.cuda.on_cpu import SCHEDULES
 from ftkit.kernels.block_matmul import dequantize
 from ftkit.kernels.blockwise_adamw import BLOCK, Blocks, Factors, blockwise_adamw, dynamic_map, edges_of, write
 from ftkit.kernels.coded_matmul import Coded, coded_dense
@@ -18,7 +17,6 @@ from ftkit.kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.unit
 
-Libraries = dict[Variant, Library]
 RANK = 16
 
 
@@ -40,22 +38,22 @@ def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> t
     ],
 )
 def test_dequant_coded_has_the_bits_of_the_cpu(
-    libraries: Libraries, scheme: str, shape: tuple[int, int], dtype: torch.dtype, schedule: int
+    kit: Kit, scheme: str, shape: tuple[int, int], dtype: torch.dtype, schedule: int
 ) -> None:
     coded = coded_matrix(scheme, *shape)
-    found = launches.dense(Emulated(libraries, schedule), coded, dtype)
+    found = launches.dense(kit.launcher(schedule), coded, dtype)
     assert torch.equal(found, coded_dense(coded).to(dtype))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", launches.BLOCK_FORMATS)
-def test_dequant_blocks_has_the_bits_of_the_cpu(libraries: Libraries, kind: str, schedule: int) -> None:
+def test_dequant_blocks_has_the_bits_of_the_cpu(kit: Kit, kind: str, schedule: int) -> None:
     size, nbytes = {name: rest for name, *rest in _core.quant_formats()}[kind]
     random = torch.randint(256, (5, 3 * nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
     for start in range(0, 3 * nbytes, nbytes):  # scales that are numbers
         random[:, start + 1] = random[:, start + 1] % 0x78
         random[:, start + 3] = random[:, start + 3] % 0x78
-    found = launches.block_dense(Emulated(libraries, schedule), kind, random, 3 * size)
+    found = launches.block_dense(kit.launcher(schedule), kind, random, 3 * size)
     assert torch.equal(found, dequantize(kind, random))
 
 
@@ -68,16 +66,16 @@ def product(coded: Coded, x: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (3, 9, 320), (4, 4, 576)])
-def test_gemv(libraries: Libraries, m: int, n: int, k: int, schedule: int) -> None:
+def test_gemv(kit: Kit, m: int, n: int, k: int, schedule: int) -> None:
     coded, x = coded_matrix("nf4", n, k), normal(m, k)
     low, b = normal(m, RANK, seed=2, dtype=torch.float32), normal(n, RANK, seed=3)
-    found = launches.matmul(Emulated(libraries, schedule), x, coded, low, b)
+    found = launches.matmul(kit.launcher(schedule), x, coded, low, b)
     close(found, *product(coded, x, low, b))
 
 
-def test_gemv_of_groups_with_offsets(libraries: Libraries) -> None:
+def test_gemv_of_groups_with_offsets(kit: Kit) -> None:
     coded, x = coded_matrix("int4_group:32", 6, 288), normal(2, 288, dtype=torch.float32)
-    found = launches.matmul(Emulated(libraries, 1), x, coded)
+    found = launches.matmul(kit.launcher(1), x, coded)
     close(found, *product(coded, x, torch.zeros(2, 0), torch.zeros(6, 0)))
 
 
@@ -86,10 +84,10 @@ def test_gemv_of_groups_with_offsets(libraries: Libraries) -> None:
     ("scheme", "m", "n", "k"),
     [("nf4", 5, 8, 64), ("nf4", 16, 40, 576), ("nf4:single", 9, 32, 1088), ("nf4", 13, 72, 192)],
 )
-def test_decode(libraries: Libraries, scheme: str, m: int, n: int, k: int, schedule: int) -> None:
+def test_decode(kit: Kit, scheme: str, m: int, n: int, k: int, schedule: int) -> None:
     coded, x = coded_matrix(scheme, n, k), normal(m, k)
     low, b = normal(m, RANK, seed=2, dtype=torch.float32), normal(n, RANK, seed=3)
-    found = launches.matmul(Emulated(libraries, schedule), x, coded, low, b)
+    found = launches.matmul(kit.launcher(schedule), x, coded, low, b)
     close(found, *product(coded, x, low, b))
 
 
@@ -98,28 +96,28 @@ TILES = [("nf4", 17, 8, 64, 16), ("nf4:single", 140, 136, 192, 32), ("nf4", 128,
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("scheme", "m", "n", "k", "rank"), TILES)
-def test_forward(libraries: Libraries, scheme: str, m: int, n: int, k: int, rank: int, schedule: int) -> None:
+def test_forward(kit: Kit, scheme: str, m: int, n: int, k: int, rank: int, schedule: int) -> None:
     coded, x = coded_matrix(scheme, n, k), normal(m, k)
     low, b = normal(m, rank, seed=2), normal(n, rank, seed=3)
-    found = launches.matmul(Emulated(libraries, schedule), x, coded, low, b)
+    found = launches.matmul(kit.launcher(schedule), x, coded, low, b)
     close(found, *product(coded, x, low, b))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("scheme", "m", "n", "k", "rank"), [("nf4", 1, 8, 64, 16), *TILES, ("nf4", 3, 200, 192, 16)])
-def test_dx(libraries: Libraries, scheme: str, m: int, n: int, k: int, rank: int, schedule: int) -> None:
+def test_dx(kit: Kit, scheme: str, m: int, n: int, k: int, rank: int, schedule: int) -> None:
     coded, dy = coded_matrix(scheme, n, k), normal(m, n)
     dlow, a = normal(m, rank, seed=2), normal(rank, k, seed=3)
-    found = launches.matmul_transposed(Emulated(libraries, schedule), dy, coded, dlow, a)
+    found = launches.matmul_transposed(kit.launcher(schedule), dy, coded, dlow, a)
     w = exact(coded, torch.bfloat16)
     terms = ((dy.double(), w), (dlow.double(), a.double()))
     close(found, sum(p @ q for p, q in terms), sum(p.abs() @ q.abs() for p, q in terms))
 
 
-def test_a_row_does_not_depend_on_its_neighbours(libraries: Libraries) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(kit: Kit) -> None:
     """Within a kernel, the bits of a row are those of the row alone."""
     coded, x = coded_matrix("nf4", 24, 192), normal(140, 192)
-    launch = Emulated(libraries)
+    launch = kit.launcher()
     for few, many in ((5, 16), (20, 140)):
         assert torch.equal(launches.matmul(launch, x[:few], coded), launches.matmul(launch, x[:many], coded)[:few])
     assert torch.equal(launches.matmul(launch, x[:1], coded), launches.matmul(launch, x[:3], coded)[:1])
@@ -150,9 +148,9 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("rows", "d"), [(1, 8), (3, 2056), (9, 72)])
-def test_rms_norm(libraries: Libraries, rows: int, d: int, dtype: torch.dtype, schedule: int) -> None:
+def test_rms_norm(kit: Kit, rows: int, d: int, dtype: torch.dtype, schedule: int) -> None:
     x, weight, dy = (normal(*shape, seed=s, dtype=dtype) for s, shape in enumerate(((rows, d), (d,), (rows, d))))
-    launch = Emulated(libraries, schedule)
+    launch = kit.launcher(schedule)
     y, scales = launches.rms_norm(launch, x, weight, 1e-5)
     near(y, rms_norm.reference(x, weight, 1e-5))
     leaves = [one.double().requires_grad_() for one in (x, weight)]
@@ -166,9 +164,9 @@ def test_rms_norm(libraries: Libraries, rows: int, d: int, dtype: torch.dtype, s
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1031)])
-def test_swiglu(libraries: Libraries, shape: tuple[int, int], dtype: torch.dtype, schedule: int) -> None:
+def test_swiglu(kit: Kit, shape: tuple[int, int], dtype: torch.dtype, schedule: int) -> None:
     gate, up, dy = (3 * normal(*shape, seed=s, dtype=dtype) for s in range(3))
-    launch = Emulated(libraries, schedule)
+    launch = kit.launcher(schedule)
     near(launches.swiglu(launch, gate, up), swiglu.reference(gate, up))
     leaves = [one.double().requires_grad_() for one in (gate, up)]
     for found, expected in zip(
@@ -182,10 +180,10 @@ def test_swiglu(libraries: Libraries, shape: tuple[int, int], dtype: torch.dtype
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 16), (7, 3, 64), (5, 9, 48)])
-def test_rope(libraries: Libraries, tokens: int, heads: int, size: int, dtype: torch.dtype, schedule: int) -> None:
+def test_rope(kit: Kit, tokens: int, heads: int, size: int, dtype: torch.dtype, schedule: int) -> None:
     x, angles = normal(tokens, heads, size, dtype=dtype), normal(tokens, size // 2, dtype=torch.float32)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    launch = Emulated(libraries, schedule)
+    launch = kit.launcher(schedule)
     assert torch.equal(launches.rope(launch, x, cos, sin), rope.reference(x, cos, sin))
     assert torch.equal(launches.rope(launch, x, cos, sin, back=True), rope.reference(x, cos, -sin))
 
@@ -193,12 +191,10 @@ def test_rope(libraries: Libraries, tokens: int, heads: int, size: int, dtype: t
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, True), (torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 97), (2, 1033)])
-def test_cross_entropy(
-    libraries: Libraries, rows: int, vocabulary: int, dtype: torch.dtype, gradient: bool, schedule: int
-) -> None:
+def test_cross_entropy(kit: Kit, rows: int, vocabulary: int, dtype: torch.dtype, gradient: bool, schedule: int) -> None:
     logits = 5 * normal(rows, vocabulary, dtype=dtype)
     targets = torch.arange(rows) * 31 % vocabulary
-    losses, slope = launches.cross_entropy(Emulated(libraries, schedule), logits, targets, gradient)
+    losses, slope = launches.cross_entropy(kit.launcher(schedule), logits, targets, gradient)
     expected, expected_slope = cross_entropy.reference(logits, targets, gradient)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert (slope is None) == (expected_slope is None)
@@ -206,15 +202,15 @@ def test_cross_entropy(
         near(slope, expected_slope)
 
 
-def test_a_target_that_is_no_token_gives_nan(libraries: Libraries) -> None:
+def test_a_target_that_is_no_token_gives_nan(kit: Kit) -> None:
     logits = normal(3, 8)
-    losses, _ = launches.cross_entropy(Emulated(libraries), logits, torch.tensor([-100, 8, 7]), True)
+    losses, _ = launches.cross_entropy(kit.launcher(), logits, torch.tensor([-100, 8, 7]), True)
     assert losses.isnan().tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("count", [1, 256, 700])
-def test_adamw_8bit(libraries: Libraries, count: int, schedule: int) -> None:
+def test_adamw_8bit(kit: Kit, count: int, schedule: int) -> None:
     def state(signed: bool) -> Blocks:
         values = normal(count, seed=5, dtype=torch.float32) * 1e-2
         values[count - count // 4 :] = 0
@@ -234,7 +230,7 @@ def test_adamw_8bit(libraries: Libraries, count: int, schedule: int) -> None:
     moved = weight.clone()
     blockwise_adamw.reference(weight, gradient, *states, factors)
     parts = [(one.codes, one.greatest, one.map, edges_of(one.map)) for one in ours]
-    launches.adamw_8bit(Emulated(libraries, schedule), moved, gradient, *parts, [0.9, 0.999, 1e-8, 1e-3, 0.3, 0.99])
+    launches.adamw_8bit(kit.launcher(schedule), moved, gradient, *parts, [0.9, 0.999, 1e-8, 1e-3, 0.3, 0.99])
     torch.testing.assert_close(moved, weight, rtol=1e-6, atol=1e-7)
     for one, other in zip(ours, states, strict=True):
         torch.testing.assert_close(one.greatest, other.greatest, rtol=1e-6, atol=0)

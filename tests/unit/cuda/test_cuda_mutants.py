@@ -5,20 +5,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.unit.cuda import test_cuda_kernels as tests
-from tests.unit.cuda.emulated import VARIANTS
+from tests.unit.cuda.emulated import VARIANTS, Emulated, Kit
 from tests.unit.cuda.mutants import MUTANTS, Mutant
 
 from ftkit.cuda import launches, source
-from ftkit.cuda.on_cpu import Library, build
+from ftkit.cuda.on_cpu import build
 from ftkit.cuda.source import Variant
 from ftkit.errors import InputError
 
 pytestmark = pytest.mark.unit
 
-Libraries = dict[Variant, Library]
 F32, BF16 = torch.float32, torch.bfloat16
 # What is tried on the mutants of a source, in this order, until one fails.
-TRIALS: dict[str, list[Callable[[Libraries, int], None]]] = {
+TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
     "dequant_coded": [
         lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "nf4", (37, 448), F32, s),
         lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "nf4", (3, 35), F32, s),
@@ -76,7 +75,7 @@ def test_all_mutants_are_killed(name: str) -> None:
     built = iter(build(broken))
     survivors = []
     for mutant in MUTANTS[name]:
-        killer = killed(name, {one: next(built) for one in variants})
+        killer = killed(name, Emulated({one: next(built) for one in variants}))
         print(f"{name}: {mutant[1]} ({mutant[0]}): {killer or 'SURVIVES'}")
         if killer is None:
             survivors.append(mutant[1])
@@ -91,12 +90,12 @@ def changed(mutant: Mutant, name: str) -> tuple[tuple[str, str], ...]:
     return ((file, text.replace(old, new, 1)),)
 
 
-def killed(name: str, libraries: Libraries) -> str | None:
+def killed(name: str, kit: Kit) -> str | None:
     """What killed the mutant: the first line of what a trial says; None where it lives."""
     for trial in TRIALS[name]:
         for schedule in SCHEDULES:
             try:
-                trial(libraries, schedule)
+                trial(kit, schedule)
             except (AssertionError, InputError) as error:
                 return str(error).strip().splitlines()[0][:110]
     return None
