@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequant_coded(
     float values[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) values[i] = value_of(codes, meaning, first + i, scale, offset);
-    store8(out + first, values);
+    store_values(out + first, values);
   } else {
     for (int64_t i = first; i < count; i++) out[i] = narrow<OUT>(value_of(codes, meaning, i, scale, offset));
   }

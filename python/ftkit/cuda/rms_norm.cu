@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
   float sum = 0.0f;
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float v[8];
-    load8_wide(x + row + at, v);
+    load_values(x + row + at, v);
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += v[i] * v[i];
   }
@@ -23,11 +23,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float v[8], w[8];
-    load8_wide(x + row + at, v);
-    load8_wide(weight + at, w);
+    load_values(x + row + at, v);
+    load_values(weight + at, w);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = w[i] * rounded<VALUE>(v[i] * scale);
-    store8(y + row + at, v);
+    store_values(y + row + at, v);
   }
 }
 
@@ -41,21 +41,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_dx(
   float sum = 0.0f;
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float g[8], v[8], w[8];
-    load8_wide(dy + row + at, g);
-    load8_wide(x + row + at, v);
-    load8_wide(weight + at, w);
+    load_values(dy + row + at, g);
+    load_values(x + row + at, v);
+    load_values(weight + at, w);
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += rounded<VALUE>(g[i] * w[i]) * rounded<VALUE>(v[i] * scale);
   }
   const float along = block_sum<THREADS>(sum, parts) / d;
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float g[8], v[8], w[8];
-    load8_wide(dy + row + at, g);
-    load8_wide(x + row + at, v);
-    load8_wide(weight + at, w);
+    load_values(dy + row + at, g);
+    load_values(x + row + at, v);
+    load_values(weight + at, w);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = (rounded<VALUE>(g[i] * w[i]) - rounded<VALUE>(v[i] * scale) * along) * scale;
-    store8(dx + row + at, v);
+    store_values(dx + row + at, v);
   }
 }
 

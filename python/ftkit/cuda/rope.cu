@@ -16,16 +16,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int at = (int)(piece % pieces) * 8;
   const int64_t place = head * 2 * half_size + at;
   float a[8], b[8], c[8], s[8];
-  load8_wide(x + place, a);
-  load8_wide(x + place + half_size, b);
-  load8_wide(cosines + token * half_size + at, c);
-  load8_wide(sines + token * half_size + at, s);
+  load_values(x + place, a);
+  load_values(x + place + half_size, b);
+  load_values(cosines + token * half_size + at, c);
+  load_values(sines + token * half_size + at, s);
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const float sine = s[i] * sign, first = a[i];
     a[i] = __fsub_rn(rounded<VALUE>(__fmul_rn(first, c[i])), rounded<VALUE>(__fmul_rn(b[i], sine)));
     b[i] = __fadd_rn(rounded<VALUE>(__fmul_rn(b[i], c[i])), rounded<VALUE>(__fmul_rn(first, sine)));
   }
-  store8(y + place, a);
-  store8(y + place + half_size, b);
+  store_values(y + place, a);
+  store_values(y + place + half_size, b);
 }

@@ -19,11 +19,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
   if (first + EACH <= count) {
     float g[EACH], u[EACH];
-    load8_wide(gate + first, g);
-    load8_wide(up + first, u);
+    load_values(gate + first, g);
+    load_values(up + first, u);
 #pragma unroll
     for (int i = 0; i < EACH; i++) u[i] = product(g[i], u[i]);
-    store8(y + first, u);
+    store_values(y + first, u);
   } else {
     for (int64_t i = first; i < count; i++) y[i] = narrow<VALUE>(product(wide(gate[i]), wide(up[i])));
   }
@@ -35,16 +35,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
   if (first + EACH <= count) {
     float d[EACH], g[EACH], u[EACH];
-    load8_wide(dy + first, d);
-    load8_wide(gate + first, g);
-    load8_wide(up + first, u);
+    load_values(dy + first, d);
+    load_values(gate + first, g);
+    load_values(up + first, u);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       u[i] = slope(d[i], g[i], u[i]);
       g[i] = product(g[i], d[i]);
     }
-    store8(dgate + first, u);
-    store8(dup + first, g);
+    store_values(dgate + first, u);
+    store_values(dup + first, g);
   } else {
     for (int64_t i = first; i < count; i++) {
       dgate[i] = narrow<VALUE>(slope(wide(dy[i]), wide(gate[i]), wide(up[i])));

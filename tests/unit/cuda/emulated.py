@@ -11,7 +11,7 @@ from torch import Tensor
 from ftkit.cuda.arguments import check
 from ftkit.cuda.compiler import compile_variant
 from ftkit.cuda.launches import Argument, Launch
-from ftkit.cuda.on_cpu import Library, build
+from ftkit.cuda.on_cpu import Library, Traffic, build
 from ftkit.cuda.on_cpu.ptx import kernels_of, run
 from ftkit.cuda.source import Variant, variant
 from ftkit.kernels.coded_matmul import Coded, coded_dense
@@ -41,6 +41,21 @@ VARIANTS = [
 ]
 
 
+# The variant of each source that budgets are of.
+DEAREST = {
+    one.name: one
+    for one in (
+        variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="bf16"),
+        variant("dequant_blocks", FORMAT="Q4_K", OUT="float"),
+        variant("nf4_gemv", ROWS=4, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t"),
+        *(variant(name, SCALE="uint8_t") for name in ("nf4_decode", "nf4_lora_forward", "nf4_lora_dx")),
+        *(variant(name, VALUE="bf16") for name in ("rms_norm", "swiglu", "rope")),
+        variant("cross_entropy", VALUE="bf16", GRADIENT=1),
+        variant("adamw_8bit"),
+    )
+}
+
+
 class Kit(Protocol):
     """A way to run kernels."""
 
@@ -54,13 +69,18 @@ class Emulated:
     def __init__(self, libraries: dict[Variant, Library]) -> None:
         self.libraries = libraries
 
-    def launcher(self, schedule: int = 0) -> Launch:
+    def launcher(self, schedule: int = 0, traffic: list[Traffic] | None = None) -> Launch:
+        """Launches by this schedule; what memory did is added to `traffic`."""
+
         def launch(variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
             if variant not in self.libraries:
                 (self.libraries[variant],) = build([variant])
             poison(variant, name, arguments)
             library = self.libraries[variant]
-            report = library.launch(name, grid, arguments, schedule=schedule, seed=schedule)
+            counts = traffic is not None
+            report = library.launch(name, grid, arguments, schedule=schedule, seed=schedule, traffic=counts)
+            if traffic is not None:
+                traffic.extend(report.traffic)
             assert not report.faults, "\n".join(map(str, report.faults))
 
         return launch

@@ -259,8 +259,9 @@ class _Block:
             self.mma(one, here)
         elif name == "shfl":
             self.expect_whole_warps(one, here)
-            lanes = np.arange(self.threads) ^ self.get(operands[2], "u32").astype(np.int64)
-            self.expect(words[2] == "bfly", "expected shfl.bfly", one)
+            self.expect(words[2] in ("bfly", "idx"), "a shuffle that is not known here", one)
+            lanes, other = np.arange(self.threads), self.get(operands[2], "u32").astype(np.int64)
+            lanes = lanes ^ other if words[2] == "bfly" else lanes // _WARP * _WARP + other % _WARP
             self.put(operands[0].split("|")[0], self.get(operands[1], "b32")[lanes], "b32", here)
         elif name == "cvt":
             self.convert(one, here)

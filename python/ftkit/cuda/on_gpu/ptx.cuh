@@ -6,6 +6,7 @@ typedef signed char int8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
+typedef unsigned long long uint64_t;
 static_assert(sizeof(int64_t) == 8, "int64_t is 8 bytes");
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -16,6 +17,7 @@ DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_ge
 // 16 or 8 bytes in one access, from and to aligned addresses.
 DEVICE uint4 load16(const void* from) { return *reinterpret_cast<const uint4*>(from); }
 DEVICE uint2 load8(const void* from) { return *reinterpret_cast<const uint2*>(from); }
+DEVICE void store8(void* to, uint2 value) { *reinterpret_cast<uint2*>(to) = value; }
 DEVICE void store16(void* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
 
 // Starts a copy of 16 bytes from global to shared memory; zeros where it is not wanted.

@@ -16,6 +16,10 @@ static __forceinline__ __attribute__((no_sanitize_thread)) uint2 load8(const voi
   __builtin_memcpy(&value, from, 8);
   return value;
 }
+static __forceinline__ __attribute__((no_sanitize_thread)) void store8(void* to, uint2 value) {
+  on_cpu_access(to, 8, 1);
+  __builtin_memcpy(to, &value, 8);
+}
 static __forceinline__ __attribute__((no_sanitize_thread)) void store16(void* to, uint4 value) {
   on_cpu_access(to, 16, 1);
   __builtin_memcpy(to, &value, 16);
