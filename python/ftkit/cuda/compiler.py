@@ -97,11 +97,15 @@ def compile_variant(variant: Variant, architecture: str) -> Program:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def compiler_version() -> tuple[int, int]:
+    """NVRTC's (major, minor). Raises InputError where there is none."""
+    major, minor = _call(_nvrtc().nvrtcVersion())[1:]
+    return major, minor
+
+
 def cubin(variant: Variant, architecture: str, driver: str) -> bytes:
     """Machine code for this architecture, from the cache where it is there and whole."""
-    nvrtc = _nvrtc()
-    version = _call(nvrtc.nvrtcVersion())[1:]
-    key = "\0".join([variant.digest, architecture, driver, repr(version), *_FLAGS])
+    key = "\0".join([variant.digest, architecture, driver, repr(compiler_version()), *_FLAGS])
     path = cache_directory() / "kernels" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     found = _kept(path)
     if found is None:

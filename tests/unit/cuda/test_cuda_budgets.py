@@ -76,7 +76,7 @@ def test_what_cannot_be_compiled_says_why() -> None:
     one = variant("swiglu", VALUE="float")
     with pytest.raises(InputError, match="expected a GPU of sm_80 or newer, got sm_75"):
         compile_variant(one, "sm_75")
-    with pytest.raises(InputError, match="expected one of the compiler's architectures .*, got sm_999"):
+    with pytest.raises(InputError, match=r"expected one of the compiler's architectures .*, got sm_999"):
         compile_variant(one, "sm_999")
     broken = Variant("swiglu", one.macros, changed=(("swiglu.cu", one.text.replace("expf", "expo")),))
     with pytest.raises(FtkitError, match=r"swiglu.cu: NVRTC refused it for sm_80(.|\n)*expo"):

@@ -118,35 +118,63 @@ class Library:
         schedule: int = 0,
         seed: int = 0,
         traffic: bool = False,
-        lines: bool = True,
     ) -> Report:
         """Runs kernel `name` to its end or to a fault that leaves no sense in going on.
 
         `grid` is (x, y, z), missing ones 1; arguments are checked against the kernel's parameters. `traffic` counts
-        bank conflicts and sectors; without `lines` places stay empty, which saves a process.
+        bank conflicts and sectors.
         """
         kernel = self.variant.kernels()[name]
         check(kernel, arguments, "cpu")
+        tensors = [
+            (argument, not parameter.constant)
+            for parameter, argument in zip(kernel.parameters, arguments, strict=True)
+            if isinstance(argument, Tensor)
+        ]
+        kept, pointers = packed(kernel, arguments)
+        block = (kernel.threads, 1, 1)
+        report = self.run(
+            name,
+            grid,
+            block,
+            pointers,
+            tensors,
+            shared_bytes=shared_bytes,
+            schedule=schedule,
+            seed=seed,
+            traffic=traffic,
+        )
+        del kept
+        return report
+
+    def run(
+        self,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        pointers: "ctypes.Array[ctypes.c_void_p]",
+        tensors: Sequence[tuple[Tensor, bool]],
+        *,
+        shared_bytes: int = 0,
+        schedule: int = 0,
+        seed: int = 0,
+        traffic: bool = False,
+    ) -> Report:
+        """The same with arguments as the driver takes them; only `tensors` may be touched, and written where true."""
         runtime = _runtime()
         runtime.on_cpu_reset()
-        for parameter, argument in zip(kernel.parameters, arguments, strict=True):
-            if isinstance(argument, Tensor):
-                size = argument.numel() * argument.element_size()
-                pointer = ctypes.c_void_p(argument.data_ptr())
-                runtime.on_cpu_buffer(pointer, ctypes.c_size_t(size), int(not parameter.constant))
-        _, pointers = packed(kernel, arguments)
-        full = (*grid, *(1,) * (3 - len(grid)))
-        launch = _Launch(
-            (ctypes.c_uint * 3)(*full), (ctypes.c_uint * 3)(kernel.threads, 1, 1), shared_bytes, schedule, seed, traffic
-        )
-        code = getattr(self._library, self._prefix + name)(ctypes.byref(launch), pointers)
-        if code < 0:
+        for tensor, writable in tensors:
+            size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+            runtime.on_cpu_buffer(ctypes.c_void_p(tensor.data_ptr()), size, int(writable))
+        three, full = ctypes.c_uint * 3, (*grid, *(1,) * (3 - len(grid)))
+        launch = _Launch(three(*full), three(*block), shared_bytes, schedule, seed, traffic)
+        if getattr(self._library, self._prefix + name)(ctypes.byref(launch), pointers) < 0:
             raise InputError(
                 f"{name}: expected at most 1024 threads and 227 KiB of shared memory, got {shared_bytes} bytes"
             )
-        return self._report(runtime, lines)
+        return self._report(runtime)
 
-    def _report(self, runtime: ctypes.CDLL, lines: bool) -> Report:
+    def _report(self, runtime: ctypes.CDLL) -> Report:
         faults = (_Fault * 64)()
         count = min(runtime.on_cpu_faults(faults, 64), 64)
         rows = (ctypes.c_uint64 * 6 * 4096)()
@@ -155,7 +183,7 @@ class Library:
         runtime.on_cpu_counters(counters)
         wanted = {pc for fault in faults[:count] for pc in (fault.pc, fault.other_pc) if pc}
         wanted |= {row[0] for row in rows[:places]}
-        where = _lines(self.path, sorted(wanted)) if lines and wanted else {}
+        where = _lines(self.path, sorted(wanted)) if wanted else {}
         names = ("accesses", "switches", "mma", "barriers", "ldmatrix", "loaded_bytes", "stored_bytes")
         return Report(
             [
