@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ftkit.cuda.source import Variant, variant
 
@@ -121,13 +122,16 @@ def _takes_tiles(x: Tensor, coded: Codes) -> bool:
 
 
 def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank], ranks of sixteens."""
+    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank]."""
     (n, k), m = coded.shape, x.shape[0]
     y = x.new_empty(m, n)
     rank = 0 if low is None else low.shape[1]
     scale = _TYPES[coded.scales.dtype]
     if not y.numel():
         return y
+    if m > DECODE_ROWS:
+        low, b = _sixteens(low, 1), _sixteens(b, 1)
+        rank = 0 if low is None else low.shape[1]
     if m <= GEMV_ROWS:
         offsets = _or_none(coded.offsets, torch.float16, coded)
         added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
@@ -150,11 +154,12 @@ def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b
 def matmul_transposed(
     launch: Launch, dy: Tensor, coded: Codes, dlow: Tensor | None = None, a: Tensor | None = None
 ) -> Tensor:
-    """dy [rows, out] to dy W (+ dlow A) [rows, in]; dlow [rows, rank], a [rank, in], rank in whole sixteens."""
+    """dy [rows, out] to dy W (+ dlow A) [rows, in]; dlow [rows, rank], a [rank, in]."""
     (n, k), m = coded.shape, dy.shape[0]
     dx = dy.new_empty(m, k)
     if not dx.numel():
         return dx
+    dlow, a = _sixteens(dlow, 1), _sixteens(a, 0)
     added = [_or_none(dlow, dy.dtype, coded), _or_none(a, dy.dtype, coded)]
     arguments: list[Argument] = [dy, *_codes(coded), *added, dx, m, n, k, 0 if dlow is None else dlow.shape[1]]
     kernel = variant("nf4_lora_dx", SCALE=_TYPES[coded.scales.dtype])
@@ -262,6 +267,14 @@ def _codes(coded: Codes) -> list[Tensor]:
         else [nested.map, nested.greatest, nested.mean]
     )
     return [coded.codes.view(torch.uint8), _or_none(coded.table, torch.float32, coded), *scales]
+
+
+def _sixteens(tensor: Tensor | None, axis: int) -> Tensor | None:
+    """With zeros up to a whole number of sixteens along the rank."""
+    if tensor is None or tensor.shape[axis] % 16 == 0:
+        return tensor
+    missing = -tensor.shape[axis] % 16
+    return functional.pad(tensor, (0, missing) if axis == 1 else (0, 0, 0, missing))
 
 
 def _or_none(tensor: Tensor | None, dtype: torch.dtype, coded: Codes) -> Tensor:

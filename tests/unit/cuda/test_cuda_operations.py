@@ -1,0 +1,131 @@
+"""The `cuda` backends of operations, the emulator in the place of a GPU: values and gradients of the references."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.unit.cuda.emulated import Emulated, coded_matrix
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ftkit.kernels import _gpu, pinned
+from ftkit.kernels.block_matmul import dequantize
+from ftkit.kernels.coded_matmul import arguments, coded_dense, coded_matmul, coded_matmul_transposed
+from ftkit.kernels.cross_entropy import cross_entropy
+from ftkit.kernels.lora_linear import lora_linear
+from ftkit.kernels.rms_norm import rms_norm
+from ftkit.kernels.rope import rope
+from ftkit.kernels.swiglu import swiglu
+from ftkit.plugins import load
+
+pytestmark = pytest.mark.unit
+
+HERE = ("gpu_", "coded_lora")
+
+
+@pytest.fixture
+def gpu(kit: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """CPU tensors pass for a GPU's; the kernels that were launched."""
+    launched: list[str] = []
+    run = kit.launcher(1)
+
+    def runner(*call: object) -> None:
+        launched.append(str(call[1]))
+        run(*call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_gpu, "device_type", "cpu")
+    monkeypatch.setattr(_gpu, "runner", runner)
+    with torch.library._scoped_library("ftkit", "IMPL") as library, pinned("cuda"):
+        for name, implementation in _gpu.runs.items():
+            if name.startswith(HERE):
+                library.impl(name, implementation, "CPU")
+        yield launched
+
+
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "rest"),
+    [(rms_norm, ((2, 3, 72), (72,)), (1e-5,)), (swiglu, ((5, 33), (5, 33)), ())],
+    ids=["rms_norm", "swiglu"],
+)
+def test_values_and_gradients_are_the_references(gpu: list[str], operation, shapes, rest) -> None:
+    inputs = leaves(*shapes)
+    y = operation(*inputs, *rest)
+    assert gpu
+    slope = torch.randn_like(y)
+    torch.testing.assert_close(y, operation.reference(*inputs, *rest))
+    expected = torch.autograd.grad(operation.reference(*inputs, *rest), inputs, slope)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, slope), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rope_and_its_gradient(gpu: list[str]) -> None:
+    (x,) = leaves((7, 3, 64))
+    angles = torch.randn(7, 32)
+    y, expected = rope(x, angles.cos(), angles.sin()), rope.reference(x, angles.cos(), angles.sin())
+    slope = torch.randn_like(y)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, x, slope), torch.autograd.grad(expected, x, slope))
+    assert gpu == ["rope", "rope"]
+
+
+def test_cross_entropy_with_its_gradient(gpu: list[str]) -> None:
+    logits, targets = torch.randn(3, 97), torch.tensor([0, 96, 5])
+    for found, expected in zip(
+        cross_entropy(logits, targets, gradient=True), cross_entropy.reference(logits, targets, True), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    assert gpu == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("rows", [2, 9, 40])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_lora_linear_over_nf4(gpu: list[str], rows: int, rank: int) -> None:
+    """The whole way of a finetuned layer: forward by the kernel for so many rows, dx, and the factors' gradients."""
+    weight = load("quant", "nf4").scheme().weight(torch.randn(72, 128) / 11, torch.bfloat16)
+    inputs = leaves((rows, 128), (rank, 128), (72, rank), dtype=torch.bfloat16)
+    x, a, b = inputs
+    y = lora_linear(x, weight, a, b, 0.5)
+    slope = torch.randn_like(y)
+    found = torch.autograd.grad(y, inputs, slope)
+    assert gpu == [{2: "nf4_gemv", 9: "nf4_decode", 40: "nf4_lora_forward"}[rows], "nf4_lora_dx"]
+    wide = [one.detach().double().requires_grad_() for one in inputs]
+    dense = weight.dense().double()
+    exact = wide[0] @ dense.T + 0.5 * (wide[0] @ wide[1].T) @ wide[2].T
+    for one, expected in zip((y, *found), (exact, *torch.autograd.grad(exact, wide, slope.double())), strict=True):
+        assert ((one.double() - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_coded_products_and_blocks(gpu: list[str]) -> None:
+    """Implementations on CUDA of operations that the core has on the CPU."""
+    coded, x = coded_matrix("nf4", 40, 128), torch.randn(20, 128).bfloat16()
+    assert torch.equal(_gpu.runs["coded_dense"](*arguments(coded)), coded_dense.reference(coded))
+    found = _gpu.runs["coded_matmul"](x, *arguments(coded))
+    torch.testing.assert_close(found, coded_matmul.reference(x, coded), rtol=0.02, atol=0.02)
+    found = _gpu.runs["coded_matmul_transposed"](x[:, :40], *arguments(coded))
+    torch.testing.assert_close(found, coded_matmul_transposed.reference(x[:, :40], coded), rtol=0.02, atol=0.02)
+    blocks = torch.randint(100, (3, 40), dtype=torch.uint8)
+    assert torch.equal(_gpu.runs["dequantize"]("q4_1", blocks), dequantize("q4_1", blocks))
+    assert gpu == ["dequant_coded", "nf4_lora_forward", "nf4_lora_dx", "dequant_blocks"]
+
+
+def test_plans_see_what_kernels_allocate() -> None:
+    with FakeTensorMode():
+        x = torch.empty(5, 64, dtype=torch.bfloat16)
+        y, scales = _gpu.rms_norm(x, x[0], 1e-5)
+        assert (y.shape, y.dtype, scales.shape, scales.dtype) == (x.shape, x.dtype, (5,), torch.float32)
+        losses, slope = _gpu.cross_entropy(x, torch.empty(5, dtype=torch.int64))
+        assert (losses.shape, slope.shape) == ((5,), x.shape)
+        assert _gpu.swiglu_backward(x, x, x)[1].shape == x.shape
+
+
+def test_an_argument_that_kernels_do_not_take_is_the_references(gpu: list[str]) -> None:
+    x, weight = torch.randn(3, 12), torch.randn(12)
+    assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+    x, weight = torch.randn(16, 3).T, torch.randn(16)
+    assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+    with pinned("reference"):
+        swiglu(torch.ones(8), torch.ones(8))
+    assert not gpu
