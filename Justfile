@@ -20,6 +20,10 @@ test:
     cargo test --locked --quiet
     pytest
 
+# Runs every CUDA kernel on this machine's GPU: is it right, and how fast? Without one it says so and exits with 2.
+gpu:
+    ftkit doctor --gpu
+
 # Ratios against peers, printed; opt-in and slow.
 bench *names:
     python -m bench {{ names }}

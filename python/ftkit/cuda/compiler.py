@@ -97,6 +97,15 @@ def compile_variant(variant: Variant, architecture: str) -> Program:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def available() -> bool:
+    """Whether there is a compiler; a GPU it doesn't need."""
+    try:
+        _nvrtc()
+    except InputError:
+        return False
+    return True
+
+
 def compiler_version() -> tuple[int, int]:
     """NVRTC's (major, minor). Raises InputError where there is none."""
     major, minor = _call(_nvrtc().nvrtcVersion())[1:]

@@ -5,11 +5,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import pytest
 import torch
 from torch import Tensor
 
 from ftkit.cuda.arguments import check
-from ftkit.cuda.compiler import compile_variant
+from ftkit.cuda.compiler import available, compile_variant
 from ftkit.cuda.launches import Argument, Launch
 from ftkit.cuda.on_cpu import Library, Traffic, build
 from ftkit.cuda.on_cpu.ptx import kernels_of, run
@@ -54,6 +55,9 @@ DEAREST = {
         variant("adamw_8bit"),
     )
 }
+
+
+needs_nvrtc = pytest.mark.skipif(not available(), reason="needs NVRTC, which torch's CUDA wheel brings")
 
 
 class Kit(Protocol):

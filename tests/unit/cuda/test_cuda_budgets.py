@@ -5,7 +5,7 @@ import tomllib
 import pytest
 import torch
 from bench import _sass
-from tests.unit.cuda.emulated import DEAREST, VARIANTS, Emulated, coded_matrix
+from tests.unit.cuda.emulated import DEAREST, VARIANTS, Emulated, coded_matrix, needs_nvrtc
 
 from ftkit.cuda import launches, source
 from ftkit.cuda.compiler import compile_variant
@@ -13,7 +13,7 @@ from ftkit.cuda.on_cpu import Traffic
 from ftkit.cuda.source import Variant, variant
 from ftkit.errors import FtkitError, InputError
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, needs_nvrtc]
 
 BUDGETS = tomllib.loads((source.FOLDER / "budgets.toml").read_text(encoding="utf-8"))
 ARCHITECTURES = tuple(_sass.MULTIPROCESSORS)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.cuda.emulated import Emulated
+from tests.unit.cuda.emulated import Emulated, needs_nvrtc
 from tests.unit.cuda.fake_driver import FakeDriver
 
 from ftkit.cuda import launches
@@ -15,7 +15,7 @@ from ftkit.cuda.source import Variant, variant
 from ftkit.errors import FtkitError, InputError
 from ftkit.kernels.swiglu import swiglu
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, needs_nvrtc]
 
 SWIGLU = variant("swiglu", VALUE="float")
 

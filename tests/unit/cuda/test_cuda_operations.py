@@ -6,8 +6,13 @@ import pytest
 import torch
 from tests.unit.cuda.emulated import Emulated, coded_matrix
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
 
-from ftkit.kernels import _gpu, pinned
+from ftkit.cli import application
+from ftkit.cuda import source
+from ftkit.cuda.source import Variant
+from ftkit.errors import InputError
+from ftkit.kernels import _gpu, _gpu_trial, pinned
 from ftkit.kernels.block_matmul import dequantize
 from ftkit.kernels.coded_matmul import arguments, coded_dense, coded_matmul, coded_matmul_transposed
 from ftkit.kernels.cross_entropy import cross_entropy
@@ -109,6 +114,29 @@ def test_coded_products_and_blocks(gpu: list[str]) -> None:
     blocks = torch.randint(100, (3, 40), dtype=torch.uint8)
     assert torch.equal(_gpu.runs["dequantize"]("q4_1", blocks), dequantize("q4_1", blocks))
     assert gpu == ["dequant_coded", "nf4_lora_forward", "nf4_lora_dx", "dequant_blocks"]
+
+
+def test_the_trial_of_a_gpu_passes_and_finds_what_is_wrong(kit: Emulated) -> None:
+    run = kit.launcher()
+    for case in _gpu_trial.cases(run, "cpu", 128):
+        assert _gpu_trial.difference(case) <= case.tolerance, case.name
+    names = [case.name for case in _gpu_trial.cases(run, "cpu", 128)]
+    assert {*names, "adamw_8bit"} == set(source.names())
+
+    def zeros(variant: Variant, name: str, _: object, arguments: list[torch.Tensor]) -> None:
+        for parameter, argument in zip(variant.kernels()[name].parameters, arguments, strict=True):
+            if parameter.pointer and not parameter.constant:
+                argument.zero_()
+
+    assert all(not _gpu_trial.difference(case) <= case.tolerance for case in _gpu_trial.cases(zeros, "cpu", 128))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_doctor_without_a_gpu_says_so() -> None:
+    result = CliRunner().invoke(application(), ["doctor", "--gpu"])
+    assert isinstance(result.exception, InputError)
+    assert result.exception.exit_code == 2
+    assert "expected an NVIDIA GPU, got none" in str(result.exception)
 
 
 def test_plans_see_what_kernels_allocate() -> None:

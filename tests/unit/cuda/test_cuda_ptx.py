@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.unit.cuda.emulated import Emulated, Interpreted, Kit
+from tests.unit.cuda.emulated import Emulated, Interpreted, Kit, needs_nvrtc
 from tests.unit.cuda.test_cuda_mutants import TRIALS
 
 from ftkit.cuda import source
@@ -10,7 +10,7 @@ from ftkit.cuda.on_cpu import build
 from ftkit.cuda.source import Variant
 from ftkit.errors import FtkitError
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, needs_nvrtc]
 
 # Every function of ptx.cuh once: x holds 288 numbers, y 32 · 32.
 WRAPPERS = """
