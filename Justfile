@@ -1,4 +1,5 @@
-# `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table.
+# `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table,
+# `just kernels` the page of the CUDA kernels.
 
 # Everything that must hold before a change lands.
 check: lint types test
@@ -31,6 +32,10 @@ bench *names:
 # Writes the README's table of formats anew: perplexity, KL and speed of each, in a few minutes.
 tables:
     python -m bench._tables
+
+# Writes docs/kernels.md anew: what the CUDA kernels' machine code says of their speed.
+kernels:
+    python -m bench._kernels
 
 # Rewrites the sources in the house's format.
 format:

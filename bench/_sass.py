@@ -3,6 +3,7 @@
 Needs `nvdisasm` (PyPI: nvidia-cuda-nvdisasm).
 """
 
+import functools
 import math
 import re
 import shutil
@@ -86,6 +87,7 @@ def disassembler() -> str | None:
     return found or next((str(place) for place in places if place.exists()), None)
 
 
+@functools.cache
 def examine(variant: Variant, architecture: str) -> dict[str, Code]:
     """The machine code of each of the variant's kernels, by name."""
     program = compile_variant(variant, architecture)

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 import torch
-from bench import _sass
+from bench import _kernels, _sass
 from tests.unit.cuda.emulated import DEAREST, VARIANTS, Emulated, coded_matrix, needs_nvrtc
 
 from ftkit.cuda import launches, source
@@ -70,6 +70,12 @@ def test_memory_is_used_as_budgeted(kit: Emulated, name: str) -> None:
         found = [one for one in traffic if one.kind in kinds and not one.where.startswith("scales.cuh")]
         worst = max(found, key=lambda one: one.taken / one.least)
         assert worst.taken <= budget[limit] * worst.least, worst
+
+
+@needs_nvdisasm
+def test_the_page_of_the_kernels_is_what_is_compiled() -> None:
+    page = _kernels.DOCUMENT.read_text(encoding="utf-8")
+    assert page == _kernels.document(), "docs/kernels.md is not up to date: just kernels"
 
 
 def test_what_cannot_be_compiled_says_why() -> None:
