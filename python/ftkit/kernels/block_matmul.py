@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ftkit import _core
 from ftkit.cuda import launches
-from ftkit.kernels import _gpu, operation
+from ftkit.kernels import _gpu, allows, operation
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 
@@ -87,8 +87,8 @@ def _widen(kind: str, blocks: Tensor) -> Tensor:
 
 
 def _launch(kind: str, blocks: Tensor) -> Tensor:
-    """Formats without a kernel are decoded by the core."""
-    if kind in launches.BLOCK_FORMATS:
+    """Formats without a kernel, and all where kernels may not be used, are decoded by the core."""
+    if kind in launches.BLOCK_FORMATS and allows("cuda"):
         return launches.block_dense(_gpu.launch, kind, blocks.contiguous(), columns_of(kind, blocks))
     return _widen(kind, blocks.cpu()).to(blocks.device)
 

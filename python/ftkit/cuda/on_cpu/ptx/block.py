@@ -1,26 +1,17 @@
-"""Executes PTX, the text that NVRTC makes of a kernel: for what the C++ emulator can't see, such as inline assembly.
-
-All threads of a block move together, one instruction at a time, those with the lowest place first: so paths that part
-meet again. Registers are rows of 64 bits, one for each thread. Memory is checked for bounds and alignment, shared
-memory is poisoned, asynchronous copies land when they are waited for; races are the other emulator's to find.
-"""
+"""A block of threads on its way through PTX, all of them one instruction at a time."""
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ftkit.cuda.on_cpu.ptx.memory import Array, Memory
+from ftkit.cuda.on_cpu.ptx.text import Instruction, Kernel
 from ftkit.errors import FtkitError
 
-Array = np.ndarray[Any, np.dtype[Any]]
-_WARP, _GAP = 32, 256
+_WARP = 32
 _MMA = ["m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"]
-_KERNEL = re.compile(r"\.entry (\w+)\((.*?)\)[^{]*\{(.*?)\n\}", re.DOTALL)
-_INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z]\w*(?:\.\w+)*)\s*(.*);")
 _NUMPY = {"pred": np.dtype(bool)} | {
     f"{kind}{bits}": np.dtype(f"{'uif'['usf'.index(kind if kind in 'sf' else 'u')]}{bits // 8}")
     for kind in "usfb"
@@ -56,98 +47,12 @@ _ONE: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    predicate: str
-    negated: bool
-    words: list[str]
-    operands: list[str]
-    text: str
-
-
-@dataclass
-class _Kernel:
-    name: str
-    parameters: list[str]
-    code: list[_Instruction]
-    labels: dict[str, int]
-    shared: dict[str, int] = field(default_factory=dict)
-    """Name → place."""
-    shared_bytes: int = 0
-
-
-def kernels_of(ptx: str) -> "dict[str, _Kernel]":
-    """The kernels of a PTX text by name."""
-    found = {}
-    for name, parameters, body in _KERNEL.findall(ptx):
-        kernel = _Kernel(name, re.findall(r"\.param \.\w+ (\w+)", parameters), [], {})
-        for line in body.splitlines():
-            line = line.split("//")[0].strip()
-            if declared := re.match(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\];", line):
-                start = -(-kernel.shared_bytes // int(declared[1])) * int(declared[1])
-                kernel.shared[declared[2]] = start
-                kernel.shared_bytes = start + int(declared[3])
-            elif label := re.match(r"(\$\w+):", line):
-                kernel.labels[label[1]] = len(kernel.code)
-            elif not line.startswith(".") and (one := _INSTRUCTION.match(line)):
-                operands = [part.strip() for part in re.findall(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,]+)", one[4])]
-                kernel.code.append(_Instruction(one[2] or "", bool(one[1]), one[3].split("."), operands, line))
-        found[name] = kernel
-    return found
-
-
-class Memory:
-    """Global memory: tensors with gaps between them that nobody may touch."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self.places, end = tensors, [], _GAP
-        for tensor in tensors:
-            self.places.append(end)
-            end += -(-tensor.numel() * tensor.element_size() // _GAP) * _GAP + _GAP
-        self.bytes, self._known = np.zeros(end, np.uint8), np.zeros(end, bool)
-        for place, raw in zip(self.places, self._raw(), strict=True):
-            self.bytes[place : place + len(raw)] = raw
-            self._known[place : place + len(raw)] = True
-
-    def _raw(self) -> list[Array]:
-        return [tensor.view(-1).view(torch.uint8).numpy() for tensor in self._tensors]
-
-    def write_back(self) -> None:
-        """Puts what was stored into the tensors."""
-        for place, raw in zip(self.places, self._raw(), strict=True):
-            raw[:] = self.bytes[place : place + len(raw)]
-
-    def check(self, places: Array, text: str) -> None:
-        """Raises FtkitError unless all places are some tensor's."""
-        if places.size and not (places.max() < len(self.bytes) and self._known[places].all()):
-            raise FtkitError(f"out of bounds of global memory: {text}")
-
-
-def run(kernel: _Kernel, grid: Sequence[int], threads: int, arguments: Sequence[Tensor | int | float]) -> None:
-    """Runs the kernel on all blocks of the grid (x, y). Raises FtkitError at the first fault."""
-    memory = Memory([argument for argument in arguments if isinstance(argument, Tensor)])
-    places = iter(memory.places)
-    values = [
-        next(places)
-        if isinstance(one, Tensor)
-        else int(np.float32(one).view(np.uint32))
-        if isinstance(one, float)
-        else one & (2**64 - 1)
-        for one in arguments
-    ]
-    size = (*grid, *(1,) * (3 - len(grid)))
-    for y in range(size[1]):
-        for x in range(size[0]):
-            _Block(kernel, (x, y), size, threads, dict(zip(kernel.parameters, values, strict=True)), memory).run()
-    memory.write_back()
-
-
-class _Block:
-    """A block of threads on its way through the code."""
+class Block:
+    """Registers are rows of 64 bits, one for each thread."""
 
     def __init__(
         self,
-        kernel: _Kernel,
+        kernel: Kernel,
         index: tuple[int, int],
         size: Sequence[int],
         threads: int,
@@ -190,11 +95,11 @@ class _Block:
                 else:
                     self.step(one, here)
 
-    def expect(self, true: bool, what: str, one: _Instruction) -> None:
+    def expect(self, true: bool, what: str, one: Instruction) -> None:
         if not true:
             raise FtkitError(f"{what}: {one.text}")
 
-    def expect_whole_warps(self, one: _Instruction, here: Array) -> None:
+    def expect_whole_warps(self, one: Instruction, here: Array) -> None:
         lanes = here.reshape(-1, _WARP)
         self.expect(bool((lanes.all(1) | ~lanes.any(1)).all()), "a part of a warp", one)
 
@@ -233,7 +138,7 @@ class _Block:
         assert found is not None, operand
         return self.get(found[1], "b64").astype(np.int64) + int(found[2] or 0)
 
-    def bytes_of(self, space: str, starts: Array, count: int, one: _Instruction) -> tuple[Array, Array]:
+    def bytes_of(self, space: str, starts: Array, count: int, one: Instruction) -> tuple[Array, Array]:
         """Where each of the addresses' bytes lie, [threads here, count], and the memory they lie in."""
         self.expect(bool((starts % count == 0).all()), "misaligned", one)
         places = starts[:, None] + np.arange(count)
@@ -244,7 +149,7 @@ class _Block:
         self.memory.check(places, one.text)
         return places, self.memory.bytes
 
-    def step(self, one: _Instruction, here: Array) -> None:
+    def step(self, one: Instruction, here: Array) -> None:
         """Any instruction that only computes."""
         words, operands = one.words, one.operands
         name, kind = words[0], words[-1]
@@ -283,7 +188,7 @@ class _Block:
         else:
             self.arithmetic(one, here)
 
-    def arithmetic(self, one: _Instruction, here: Array) -> None:
+    def arithmetic(self, one: Instruction, here: Array) -> None:
         words, operands = one.words, one.operands
         name, kind = words[0], words[-1]
         known = {"rn", "lo", "hi", "wide", "approx", "ftz"} | ({"rm"} if name == "fma" else set())
@@ -325,7 +230,7 @@ class _Block:
         else:
             raise FtkitError(f"PTX that is not known here: {one.text}")
 
-    def load_or_store(self, one: _Instruction, here: Array) -> None:
+    def load_or_store(self, one: Instruction, here: Array) -> None:
         kind = one.words[-1]
         to_register, address = one.words[0] == "ld", one.operands[one.words[0] == "ld"]
         names = one.operands[not to_register].strip("{}").replace(" ", "").split(",")
@@ -342,7 +247,7 @@ class _Block:
             values = np.stack([self.get(name, kind)[here] for name in names], 1)
             memory[places] = np.ascontiguousarray(values).view(np.uint8)
 
-    def copy_async(self, one: _Instruction, here: Array) -> None:
+    def copy_async(self, one: Instruction, here: Array) -> None:
         if one.words[2] == "commit_group":
             self.copies.append([])
         elif one.words[2] == "wait_group":
@@ -362,7 +267,7 @@ class _Block:
             self.shared[to] = 0xFF
             self.copies[-1].append((to, content))
 
-    def mma(self, one: _Instruction, here: Array) -> None:
+    def mma(self, one: Instruction, here: Array) -> None:
         """m16n8k16 of bf16: see on_gpu/ptx.cuh for the fragments."""
         self.expect_whole_warps(one, here)
         self.expect(one.words[3:] == _MMA, "an mma of another shape or type", one)
@@ -387,7 +292,7 @@ class _Block:
         bits = self.get(name, "u32") >> np.uint32(16 * half) & np.uint32(0xFFFF)
         return (bits << np.uint32(16)).view(np.float32)
 
-    def convert(self, one: _Instruction, here: Array) -> None:
+    def convert(self, one: Instruction, here: Array) -> None:
         words, operands = one.words, one.operands
         kind, source = words[-2], words[-1]
         self.expect(set(words[1:-2]) <= {"rn", "sat"}, "a rounding that is not known here", one)
@@ -402,7 +307,7 @@ class _Block:
                 value = np.clip(value, 0, 1)
             self.put(operands[0], value.astype(_NUMPY[kind]), kind, here)
 
-    def permute_bytes(self, one: _Instruction, here: Array) -> None:
+    def permute_bytes(self, one: Instruction, here: Array) -> None:
         a, b, chosen = (self.get(name, "u32") for name in one.operands[1:])
         pool = np.stack([a, b], 1).view(np.uint8)  # [threads, 8]
         found = np.empty((self.threads, 4), np.uint8)
