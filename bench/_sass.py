@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit.cuda.compiler import Use, compile_variant
+from ftkit.cuda.compiler import Program, Use, compile_variant
 from ftkit.cuda.source import Variant
 
 _PLACE = re.compile(r"(\.L_\w+):")
@@ -88,9 +88,15 @@ def disassembler() -> str | None:
 
 
 @functools.cache
+def compiled(variant: Variant, architecture: str) -> Program:
+    """The variant's program, compiled once."""
+    return compile_variant(variant, architecture)
+
+
+@functools.cache
 def examine(variant: Variant, architecture: str) -> dict[str, Code]:
     """The machine code of each of the variant's kernels, by name."""
-    program = compile_variant(variant, architecture)
+    program = compiled(variant, architecture)
     tool = disassembler()
     assert tool is not None, "expected nvdisasm, got none: pip install nvidia-cuda-nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -70,8 +70,9 @@ class Kit(Protocol):
 class Emulated:
     """Kernels in the emulator, those of `libraries` compiled before."""
 
-    def __init__(self, libraries: dict[Variant, Library]) -> None:
-        self.libraries = libraries
+    def __init__(self, libraries: dict[Variant, Library], noted: list[Variant] | None = None) -> None:
+        """`noted`, if given, is told of each launch's variant."""
+        self.libraries, self.noted = libraries, noted
 
     def launcher(self, schedule: int = 0, traffic: list[Traffic] | None = None) -> Launch:
         """Launches by this schedule; what memory did is added to `traffic`."""
@@ -79,6 +80,8 @@ class Emulated:
         def launch(variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None:
             if variant not in self.libraries:
                 (self.libraries[variant],) = build([variant])
+            if self.noted is not None:
+                self.noted.append(variant)
             poison(variant, name, arguments)
             library = self.libraries[variant]
             counts = traffic is not None

@@ -29,7 +29,7 @@ def test_every_kernel_has_a_budget() -> None:
 @pytest.mark.parametrize("name", source.names())
 def test_registers_keep_to_their_budget(name: str, architecture: str) -> None:
     one = DEAREST[name]
-    for kernel, use in compile_variant(one, architecture).use().items():
+    for kernel, use in _sass.compiled(one, architecture).use().items():
         assert (use.spill_bytes, use.stack_bytes) == (0, 0), kernel
         assert use.registers <= BUDGETS[kernel]["registers"][architecture], kernel
         blocks = _sass.blocks_that_fit(architecture, use, one.kernels()[kernel].threads)
@@ -51,7 +51,7 @@ def test_main_loops_keep_to_their_budget(name: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("one", VARIANTS, ids=lambda one: "-".join([one.name, *(value for _, value in one.macros)]))
 def test_no_variant_spills(one: Variant) -> None:
-    for name, use in compile_variant(one, "sm_90").use().items():
+    for name, use in _sass.compiled(one, "sm_90").use().items():
         assert (use.spill_bytes, use.stack_bytes) == (0, 0), name
 
 
