@@ -93,7 +93,8 @@ GPU says is `ftkit doctor --gpu`'s to tell.
 ## Speed, from the machine code alone
 
 `max` is the busiest pipe alone, which no kernel can beat. `sum` has the pipes wait for one another, and ranks kernels.
-For products of many rows (4096³, a tile of 128 × 128), and for decoding up to 16 rows. Scales are quantized again.
+For products of many rows (4096³, a tile of 128 × 128), and for decoding up to 16 rows. Scales are quantized again. The
+other kernels wait for memory, and no more is foretold of them.
 """
 _CALIBRATION = """## How far that is from the truth
 

@@ -49,12 +49,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_decode(
       Operand a;
       decode(stored, scale_of_row, half, meaning, a);
 #pragma unroll
-      for (int u = 0; u < 2; u++)
+      for (int u = 0; u < 2; u++) {
+        if (u && m <= 8) continue;  // the second tile of rows is empty
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           mma_bf16(sums[u][i], a[i][0], b[u][half].x, b[u][half].y);
           mma_bf16(sums[u][i], a[i][1], b[u][half].z, b[u][half].w);
         }
+      }
     }
     stored = next;
     scale = next_scale;

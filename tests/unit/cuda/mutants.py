@@ -68,6 +68,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ("nf4_decode.cu", "no bound of stored columns", "|| column + place >= n", ""),
         ("nf4_decode.cu", "rows of the result swapped", "lane % 4 * 2 + c % 2]", "lane % 4 * 2 + 1 - c % 2]"),
         ("nf4_decode.cu", "columns of the result swapped", "i * 2 + c / 2]", "i + c / 2 * 2]"),
+        ("nf4_decode.cu", "ninth row left out", "m <= 8", "m <= 9"),
         ("nf4_decode.cu", "rank one short", "r < rank", "r < rank - 1"),
         ("nf4.cuh", "no bound of codes' rows", "min(first + lane / 4 * LANE_ROWS + j, w.rows - 1)", "first + lane / 4 * LANE_ROWS + j"),
         ("nf4.cuh", "no bound of scales' rows", "(uint64_t)min(row, w.rows - 1)", "(uint64_t)row"),

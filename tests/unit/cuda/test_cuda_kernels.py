@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact
 
 from ftkit import _core
@@ -111,6 +113,26 @@ def test_dx(kit: Kit, scheme: str, m: int, n: int, k: int, rank: int, schedule: 
     found = launches.matmul_transposed(kit.launcher(schedule), dy, coded, dlow, a)
     w = exact(coded, torch.bfloat16)
     terms = ((dy.double(), w), (dlow.double(), a.double()))
+    close(found, sum(p @ q for p, q in terms), sum(p.abs() @ q.abs() for p, q in terms))
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 17),
+    st.integers(1, 5),
+    st.sampled_from([0, 3, 16, 20]),
+    st.sampled_from(SCHEDULES),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_products_of_any_shape(kit: Kit, m: int, eighths: int, steps: int, rank: int, schedule: int) -> None:
+    """One row to more than two tiles, forward by the kernel for so many rows, and back."""
+    n, k = 8 * eighths, 64 * steps
+    coded, x, dy = coded_matrix("nf4", n, k, seed=m), normal(m, k), normal(m, n, seed=4)
+    low, b, a = normal(m, rank, seed=2), normal(n, rank, seed=3), normal(rank, k, seed=5)
+    close(launches.matmul(kit.launcher(schedule), x, coded, low, b), *product(coded, x, low, b))
+    w = exact(coded, torch.bfloat16)
+    terms = ((dy.double(), w), (low.double(), a.double()))
+    found = launches.matmul_transposed(kit.launcher(schedule), dy, coded, low, a)
     close(found, sum(p @ q for p, q in terms), sum(p.abs() @ q.abs() for p, q in terms))
 
 

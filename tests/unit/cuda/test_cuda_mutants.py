@@ -37,6 +37,7 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
     "nf4_decode": [
         lambda kit, s: tests.test_decode(kit, "nf4", 13, 72, 192, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
+        lambda kit, s: tests.test_decode(kit, "nf4", 9, 32, 128, s),
     ],
     "nf4_lora_forward": [
         lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),

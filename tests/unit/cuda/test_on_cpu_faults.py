@@ -126,6 +126,14 @@ def test_the_tensor_core_needs_a_whole_warp() -> None:
     assert (fault.kind, fault.where) == ("whole-warp operation in a part of a warp", "part.cu:5")
 
 
+def test_what_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"g\+\+ refused (.|\n)*wrong.cu:3(.|\n)*nothing"):
+        build([made("wrong", HEAD + "nothing;\n}\n")])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"expected g\+\+ on the path, got none\nhint: install it"):
+        build([made("other", HEAD + "}\n")])
+
+
 def test_arguments_are_held_against_the_parameters(broken: dict[str, Library]) -> None:
     library, x = broken["out of bounds"], torch.zeros(64)
     for wrong, what in (
