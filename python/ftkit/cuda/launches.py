@@ -64,12 +64,17 @@ def blocks_of(count: int, each: int) -> int:
     return -(-count // each)
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all start at a multiple of 16 bytes of what was allocated: accesses are as wide."""
+    return all(one.storage_offset() * one.element_size() % 16 == 0 for one in tensors)
+
+
 def takes_dense(coded: Codes) -> bool:
     """4-bit codes into a table, or int8; groups of multiples of 8; offsets in half precision."""
     four = coded.table is not None and len(coded.table) == 16
     known = four or (coded.table is None and coded.codes.dtype == torch.int8)
     offsets = coded.offsets is None or coded.offsets.dtype == torch.float16
-    return known and offsets and coded.group % 8 == 0 and coded.scales.dtype in _TYPES
+    return known and offsets and coded.group % 8 == 0 and coded.scales.dtype in _TYPES and aligned(coded.codes)
 
 
 def dense(launch: Launch, coded: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,7 +112,7 @@ def takes_matmul(x: Tensor, coded: Codes) -> bool:
     columns = coded.shape[1]
     if coded.table is None or len(coded.table) != 16 or not takes_dense(coded) or columns % coded.group:
         return False
-    return (x.dtype in _TYPES and x.shape[0] <= GEMV_ROWS) or _takes_tiles(x, coded)
+    return (x.dtype in _TYPES and x.shape[0] <= GEMV_ROWS and aligned(x)) or _takes_tiles(x, coded)
 
 
 def takes_transposed(dy: Tensor, coded: Codes) -> bool:
@@ -118,7 +123,8 @@ def takes_transposed(dy: Tensor, coded: Codes) -> bool:
 def _takes_tiles(x: Tensor, coded: Codes) -> bool:
     rows, columns = coded.shape
     plain = coded.offsets is None and coded.scales.dtype in (torch.uint8, torch.float32)
-    return x.dtype == torch.bfloat16 and plain and coded.group == STEP and columns % STEP == 0 and rows % 8 == 0
+    sizes = coded.group == STEP and columns % STEP == 0 and rows % 8 == 0
+    return x.dtype == torch.bfloat16 and plain and sizes and aligned(x, coded.codes)
 
 
 def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b: Tensor | None = None) -> Tensor:
@@ -165,11 +171,6 @@ def matmul_transposed(
     kernel = variant("nf4_lora_dx", SCALE=_TYPES[coded.scales.dtype])
     launch(kernel, "nf4_lora_dx", (blocks_of(m, TILE), blocks_of(k, TILE)), arguments)
     return dx
-
-
-def takes_rows(x: Tensor) -> bool:
-    """Rows of whole eights, of a type that kernels know."""
-    return x.dtype in _TYPES and x.dtype != torch.uint8 and x.shape[-1] % 8 == 0
 
 
 def rms_norm(launch: Launch, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

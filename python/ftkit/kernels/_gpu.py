@@ -26,11 +26,13 @@ def launch(variant: Variant, name: str, grid: Sequence[int], arguments: Sequence
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether all are on a GPU, contiguous and of the first one's dtype, a floating-point one that kernels know."""
+    """Whether all are on a GPU, contiguous, aligned and of the first one's dtype, one that kernels know."""
     first = tensors[0]
     known = first.dtype in (torch.float32, torch.bfloat16, torch.float16) and torch.version.hip is None
-    return known and all(
-        one.device.type == device_type and one.is_contiguous() and one.dtype == first.dtype for one in tensors
+    return (
+        known
+        and launches.aligned(*tensors)
+        and all(one.device.type == device_type and one.is_contiguous() and one.dtype == first.dtype for one in tensors)
     )
 
 

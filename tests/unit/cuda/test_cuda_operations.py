@@ -157,6 +157,8 @@ def test_an_argument_that_kernels_do_not_take_is_the_references(gpu: list[str]) 
     assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
     x, weight = torch.randn(16, 3).T, torch.randn(16)
     assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+    x, weight = torch.randn(25)[1:].view(3, 8), torch.randn(8)
+    assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5)), "not aligned"
     with pinned("reference"):
         swiglu(torch.ones(8), torch.ones(8))
     assert not gpu
