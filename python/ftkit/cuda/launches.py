@@ -19,7 +19,7 @@ STEP = 64
 """Values of one scale, and of one step of the tensor core's kernels."""
 TILE = 128
 """Rows, and columns, of the result that a block of the tiled kernels makes."""
-BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k")
+BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half", torch.uint8: "uint8_t"}
 
 

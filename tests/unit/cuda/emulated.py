@@ -25,7 +25,7 @@ VARIANTS = [
     variant("dequant_coded", TABLE=16, SCALE="float", OFFSETS=0, OUT="half"),
     variant("dequant_coded", TABLE=16, SCALE="half", OFFSETS=1, OUT="float"),
     variant("dequant_coded", TABLE=0, SCALE="float", OFFSETS=0, OUT="float"),
-    *(variant("dequant_blocks", FORMAT=kind, OUT="float") for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K")),
+    *(variant("dequant_blocks", FORMAT=kind, OUT="float") for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")),
     *(variant("nf4_gemv", ROWS=m, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t") for m in (1, 2, 3, 4)),
     variant("nf4_gemv", ROWS=2, VALUE="float", GROUP=32, OFFSETS=1, SCALE="half"),
     *(

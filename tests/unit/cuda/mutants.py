@@ -34,6 +34,13 @@ MUTANTS: dict[str, list[Mutant]] = {
         ("dequant_blocks.cu", "offset's halves", "packed[group + 4] >> 4 |", "(packed[group + 4] & 15) |"),
         ("dequant_blocks.cu", "odd groups from the low half", "group % 2 ? byte >> 4 : byte & 15", "byte & 15"),
         ("dequant_blocks.cu", "offset added", "__fsub_rn(__fmul_rn(__fmul_rn", "__fadd_rn(__fmul_rn(__fmul_rn"),
+        ("dequant_blocks.cu", "fifth bit of the next group", ">> group & 1", ">> (group + 1) % 8 & 1"),
+        ("dequant_blocks.cu", "fifth bit forgotten", "| fifth << 4", ""),
+        ("dequant_blocks.cu", "codes of Q6_K without their middle", "<< 4) - 32", "<< 4)"),
+        ("dequant_blocks.cu", "high bits of the neighbour", "high >> 2 * j", "high >> 2 * (j ^ 1)"),
+        ("dequant_blocks.cu", "low bits of the other half", "j < 2 ? low & 15 : low >> 4", "j % 2 ? low >> 4 : low & 15"),
+        ("dequant_blocks.cu", "scale of 32 values", "block[192 + i / 16]", "block[192 + i / 32 * 2]"),
+        ("dequant_blocks.cu", "scale of Q6_K without sign", "(float)(int8_t)block[192", "(float)block[192"),
         ("dequant_blocks.cu", "Q4_K a byte longer", "BYTES = 144", "BYTES = 145"),
     ],
     "nf4_gemv": [
