@@ -18,6 +18,7 @@ from ftkit.errors import InputError
 from ftkit.kernels.block_matmul import dequantize
 from ftkit.kernels.coded_matmul import Coded, Nested, coded_dense
 from ftkit.kernels.cross_entropy import cross_entropy
+from ftkit.kernels.paged_attention import paged_attention
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
@@ -99,6 +100,17 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
         lambda: launches.rope(launch, heads, angles.cos(), angles.sin()),
         lambda: rope.reference(heads, angles.cos(), angles.sin()),
         gate.nbytes * 2,
+        0.01,
+    )
+    pages = normal(size // 16, 1, 2, 16, 2, 64)
+    table = torch.arange(size // 16, dtype=torch.int32, device=device).unsqueeze(0)
+    ends, last = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1], [size - 1]))
+    query = normal(1, 8, 64)
+    yield Case(
+        "paged_attention",
+        lambda: launches.paged_attention(launch, query, pages, table, ends, last, 0, 0.125, None),
+        lambda: paged_attention.reference(query, pages, table, ends, last, (1,), (size,), layer=0, scale=0.125),
+        pages.nbytes,
         0.01,
     )
     targets = torch.arange(size, device=device) % size

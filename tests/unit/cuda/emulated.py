@@ -39,6 +39,7 @@ VARIANTS = [
         for kind, gradient in (("bf16", 1), ("float", 1), ("half", 0))
     ),
     variant("adamw_8bit"),
+    *(variant("paged_attention", VALUE=kind, HEAD=size) for kind, size in (("bf16", 64), ("float", 128))),
 ]
 
 
@@ -53,6 +54,7 @@ DEAREST = {
         *(variant(name, VALUE="bf16") for name in ("rms_norm", "swiglu", "rope")),
         variant("cross_entropy", VALUE="bf16", GRADIENT=1),
         variant("adamw_8bit"),
+        variant("paged_attention", VALUE="bf16", HEAD=64),
     )
 }
 

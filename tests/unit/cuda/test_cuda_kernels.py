@@ -13,6 +13,7 @@ from ftkit.kernels.block_matmul import dequantize
 from ftkit.kernels.blockwise_adamw import BLOCK, Blocks, Factors, blockwise_adamw, dynamic_map, edges_of, write
 from ftkit.kernels.coded_matmul import Coded, coded_dense
 from ftkit.kernels.cross_entropy import cross_entropy
+from ftkit.kernels.paged_attention import paged_attention
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
@@ -229,6 +230,23 @@ def test_a_target_that_is_no_token_gives_nan(kit: Kit) -> None:
     logits = normal(3, 8)
     losses, _ = launches.cross_entropy(kit.launcher(), logits, torch.tensor([-100, 8, 7]), True)
     assert losses.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("size", "window"), [(64, None), (64, 5), (128, None)])
+def test_paged_attention(kit: Kit, size: int, window: int | None, schedule: int) -> None:
+    """Four sequences of 1 to 49 tokens, of which 1 to 3 are new, on pages in no order."""
+    dtype = torch.bfloat16 if size == 64 else torch.float32
+    totals, lengths, block_tokens, heads = (1, 17, 49, 5), (1, 2, 1, 3), 4, 6
+    pages = normal(40, 2, 2, block_tokens, 2, size, dtype=dtype)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2)).int()
+    table = torch.stack([order[i : i + 13] for i in range(0, 36, 9)])
+    positions = torch.cat([torch.arange(t - n, t) for t, n in zip(totals, lengths, strict=True)]).int()
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    q = normal(sum(lengths), heads, size, seed=3, dtype=dtype)
+    found = launches.paged_attention(kit.launcher(schedule), q, pages, table, ends, positions, 1, size**-0.5, window)
+    wide = (q.double(), pages.double(), table, ends, positions, lengths, totals)
+    near(found, paged_attention.reference(*wide, layer=1, scale=size**-0.5, window=window).to(dtype))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -60,6 +60,10 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: tests.test_cross_entropy(kit, 3, 97, F32, True, s),
         lambda kit, _: tests.test_a_target_that_is_no_token_gives_nan(kit),
     ],
+    "paged_attention": [
+        lambda kit, s: tests.test_paged_attention(kit, 64, 5, s),
+        lambda kit, s: tests.test_paged_attention(kit, 128, None, s),
+    ],
     "adamw_8bit": [lambda kit, s: tests.test_adamw_8bit(kit, 700, s)],
 }
 SCHEDULES = (2, 1, 0)

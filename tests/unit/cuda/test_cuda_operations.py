@@ -17,6 +17,7 @@ from ftkit.kernels.block_matmul import dequantize
 from ftkit.kernels.coded_matmul import arguments, coded_dense, coded_matmul, coded_matmul_transposed
 from ftkit.kernels.cross_entropy import cross_entropy
 from ftkit.kernels.lora_linear import lora_linear
+from ftkit.kernels.paged_attention import paged_attention
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
@@ -162,3 +163,21 @@ def test_an_argument_that_kernels_do_not_take_is_the_references(gpu: list[str]) 
     with pinned("reference"):
         swiglu(torch.ones(8), torch.ones(8))
     assert not gpu
+
+
+def test_attention_of_few_and_of_many_tokens(gpu: list[str]) -> None:
+    """Sequences with few new tokens by the kernel, a prompt by the reference."""
+    pages, q = torch.randn(6, 1, 2, 4, 2, 64), torch.randn(11, 4, 64)
+    table = torch.arange(6, dtype=torch.int32).view(2, 3)
+    lengths, totals = (2, 9), (10, 9)
+    positions = torch.tensor([8, 9, *range(9)], dtype=torch.int32)
+    ends = torch.tensor([0, 2, 11], dtype=torch.int32)
+    batch = (q, pages, table, ends, positions, lengths, totals)
+    expected = paged_attention.reference(*batch, layer=0, scale=0.125)
+    with torch.library._scoped_library("ftkit", "IMPL") as library:
+        library.impl("paged_attention", _gpu.runs["paged_attention"], "CPU", allow_override=True)
+        torch.testing.assert_close(paged_attention(*batch, layer=0, scale=0.125), expected)
+    assert gpu == ["paged_attention"]
+    with pinned("cpu"):
+        torch.testing.assert_close(paged_attention(*batch, layer=0, scale=0.125), expected)
+    assert gpu == ["paged_attention"], "the core's is back"
