@@ -3,7 +3,8 @@
 `fits` says whether a GPU's kernels may take tensors; each operation's file says for which arguments they do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,24 @@ from torch import Tensor
 from ftkit.cuda import driver, launches
 from ftkit.cuda.launches import Argument, Launch
 from ftkit.cuda.source import Variant
+from ftkit.kernels import allows, pinned
 
 device_type = "cuda"
-"""Of the tensors that kernels take; tests put the emulator in the place of a GPU."""
+"""Of the tensors that kernels take; a plan, and tests with the emulator, put the CPU's in their place."""
 runner: Launch = driver.launch
+
+
+@contextmanager
+def foreseen() -> Iterator[None]:
+    """Inside, tensors of the CPU pass for a GPU's, and operations are its kernels' or the reference: for plans."""
+    global device_type
+    before, device_type = device_type, "cpu"
+    try:
+        with pinned("cuda" if allows("cuda") else "reference"):
+            yield
+    finally:
+        device_type = before
+
 
 _library = torch.library.Library("ftkit", "FRAGMENT")
 

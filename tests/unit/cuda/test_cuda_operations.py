@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.unit.cuda.emulated import Emulated, coded_matrix
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from ftkit.cli import application
@@ -151,6 +152,34 @@ def test_plans_see_what_kernels_allocate() -> None:
         losses, slope = _gpu.cross_entropy(x, torch.empty(5, dtype=torch.int64))
         assert (losses.shape, slope.shape) == ((5,), x.shape)
         assert _gpu.swiglu_backward(x, x, x)[1].shape == x.shape
+
+
+class Seen(TorchDispatchMode):
+    """The names of what was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pin", ["cuda", "reference"])
+def test_a_plan_for_a_gpu_takes_its_kernels(pin: str) -> None:
+    """On fake tensors of the CPU, forward and back, unless the environment says otherwise."""
+    nf4 = load("quant", "nf4")
+    with FakeTensorMode(), pinned(pin), _gpu.foreseen(), Seen() as seen:
+        weight = nf4.scheme().empty((64, 128), torch.bfloat16)
+        x, a, b = (
+            torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((40, 128), (8, 128), (64, 8))
+        )
+        lora_linear(x, weight, a, b, 1.0).sum().backward()
+        assert x.grad is not None
+    ours = {name for name in seen.names if "coded_lora" in name}
+    assert ours == ({"ftkit.coded_lora.default", "ftkit.coded_lora_dx.default"} if pin == "cuda" else set())
+    assert _gpu.device_type == "cuda"
 
 
 def test_an_argument_that_kernels_do_not_take_is_the_references(gpu: list[str]) -> None:

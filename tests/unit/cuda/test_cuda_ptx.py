@@ -96,6 +96,8 @@ def test_mutants_of_the_assembly_are_killed(expected: torch.Tensor, what: str, o
     try:
         found = wrappers(Changed(("ptx.cuh", text.replace(old, new, 1))))
     except FtkitError as error:
+        if "NVRTC refused" in str(error):  # a mutant must be a program
+            raise
         print(f"{what}: {str(error).splitlines()[0]}")
     else:
         assert not torch.equal(found, expected), f"{what}: survives"
