@@ -1,4 +1,5 @@
-# `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table.
+# `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table,
+# `just kernels` the page of the CUDA kernels.
 
 # Everything that must hold before a change lands.
 check: lint types test
@@ -20,6 +21,10 @@ test:
     cargo test --locked --quiet
     pytest
 
+# Runs every CUDA kernel on this machine's GPU: is it right, and how fast? Without one it says so and exits with 2.
+gpu:
+    ftkit doctor --gpu
+
 # Ratios against peers, printed; opt-in and slow.
 bench *names:
     python -m bench {{ names }}
@@ -28,6 +33,10 @@ bench *names:
 tables:
     python -m bench._tables
     python -m bench._plans
+
+# Writes docs/kernels.md anew: what the CUDA kernels' machine code says of their speed.
+kernels:
+    python -m bench._kernels
 
 # Rewrites the sources in the house's format.
 format:

@@ -68,6 +68,12 @@ def operation(reference: Callable[Arguments, Result]) -> Operation[Arguments, Re
     return Operation(reference)
 
 
+def allows(name: str) -> bool:
+    """Whether the environment variable lets backend `name` be used."""
+    allowed = _allowed(os.environ.get(PIN, ""))
+    return not allowed or name in allowed
+
+
 @contextmanager
 def pinned(names: str) -> Iterator[None]:
     """Inside, only these backends are used, as `FTKIT_KERNELS` would have it."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftkit import _core
-from ftkit.kernels import operation
+from ftkit.cuda import launches
+from ftkit.kernels import _gpu, allows, operation
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 
@@ -23,7 +24,11 @@ def block_matmul(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
     return functional.linear(x, dequantize(kind, blocks).to(x.dtype))
 
 
-@block_matmul.backend("cpu", lambda x, kind, blocks: x.dtype == torch.float32 and x.device == blocks.device)  # noqa: ARG005
+def _multiplies(x: Tensor, blocks: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.device == blocks.device
+
+
+@block_matmul.backend("cpu", lambda x, kind, blocks: _multiplies(x, blocks))  # noqa: ARG005
 def _cpu(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
     y: Tensor = torch.ops.ftkit.block_matmul(x, kind, blocks)
     return y
@@ -37,7 +42,7 @@ def block_matmul_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
 
 @block_matmul_transposed.backend(
     "cpu",
-    lambda dy, kind, blocks: dy.dtype == torch.float32 and dy.device == blocks.device,  # noqa: ARG005
+    lambda dy, kind, blocks: _multiplies(dy, blocks),  # noqa: ARG005
 )
 def _cpu_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
     dx: Tensor = torch.ops.ftkit.block_matmul_transposed(dy, kind, blocks)
@@ -81,6 +86,14 @@ def _widen(kind: str, blocks: Tensor) -> Tensor:
     return out
 
 
+def _launch(kind: str, blocks: Tensor) -> Tensor:
+    """Formats without a kernel, and all where kernels may not be used, are decoded by the core."""
+    if kind in launches.BLOCK_FORMATS and allows("cuda"):
+        return launches.block_dense(_gpu.launch, kind, blocks.contiguous(), columns_of(kind, blocks))
+    return _widen(kind, blocks.cpu()).to(blocks.device)
+
+
+_gpu.implement("dequantize", _launch)
 _library.impl("block_matmul", _multiply, "CPU")
 _library.impl("block_matmul_transposed", _multiply_transposed, "CPU")
 _library.impl("dequantize", _widen, "CPU")

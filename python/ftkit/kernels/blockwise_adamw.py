@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftkit import _core
-from ftkit.kernels import operation
+from ftkit.cuda import launches
+from ftkit.kernels import _gpu, operation
 
 BLOCK = 256
 """Entries that share their greatest magnitude, as in bitsandbytes."""
@@ -96,8 +97,11 @@ def write(state: Blocks, values: Tensor) -> None:
     state.codes.copy_(torch.bucketize(shares, edges_of(state.map), out_int32=True).view(-1)[: len(values)])
 
 
+@blockwise_adamw.backend(
+    "cuda", lambda weight, gradient, *_: weight.dtype == torch.float32 and _gpu.fits(weight, gradient)
+)
 @blockwise_adamw.backend("cpu", lambda weight, *_: weight.device.type == "cpu")
-def _cpu(weight: Tensor, gradient: Tensor, mean: Blocks, square: Blocks, factors: Factors) -> None:
+def _core_or_kernel(weight: Tensor, gradient: Tensor, mean: Blocks, square: Blocks, factors: Factors) -> None:
     states = [
         each for state in (mean, square) for each in (state.codes, state.greatest, state.map, edges_of(state.map))
     ]
@@ -117,5 +121,10 @@ def _run(weight: Tensor, gradient: Tensor, *rest: Any) -> None:
     _core.blockwise_adamw(weight, gradient, rest[:4], rest[4:8], rest[8:])
 
 
+def _launch(weight: Tensor, gradient: Tensor, *rest: Any) -> None:
+    launches.adamw_8bit(_gpu.launch, weight, gradient, rest[:4], rest[4:8], rest[8:])
+
+
+_gpu.implement("blockwise_adamw_", _launch)
 _library.impl("blockwise_adamw_", _run, "CPU")
 torch.library.register_fake("ftkit::blockwise_adamw_", lambda *_: None, lib=_library)

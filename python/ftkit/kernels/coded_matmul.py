@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftkit import _core
-from ftkit.kernels import operation
+from ftkit.cuda import launches
+from ftkit.kernels import _gpu, operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Coded:
 
     def core(self) -> _core.CodedMatrix | None:
         """The core's view of it; None for what the core doesn't take."""
-        return _matrix(*_arguments(self)) if _takes(self) else None
+        return _matrix(*arguments(self)) if _takes(self) else None
 
 
 @operation
@@ -98,9 +99,14 @@ def _takes(coded: Coded) -> bool:
     return coded.codes.device.type == "cpu" and not coded.shape[1] % coded.group and coded.group % 2 == 0
 
 
+def _on_gpu(coded: Coded) -> bool:
+    return coded.codes.device.type == _gpu.device_type
+
+
+@coded_dense.backend("cuda", lambda coded: _on_gpu(coded) and launches.takes_dense(coded))
 @coded_dense.backend("cpu", _takes)
 def _dense(coded: Coded) -> Tensor:
-    out: Tensor = torch.ops.ftkit.coded_dense(*_arguments(coded))
+    out: Tensor = torch.ops.ftkit.coded_dense(*arguments(coded))
     return out
 
 
@@ -108,19 +114,22 @@ def _multiplies(x: Tensor, coded: Coded) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded)
 
 
+@coded_matmul_transposed.backend("cuda", lambda dy, coded: _on_gpu(coded) and launches.takes_transposed(dy, coded))
 @coded_matmul_transposed.backend("cpu", lambda dy, coded: _multiplies(dy, coded))
 def _transposed(dy: Tensor, coded: Coded) -> Tensor:
-    dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, *_arguments(coded))
+    dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, *arguments(coded))
     return dx
 
 
+@coded_matmul.backend("cuda", lambda x, coded: _on_gpu(coded) and launches.takes_matmul(x, coded))
 @coded_matmul.backend("cpu", lambda x, coded: _multiplies(x, coded))
 def _product(x: Tensor, coded: Coded) -> Tensor:
-    y: Tensor = torch.ops.ftkit.coded_matmul(x, *_arguments(coded))
+    y: Tensor = torch.ops.ftkit.coded_matmul(x, *arguments(coded))
     return y
 
 
-def _arguments(coded: Coded) -> tuple[Any, ...]:
+def arguments(coded: Coded) -> tuple[Any, ...]:
+    """A coded matrix as operations take it."""
     nested = coded.nested
     more = (None, None, None) if nested is None else (nested.map, nested.greatest, nested.mean)
     return (*coded.shape, coded.codes, coded.table, coded.group, coded.scales, *more, coded.offsets)
@@ -154,6 +163,45 @@ def _matrix(
     if table is None and codes.dtype != torch.int8:
         table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
     return _core.CodedMatrix(codes.view(torch.uint8), table, (rows, columns), group, scales, nested, offsets)
+
+
+def _coded(
+    rows: int,
+    columns: int,
+    codes: Tensor,
+    table: Tensor | None,
+    group: int,
+    scales: Tensor,
+    map: Tensor | None,
+    greatest: Tensor | None,
+    mean: Tensor | None,
+    offsets: Tensor | None,
+) -> Coded:
+    """The other way: what `arguments` were made of."""
+    nested = None
+    if map is not None and greatest is not None and mean is not None:
+        nested = Nested(map=map, greatest=greatest, mean=mean)
+    return Coded(
+        shape=(rows, columns), codes=codes, table=table, group=group, scales=scales, nested=nested, offsets=offsets
+    )
+
+
+coded_lora = _gpu.define(
+    f"coded_lora(Tensor x, Tensor low, Tensor b, {_SIGNATURE}) -> Tensor",
+    lambda x, low, b, *rest: launches.matmul(_gpu.launch, x, _coded(*rest), low, b),
+    lambda x, _low, _b, rows, *_: x.new_empty(x.shape[0], rows),
+)
+coded_lora_dx = _gpu.define(
+    f"coded_lora_dx(Tensor dy, Tensor dlow, Tensor a, {_SIGNATURE}) -> Tensor",
+    lambda dy, dlow, a, *rest: launches.matmul_transposed(_gpu.launch, dy, _coded(*rest), dlow, a),
+    lambda dy, _dlow, _a, _rows, columns, *_: dy.new_empty(dy.shape[0], columns),
+)
+_gpu.implement("coded_dense", lambda *rest: launches.dense(_gpu.launch, _coded(*rest)))
+_gpu.implement("coded_matmul", lambda x, *rest: launches.matmul(_gpu.launch, x.contiguous(), _coded(*rest)))
+_gpu.implement(
+    "coded_matmul_transposed",
+    lambda dy, *rest: launches.matmul_transposed(_gpu.launch, dy.contiguous(), _coded(*rest)),
+)
 
 
 def _run_dense(rows: int, columns: int, *rest: Any) -> Tensor:

@@ -8,7 +8,7 @@ Computed in float32 (float64 for float64).
 import torch
 from torch import Tensor
 
-from ftkit.kernels import operation
+from ftkit.kernels import _gpu, operation
 
 
 @operation
@@ -25,3 +25,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool = False) -> tu
     slope = scores.exp_()
     slope.scatter_add_(1, targets.unsqueeze(1), slope.new_full((len(targets), 1), -1.0))
     return losses, slope.to(logits.dtype)
+
+
+def _takes(logits: Tensor, targets: Tensor, gradient: bool = False) -> bool:
+    return gradient and _gpu.fits(logits) and targets.dtype == torch.int64 and targets.is_contiguous()
+
+
+@cross_entropy.backend("cuda", _takes)
+def _cuda(logits: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor | None]:  # noqa: ARG001
+    losses, slope = _gpu.cross_entropy(logits, targets)
+    return losses, slope

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.kernels import operation
+from ftkit.cuda import launches
+from ftkit.kernels import _gpu, operation
+from ftkit.kernels.coded_matmul import Coded, arguments, coded_lora, coded_lora_dx
 
 
 class Frozen(Protocol):
@@ -57,4 +59,45 @@ class _LoraLinear(torch.autograd.Function):
         db = (dy.T @ low).mul_(ctx.scale) if needs_b else None
         da = dlow.T @ x if needs_a and dlow is not None else None
         dx = ctx.weight.matmul_transposed(dy).addmm_(dlow, a) if needs_x else None
+        return dx, None, da, db, None
+
+
+def _codes_of(weight: Frozen) -> Coded | None:
+    """W as codes, where it is stored so."""
+    found = getattr(weight, "coded", None)
+    return found if isinstance(found, Coded) else None
+
+
+def _in_one_kernel(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> bool:  # noqa: ARG001
+    coded = _codes_of(weight)
+    known = coded is not None and launches.takes_matmul(x, coded) and launches.takes_transposed(x, coded)
+    return known and x.ndim == 2 and _gpu.fits(x, a, b)
+
+
+@lora_linear.backend("cuda", _in_one_kernel)
+def _cuda(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The low-rank product added where W's is summed: W dequantized in registers, y and dx written once."""
+    y: Tensor = _CudaLoraLinear.apply(x, _codes_of(weight), a, b, scale)
+    return y
+
+
+class _CudaLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coded: Coded, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = functional.linear(x, a)  # [tokens, rank]
+        ctx.save_for_backward(x, a, b, low)
+        ctx.coded, ctx.scale = coded, scale
+        found: Tensor = coded_lora(x, low * scale, b, *arguments(coded))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dlow = (dy @ b).mul_(ctx.scale) if needs_x or needs_a else None  # [tokens, rank]
+        db = (dy.T @ low).mul_(ctx.scale) if needs_b else None
+        da = dlow.T @ x if needs_a and dlow is not None else None
+        dx = coded_lora_dx(dy, dlow, a, *arguments(ctx.coded)) if needs_x else None
         return dx, None, da, db, None

@@ -8,8 +8,8 @@ The cache is cut in pages of `[layers, 2, block_tokens, key_value_heads, head_di
 sequence's token at position p is in slot p % block_tokens of page `block_table[sequence, p // block_tokens]`. Query
 head h reads head h // (heads / key_value_heads). Keys and values of the new tokens are in their pages already.
 
-The `cpu` backend (in the core) computes each row by itself, in the order of positions: its result depends on its own
-sequence and on nothing else in the batch. It reads float32 and bfloat16 pages where they are; the reference copies
+The backends `cpu` (in the core) and `cuda` compute each row by itself: its result depends on its own sequence and on
+nothing else in the batch. They read pages where they are, the core those of float32 and bfloat16; the reference copies
 each sequence's pages into one tensor and takes torch's attention, which is faster for long prompts.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftkit import _core
-from ftkit.kernels import operation
+from ftkit.cuda import launches
+from ftkit.kernels import _gpu, operation
 
 
 @operation
@@ -77,8 +78,13 @@ def _supports(q: Tensor, pages: Tensor, *_: object, **__: object) -> bool:
     return numbers and q.device.type == "cpu" and pages.is_contiguous()
 
 
+def _on_gpu(q: Tensor, pages: Tensor, *_: object, **__: object) -> bool:
+    return q.device.type == pages.device.type == _gpu.device_type and launches.takes_attention(q, pages)
+
+
+@paged_attention.backend("cuda", _on_gpu)
 @paged_attention.backend("cpu", _supports)
-def _cpu(
+def _few_by_themselves(
     q: Tensor,
     pages: Tensor,
     block_table: Tensor,
@@ -91,7 +97,7 @@ def _cpu(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """The core's for sequences with few new tokens, neighbours in one call; a long prompt by the reference."""
+    """Sequences with few new tokens by the core or a kernel, neighbours in one call; a long prompt by the reference."""
     outputs, first, begin = [], 0, 0
     for few, group in itertools.groupby(lengths, lambda length: length <= FEW):
         group_lengths = tuple(group)
@@ -155,5 +161,11 @@ def _shape_of(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+_gpu.implement(
+    "paged_attention",
+    lambda q, pages, table, ends, positions, *rest: launches.paged_attention(
+        _gpu.launch, q.contiguous(), pages, table.contiguous(), ends.contiguous(), positions.contiguous(), *rest
+    ),
+)
 _library.impl("paged_attention", _compute, "CPU")
 torch.library.register_fake("ftkit::paged_attention", _shape_of, lib=_library)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ftkit.kernels import operation
+from ftkit.kernels import _gpu, operation
 
 
 @operation
@@ -52,4 +52,28 @@ class _RmsNorm(torch.autograd.Function):
         slope = (dy * weight).to(scale.dtype)
         along = (slope * normal).mean(-1, keepdim=True)  # [..., 1]
         dx = slope.sub_(normal * along).mul_(scale).to(x.dtype)
+        return dx, dweight, None
+
+
+@rms_norm.backend("cuda", lambda x, weight, epsilon: x.ndim > 1 and x.shape[-1] % 8 == 0 and _gpu.fits(x, weight))  # noqa: ARG005
+def _cuda(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    y: Tensor = _CudaRmsNorm.apply(x.view(-1, x.shape[-1]), weight, epsilon)
+    return y.view(x.shape)
+
+
+class _CudaRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        y, scales = _gpu.rms_norm(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, scales)
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scales = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = _gpu.rms_norm_dx(dy, x, weight, scales) if ctx.needs_input_grad[0] else None
+        dweight = _gpu.rms_norm_dweight(dy, x, scales).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dweight, None

@@ -8,10 +8,13 @@ Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding
 instead of neighbouring pairs, as in published safetensors.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ftkit.kernels import operation
+from ftkit.kernels import _gpu, operation
 
 
 @operation
@@ -20,3 +23,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, head_dim / 2]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@rope.backend("cuda", lambda x, cos, sin: x.shape[-1] % 16 == 0 and _gpu.fits(x, cos, sin))
+def _cuda(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y: Tensor = _CudaRope.apply(x, cos, sin)
+    return y
+
+
+class _CudaRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        found: Tensor = _gpu.rope(x, cos, sin, False)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _gpu.rope(dy.contiguous(), *ctx.saved_tensors, True), None, None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.kernels import operation
+from ftkit.kernels import _gpu, operation
 
 
 @operation
@@ -40,3 +40,23 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, functional.silu(gate).mul_(dy)
+
+
+@swiglu.backend("cuda", lambda gate, up: _gpu.fits(gate, up))
+def _cuda(gate: Tensor, up: Tensor) -> Tensor:
+    y: Tensor = _CudaSwiGlu.apply(gate, up)
+    return y
+
+
+class _CudaSwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        found: Tensor = _gpu.swiglu(gate, up)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        dgate, dup = _gpu.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+        return dgate, dup

@@ -2,8 +2,8 @@
 
 The whole model is traced, layer after layer. A line through models of three and four layers mostly gives the same peak,
 but says too little where the peak moves (gradients and optimizer grow with each layer, the head's losses do not: 4 % in
-a case of 30 layers), and an allocator's replay needs every event. For a GPU the operations are torch's own, and the
-trace is replayed by the rules of torch's allocator there.
+a case of 30 layers), and an allocator's replay needs every event. For a GPU the operations are its kernels
+or torch's own, and the trace is replayed by the rules of torch's allocator there.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftkit import _core, adapters, kernels, models, optim, plugins
+from ftkit import _core, adapters, models, optim, plugins
 from ftkit.config import RunConfig
+from ftkit.kernels import _gpu
 from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig, shapes
 from ftkit.plan.budget import Gpu
@@ -232,7 +233,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode(), kernels.pinned("fused,sdpa") if case.gpu is not None else contextlib.nullcontext():
+    with FakeTensorMode(), _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext():
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         model.recomputed_layers = way.recomputed

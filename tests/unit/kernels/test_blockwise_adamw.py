@@ -39,7 +39,7 @@ def test_the_core_is_the_reference(count: int) -> None:
 
 
 def test_the_core_works() -> None:
-    assert blockwise_adamw.backends == ["cpu", "reference"]
+    assert blockwise_adamw.backends == ["cuda", "cpu", "reference"]
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -1,0 +1,108 @@
+"""Every mutant of every kernel is killed: by a wrong number, or by a fault that the emulator finds."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.unit.cuda import test_cuda_kernels as tests
+from tests.unit.cuda.emulated import Emulated, Kit
+from tests.unit.cuda.mutants import MUTANTS, Mutant
+
+from ftkit.cuda import launches, source
+from ftkit.cuda.on_cpu import build
+from ftkit.cuda.source import Variant
+from ftkit.errors import InputError
+
+pytestmark = pytest.mark.unit
+
+F32, BF16 = torch.float32, torch.bfloat16
+# What is tried on the mutants of a source, in this order, until one fails.
+TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
+    "dequant_coded": [
+        lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "nf4", (37, 448), F32, s),
+        lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "nf4", (3, 35), F32, s),
+        lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "int4_group:32", (7, 96), F32, s),
+        lambda kit, s: tests.test_dequant_coded_has_the_bits_of_the_cpu(kit, "int8", (5, 40), F32, s),
+    ],
+    "dequant_blocks": [
+        *(
+            lambda kit, s, kind=kind: tests.test_dequant_blocks_has_the_bits_of_the_cpu(kit, kind, s)
+            for kind in launches.BLOCK_FORMATS
+        )
+    ],
+    "nf4_gemv": [
+        lambda kit, s: tests.test_gemv(kit, 3, 9, 320, s),
+        lambda kit, _: tests.test_gemv_of_groups_with_offsets(kit),
+    ],
+    "nf4_decode": [
+        lambda kit, s: tests.test_decode(kit, "nf4", 13, 72, 192, s),
+        lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
+        lambda kit, s: tests.test_decode(kit, "nf4", 9, 32, 128, s),
+    ],
+    "nf4_lora_forward": [
+        lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),
+        lambda kit, s: tests.test_forward(kit, "nf4", 140, 136, 192, 32, s),
+    ],
+    "nf4_lora_dx": [
+        lambda kit, s: tests.test_dx(kit, "nf4", 3, 200, 192, 16, s),
+        lambda kit, s: tests.test_dx(kit, "nf4", 140, 136, 192, 32, s),
+    ],
+    "rms_norm": [
+        lambda kit, s: tests.test_rms_norm(kit, 3, 2056, F32, s),
+        lambda kit, s: tests.test_rms_norm(kit, 9, 72, BF16, s),
+    ],
+    "swiglu": [lambda kit, s: tests.test_swiglu(kit, (2, 1031), F32, s)],
+    "rope": [
+        lambda kit, s: tests.test_rope(kit, 5, 9, 48, F32, s),
+        lambda kit, s: tests.test_rope(kit, 7, 3, 64, BF16, s),
+    ],
+    "cross_entropy": [
+        lambda kit, s: tests.test_cross_entropy(kit, 3, 97, F32, True, s),
+        lambda kit, _: tests.test_a_target_that_is_no_token_gives_nan(kit),
+    ],
+    "paged_attention": [
+        lambda kit, s: tests.test_paged_attention(kit, 64, 5, s),
+        lambda kit, s: tests.test_paged_attention(kit, 128, None, s),
+    ],
+    "adamw_8bit": [lambda kit, s: tests.test_adamw_8bit(kit, 700, s)],
+}
+SCHEDULES = (2, 1, 0)
+
+
+def test_every_kernel_has_mutants() -> None:
+    assert set(MUTANTS) == set(TRIALS) == set(source.names())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_all_mutants_are_killed(kit: Emulated, name: str) -> None:
+    used = Emulated(dict(kit.libraries), noted=[])
+    assert killed(name, used) is None, "unbroken, it passes"
+    variants = list(dict.fromkeys(used.noted or []))
+    broken = [Variant(name, one.macros, changed(mutant, name)) for mutant in MUTANTS[name] for one in variants]
+    built = iter(build(broken))
+    survivors = []
+    for mutant in MUTANTS[name]:
+        killer = killed(name, Emulated({one: next(built) for one in variants}))
+        print(f"{name}: {mutant[1]} ({mutant[0]}): {killer or 'SURVIVES'}")
+        if killer is None:
+            survivors.append(mutant[1])
+    assert not survivors
+
+
+def changed(mutant: Mutant, name: str) -> tuple[tuple[str, str], ...]:
+    """The file with the change."""
+    file, _, old, new = mutant
+    text = source.headers()[file] if file.endswith(".cuh") else source.read(file)
+    assert old in text, f"{name}: no {old!r} in {file}"
+    return ((file, text.replace(old, new, 1)),)
+
+
+def killed(name: str, kit: Kit) -> str | None:
+    """What killed the mutant: the first line of what a trial says; None where it lives."""
+    for trial in TRIALS[name]:
+        for schedule in SCHEDULES:
+            try:
+                trial(kit, schedule)
+            except (AssertionError, InputError) as error:
+                return str(error).strip().splitlines()[0][:110]
+    return None
