@@ -12,6 +12,7 @@ their weights, which tied heads over chunks of rows and blocks of a mapped file 
 at a whole matrix.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -116,10 +117,6 @@ def join() -> Processes:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # not after each run: a group made anew meets the addresses of the one before
+        atexit.register(distributed.destroy_process_group)
     return Processes(distributed.get_rank(), distributed.get_world_size())
-
-
-def leave() -> None:
-    """Ends what `join` began."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

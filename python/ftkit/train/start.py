@@ -30,9 +30,8 @@ def start(config: RunConfig, listener: Listener | None, *, resume: bool, overwri
     with Interruption(_ONCE_SECONDS if processes.launched() > 1 else 0.0) as stop:
         try:
             mine = processes.join()
-            result = _start(config, listener if mine.first else None, stop, mine, resume=resume, overwrite=overwrite)
-            processes.leave()
-            return result
+            heard = listener if mine.first else None
+            return _start(config, heard, stop, mine, resume=resume, overwrite=overwrite)
         except KeyboardInterrupt:
             raise Interrupted(
                 "stopped at once; the last checkpoint is whole", "continue with ftkit train --resume"

@@ -71,10 +71,15 @@ def test_two_processes_are_one_and_resume_what_one_began(settings: Settings, tmp
     runs = [words(lora | {"training.max_steps": 2}), words(full | {"training.max_steps": 4}, "--resume", "--json")]
     told.write_text(json.dumps(runs))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(told)]
-    done = subprocess.run([sys.executable, "-m", *launcher], capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("lora-parts: done") == 1, "one of them speaks"
-    assert json.loads(done.stdout)["steps"] == 4
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-m", *launcher], stdout=pipe, stderr=pipe, text=True)
+    try:
+        output, errors = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # ends what it has started, too
+    assert process.returncode == 0, errors
+    assert errors.count("lora-parts: done") == 1, "one of them speaks"
+    assert json.loads(output)["steps"] == 4
     train.run(RunConfig.from_toml(None, lora | {"training.max_steps": 4}), resume=True)
     for name, table in (("lora", lora), ("full", full)):
         losses, weights = of(table)
