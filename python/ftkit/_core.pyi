@@ -408,14 +408,15 @@ class Stream:
     def __iter__(self) -> Stream: ...
     def __next__(
         self,
-    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
-        """(text, tokens as (id, log-probability, likeliest), finish reason, (prompt tokens, generated tokens)).
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int, int] | None]:
+        """(text, tokens as (id, log-probability, likeliest), finish reason, (tokens of the prompt, of these cached,
+        generated)).
 
         The last two come with the last item. Waits; Ctrl-C interrupts. Raises FtkitError when the request failed.
         """
     def rest(
         self,
-    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int, int] | None]:
         """All that is still to come, as one item. Waits and raises as an iteration does."""
     def cancel(self) -> None:
         """Ends the request; its pages are free before the next step."""
@@ -432,6 +433,7 @@ class Engine:
         workspace: Sequence[Tensor],
         *,
         name: str,
+        content: str,
         batch_tokens: int,
         sequences: int,
         waiting: int,
@@ -444,13 +446,17 @@ class Engine:
 
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
         adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
-        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU.
+        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. `content` is a hash of
+        the base model's weights.
         """
     @property
     def models(self) -> list[str]:
         """The names that requests may ask for, the base model's first."""
-    def add_adapter(self, name: str, adapter: int) -> None:
-        """Lets requests ask for an adapter by name. Raises InputError when the name is in use."""
+    def add_adapter(self, name: str, adapter: int, content: str | None = None) -> None:
+        """Lets requests ask for an adapter by name. Raises InputError when the name is in use.
+
+        `content`: a hash of the adapter's; without it, its keys and values are not shared between requests.
+        """
     def remove_adapter(self, name: str) -> int:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
     def uses(self, adapter: int) -> bool:

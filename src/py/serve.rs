@@ -34,8 +34,8 @@ struct Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (tokenizer, template, step, workspace, *, name, batch_tokens, sequences, waiting, block_tokens,
-        pages, context_tokens, vocabulary))]
+    #[pyo3(signature = (tokenizer, template, step, workspace, *, name, content, batch_tokens, sequences, waiting,
+        block_tokens, pages, context_tokens, vocabulary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         tokenizer: &Tokenizer,
@@ -43,6 +43,7 @@ impl Engine {
         step: Py<PyAny>,
         workspace: Vec<Py<PyAny>>,
         name: &str,
+        content: &str,
         batch_tokens: usize,
         sequences: usize,
         waiting: usize,
@@ -59,7 +60,11 @@ impl Engine {
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
         let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
-        Ok(Self { engine, language: Arc::new(Text::new(tokenizer, template)), models: Arc::new(Models::new(name)) })
+        Ok(Self {
+            engine,
+            language: Arc::new(Text::new(tokenizer, template)),
+            models: Arc::new(Models::new(name, content)),
+        })
     }
 
     /// The names that requests may ask for.
@@ -68,8 +73,9 @@ impl Engine {
         self.models.list().into_iter().map(|model| model.name).collect()
     }
 
-    fn add_adapter(&self, name: &str, adapter: i32) -> PyResult<()> {
-        Ok(self.models.add(name, adapter)?)
+    #[pyo3(signature = (name, adapter, content = None))]
+    fn add_adapter(&self, name: &str, adapter: i32, content: Option<&str>) -> PyResult<()> {
+        Ok(self.models.add(name, adapter, content)?)
     }
 
     fn remove_adapter(&self, name: &str) -> PyResult<i32> {
@@ -92,8 +98,16 @@ impl Engine {
         let closed = Arc::new(AtomicBool::new(false));
         let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
         let decoder = self.language.decoder(false);
-        let request =
-            Request { prompt, sampling, constraint: None, adapter: model.adapter, decoder, sink, urgent: false };
+        let request = Request {
+            prompt,
+            sampling,
+            constraint: None,
+            adapter: model.adapter,
+            root: model.root,
+            decoder,
+            sink,
+            urgent: false,
+        };
         self.engine.submit(vec![request]).map_err(Error::from)?;
         Ok(Stream { receiver: Mutex::new(receiver), closed })
     }
@@ -178,7 +192,7 @@ impl Sink for Queue {
 }
 
 type ShownToken = (u32, Option<f32>, Vec<(u32, f32)>);
-type Shown = (String, Vec<ShownToken>, Option<&'static str>, Option<(usize, usize)>);
+type Shown = (String, Vec<ShownToken>, Option<&'static str>, Option<(usize, usize, usize)>);
 
 /// One answer while it grows.
 #[pyclass(module = "ftkit._core", frozen)]
@@ -203,7 +217,7 @@ impl Stream {
                 Ok(Event::Delta(delta)) => return Ok(Some(shown(delta, None, None))),
                 Ok(Event::Finished { delta, reason, usage }) => {
                     self.cancel();
-                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    let usage = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
                     return Ok(Some(shown(delta, Some(reason.as_str()), Some(usage))));
                 }
                 Ok(Event::Failed(error)) => {
@@ -238,7 +252,7 @@ impl Stream {
                 Ok(Event::Finished { delta, reason, usage }) => {
                     self.cancel();
                     append(&mut all, delta);
-                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    let usage = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
                     return Ok(shown(all, Some(reason.as_str()), Some(usage)));
                 }
                 Ok(Event::Failed(error)) => {
@@ -271,7 +285,7 @@ impl Drop for Stream {
     }
 }
 
-fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize)>) -> Shown {
+fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize, usize)>) -> Shown {
     let tokens = delta.tokens.into_iter().map(|token| (token.id, token.logprob, token.top)).collect();
     (delta.text, tokens, reason, usage)
 }

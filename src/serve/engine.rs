@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use super::limits::Limits;
 use super::metrics::Metrics;
 use super::request::Request;
-use super::scheduler::{Limits, Scheduler};
+use super::scheduler::Scheduler;
 use super::step::Step;
 use crate::{Error, Result};
 
@@ -234,6 +235,7 @@ fn publish(shared: &Shared, scheduler: &Scheduler, taken: &mut usize) {
     metrics.waiting.set(scheduler.waiting() as u64);
     metrics.running.set(scheduler.running() as u64);
     metrics.blocks_used.set(scheduler.pool().used() as u64);
+    metrics.blocks_idle.set(scheduler.pool().idle() as u64);
     metrics.scheduled(scheduler.counters());
 }
 

@@ -73,6 +73,8 @@ pub struct Metrics {
     pub running: Number,
     /// Pages in use.
     pub blocks_used: Number,
+    /// Pages that nobody uses and that hold what may be asked for again.
+    pub blocks_idle: Number,
     /// Pages there are.
     pub blocks_total: Number,
     /// Requests refused because the queue was full.
@@ -91,6 +93,7 @@ pub struct Metrics {
     cancelled: Number,
     preempted: Number,
     prefilled_tokens: Number,
+    cached_tokens: Number,
     generated_tokens: Number,
 }
 
@@ -103,6 +106,7 @@ impl Metrics {
         self.cancelled.set(counters.cancelled);
         self.preempted.set(counters.preempted);
         self.prefilled_tokens.set(counters.prefilled_tokens);
+        self.cached_tokens.set(counters.cached_tokens);
         self.generated_tokens.set(counters.generated_tokens);
     }
 
@@ -129,9 +133,21 @@ impl Metrics {
             ("ftkit_requests_cancelled_total", "counter", "answers whose caller left", self.cancelled.get()),
             ("ftkit_preemptions_total", "counter", "sequences that gave their pages up", self.preempted.get()),
             ("ftkit_prompt_tokens_total", "counter", "prompt tokens computed", self.prefilled_tokens.get()),
+            (
+                "ftkit_cached_tokens_total",
+                "counter",
+                "prompt tokens that were in the pool already",
+                self.cached_tokens.get(),
+            ),
             ("ftkit_generated_tokens_total", "counter", "tokens generated", self.generated_tokens.get()),
             ("ftkit_batch_tokens_total", "counter", "tokens that steps computed", self.batch_tokens.get()),
             ("ftkit_blocks_used", "gauge", "pages of the pool in use", self.blocks_used.get()),
+            (
+                "ftkit_blocks_idle",
+                "gauge",
+                "pages that nobody uses, kept for prompts that begin the same",
+                self.blocks_idle.get(),
+            ),
             ("ftkit_blocks_total", "gauge", "pages of the pool", self.blocks_total.get()),
         ]
     }

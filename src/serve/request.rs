@@ -1,6 +1,7 @@
 //! What the engine is asked, and what it answers.
 
 use super::constraint::Constraint;
+use super::prefix::Key;
 use super::sampling::Sampling;
 use crate::Error;
 
@@ -30,6 +31,8 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// The adapter's id, -1 for none.
     pub adapter: i32,
+    /// Where the keys of its pages begin ([`super::prefix::root`]); none: its pages are not shared with others.
+    pub root: Option<Key>,
     /// Turns the answer's tokens into text.
     pub decoder: Box<dyn Decoder>,
     /// Where the answer goes.
@@ -84,6 +87,8 @@ impl FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt whose keys and values were there already.
+    pub cached_tokens: usize,
     /// Tokens generated, the end token included.
     pub completion_tokens: usize,
 }
@@ -94,6 +99,7 @@ impl Usage {
         self.completion_tokens += other.completion_tokens;
         if prompt {
             self.prompt_tokens += other.prompt_tokens;
+            self.cached_tokens += other.cached_tokens;
         }
     }
 }

@@ -4,134 +4,17 @@
 //! a running answer; what is left of the budget goes to prompts, in chunks. A request is admitted when the pool has room
 //! for its prompt. When pages run out in the middle of an answer, the youngest sequence gives its pages up and goes back
 //! to the head of the queue with its tokens; its keys and values are computed again later, and its answer goes on where
-//! it was. Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
+//! it was. A prompt whose beginning the pool still holds, from another request or an earlier turn, starts after it; one
+//! whose beginning is being computed for another waits for that. Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
 
 use std::collections::VecDeque;
 
-use super::answer::Answer;
-use super::pool::{BlockPool, BlockTable};
-use super::request::{Delta, Event, FinishReason, Request, Sink, Token, Usage};
-use super::sampler::Sampler;
+use super::limits::Limits;
+use super::pool::BlockPool;
+use super::request::{Event, Request};
+use super::sequence::{Outcome, Sequence};
 use super::step::Batch;
-use crate::{Error, Result};
-
-/// The engine's bounds.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Most tokens a step computes.
-    pub batch_tokens: usize,
-    /// Most sequences that run at the same time.
-    pub sequences: usize,
-    /// Most requests that wait.
-    pub waiting: usize,
-    /// Tokens in a page.
-    pub block_tokens: usize,
-    /// Pages in the pool.
-    pub pages: usize,
-    /// Most tokens of a prompt and its answer.
-    pub context_tokens: usize,
-    /// Number of logits of a row.
-    pub vocabulary: usize,
-    /// Tokens that end an answer.
-    pub end_ids: Vec<u32>,
-}
-
-impl Limits {
-    /// Most tokens that a sequence can have: the context, or what the pool holds.
-    pub fn longest(&self) -> usize {
-        self.context_tokens.min(self.pages * self.block_tokens)
-    }
-
-    /// Checks a request before it is queued.
-    pub fn check(&self, prompt: &[u32], sampling: &super::Sampling) -> Result<()> {
-        sampling.check(self.vocabulary)?;
-        if prompt.is_empty() {
-            return Err(Error::input("prompt: expected at least one token, got none"));
-        }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= self.vocabulary) {
-            return Err(Error::input(format!("prompt: expected token ids below {}, got {id}", self.vocabulary)));
-        }
-        // One token of the answer must fit as well.
-        if prompt.len() >= self.longest() {
-            let message = format!("prompt: expected fewer than {} tokens, got {}", self.longest(), prompt.len());
-            let hint = if self.longest() < self.context_tokens {
-                format!("the cache pool is smaller than the model's context of {} tokens", self.context_tokens)
-            } else {
-                "this is the model's context; shorten the conversation".to_owned()
-            };
-            return Err(Error::input(message).hint(hint));
-        }
-        Ok(())
-    }
-}
-
-struct Sequence {
-    /// The prompt and the answer so far.
-    tokens: Vec<u32>,
-    prompt: usize,
-    /// Tokens whose keys and values are in the pool.
-    computed: usize,
-    /// Tokens at which the answer is cut.
-    longest: usize,
-    table: BlockTable,
-    sampler: Sampler,
-    answer: Answer,
-    adapter: i32,
-    sink: Box<dyn Sink>,
-    ended: Option<Outcome>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    Finished,
-    Failed,
-    Cancelled,
-}
-
-impl Sequence {
-    fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, completion_tokens: self.tokens.len() - self.prompt }
-    }
-
-    fn fail(&mut self, error: Error) {
-        self.ended = Some(Outcome::Failed);
-        self.sink.send(Event::Failed(error));
-    }
-
-    /// Takes the next token of the answer.
-    fn advance(&mut self, logits: &[f32], end_ids: &[u32]) {
-        let choice = match self.sampler.choose(logits) {
-            Ok(choice) => choice,
-            Err(error) => return self.fail(error),
-        };
-        self.tokens.push(choice.token);
-        let (mut delta, mut reason) = (Delta::default(), None);
-        if end_ids.contains(&choice.token) && !self.sampler.sampling().ignore_end {
-            reason = Some(FinishReason::Stop);
-            delta = self.answer.finish();
-        } else {
-            let (more, stopped) =
-                self.answer.push(Token { id: choice.token, logprob: choice.logprob, top: choice.top });
-            delta.text.push_str(&more.text);
-            delta.tokens.extend(more.tokens);
-            if let Some(number) = stopped {
-                reason = Some(FinishReason::StopString(number));
-            } else if self.tokens.len() >= self.longest {
-                reason = Some(FinishReason::Length);
-                let rest = self.answer.finish();
-                delta.text.push_str(&rest.text);
-                delta.tokens.extend(rest.tokens);
-            }
-        }
-        if let Some(reason) = reason {
-            self.ended = Some(Outcome::Finished);
-            let usage = self.usage();
-            self.sink.send(Event::Finished { delta, reason, usage });
-        } else if (!delta.text.is_empty() || !delta.tokens.is_empty()) && !self.sink.send(Event::Delta(delta)) {
-            self.ended = Some(Outcome::Cancelled);
-        }
-    }
-}
+use crate::Error;
 
 /// What the scheduler did so far; the numbers only rise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -148,6 +31,8 @@ pub struct Counters {
     pub preempted: u64,
     /// Tokens of prompts computed, again after a preemption included.
     pub prefilled_tokens: u64,
+    /// Tokens that were in the pool already.
+    pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
 }
@@ -180,27 +65,14 @@ impl Scheduler {
 
     /// Queues a request; one that breaks the limits fails at once.
     pub fn add(&mut self, request: Request) {
-        let Request { prompt, sampling, constraint, adapter, decoder, mut sink, urgent } = request;
-        if let Err(error) = self.limits.check(&prompt, &sampling) {
+        let urgent = request.urgent;
+        if let Err(error) = self.limits.check(&request.prompt, &request.sampling) {
             self.counters.failed += 1;
+            let mut sink = request.sink;
             sink.send(Event::Failed(error));
             return;
         }
-        let answer = Answer::new(decoder, &sampling.stop);
-        let room = self.limits.longest() - prompt.len();
-        let longest = prompt.len() + sampling.max_tokens.unwrap_or(room).min(room);
-        let sequence = Sequence {
-            prompt: prompt.len(),
-            computed: 0,
-            longest,
-            table: BlockTable::default(),
-            sampler: Sampler::new(sampling, &prompt, constraint),
-            answer,
-            adapter,
-            sink,
-            ended: None,
-            tokens: prompt,
-        };
+        let sequence = Sequence::new(request, &self.limits);
         if urgent {
             self.waiting.push_front(sequence);
         } else {
@@ -246,7 +118,7 @@ impl Scheduler {
         self.running.retain_mut(|sequence| {
             let stays = !sequence.sink.closed();
             if !stays {
-                sequence.table.release(pool);
+                sequence.release(pool);
             }
             stays
         });
@@ -260,7 +132,7 @@ impl Scheduler {
         // Sequences that generate.
         let mut index = 0;
         while index < self.running.len() && budget > 0 {
-            if self.running[index].tokens.len() - self.running[index].computed == 1 && self.reserve(index) {
+            if self.running[index].left() == 1 && self.reserve(index) {
                 self.planned.push((index, 1, true));
                 budget -= 1;
             }
@@ -268,7 +140,7 @@ impl Scheduler {
         }
         // Prompts under way; their pages were reserved when they were admitted.
         for (index, sequence) in self.running.iter().enumerate() {
-            let left = sequence.tokens.len() - sequence.computed;
+            let left = sequence.left();
             let count = left.min(budget);
             if left > 1 && count > 0 {
                 self.planned.push((index, count, count == left));
@@ -278,20 +150,38 @@ impl Scheduler {
         // New ones, in order: nobody overtakes a request that waits for room.
         while budget > 0 && self.running.len() < self.limits.sequences {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
-            let count = sequence.tokens.len();
-            // A page is left for each running answer, so that admission doesn't cause a preemption at once.
-            let room = self.pool.pages_for(count) + self.running.len() <= self.pool.free();
-            if !room && !self.running.is_empty() || !sequence.table.reserve(&mut self.pool, count) {
+            if self.coming(&mut sequence) || !self.admit(&mut sequence) {
                 self.waiting.push_front(sequence);
                 break;
             }
-            let chunk = count.min(budget);
-            self.planned.push((self.running.len(), chunk, chunk == count));
+            let left = sequence.left();
+            let chunk = left.min(budget);
+            self.planned.push((self.running.len(), chunk, chunk == left));
             budget -= chunk;
+            self.counters.cached_tokens += sequence.computed as u64;
             self.running.push(sequence);
         }
         self.planned.sort_unstable();
         (!self.planned.is_empty()).then(|| self.batch())
+    }
+
+    /// Whether a running sequence is computing the page that this one needs next.
+    fn coming(&mut self, sequence: &mut Sequence) -> bool {
+        let Some(next) = sequence.missing(&self.pool) else { return false };
+        self.running.iter_mut().any(|other| other.left() > 1 && other.computes(&next, &self.pool))
+    }
+
+    /// Takes the pages that a new sequence needs to begin, if they are there.
+    fn admit(&mut self, sequence: &mut Sequence) -> bool {
+        sequence.adopt(&mut self.pool);
+        let missing = self.pool.pages_for(sequence.tokens.len()) - sequence.table.pages().len();
+        // A page is left for each running answer, so that admission doesn't cause a preemption at once.
+        let room = missing + self.running.len() <= self.pool.free() || self.running.is_empty();
+        if room && sequence.table.reserve(&mut self.pool, sequence.tokens.len()) {
+            return true;
+        }
+        sequence.release(&mut self.pool);
+        false
     }
 
     /// Makes room for all tokens of a running sequence, if need be by preempting the youngest; `false` when that is itself.
@@ -303,8 +193,7 @@ impl Scheduler {
             }
             // `index` is in bounds, so there is a last one, and it comes no earlier than `index`: not planned yet.
             let Some(mut youngest) = self.running.pop() else { return false };
-            youngest.table.release(&mut self.pool);
-            youngest.computed = 0;
+            youngest.release(&mut self.pool);
             self.counters.preempted += 1;
             self.waiting.push_front(youngest);
             if self.running.len() == index {
@@ -352,6 +241,7 @@ impl Scheduler {
             if sequence.computed <= sequence.prompt || count > 1 {
                 self.counters.prefilled_tokens += count as u64;
             }
+            sequence.learn(&mut self.pool);
             if let (true, Some(row)) = (wanted, rows.next()) {
                 let before = sequence.tokens.len();
                 sequence.advance(row, &self.limits.end_ids);
@@ -378,7 +268,7 @@ impl Scheduler {
         for sequence in self.waiting.drain(..).chain(self.running.drain(..)) {
             let mut sequence = sequence;
             sequence.fail(error.clone());
-            sequence.table.release(&mut self.pool);
+            sequence.release(&mut self.pool);
             self.counters.failed += 1;
         }
     }
@@ -387,7 +277,7 @@ impl Scheduler {
         let (pool, counters) = (&mut self.pool, &mut self.counters);
         self.running.retain_mut(|sequence| {
             let Some(outcome) = sequence.ended else { return true };
-            sequence.table.release(pool);
+            sequence.release(pool);
             match outcome {
                 Outcome::Finished => counters.finished += 1,
                 Outcome::Failed => counters.failed += 1,
@@ -399,185 +289,4 @@ impl Scheduler {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::super::Sampling;
-    use super::super::fake::{FakeStep, Listener, VOCABULARY, request};
-    use super::super::step::Step;
-    use super::*;
-
-    fn limits(pages: usize, batch_tokens: usize, sequences: usize) -> Limits {
-        Limits {
-            batch_tokens,
-            sequences,
-            waiting: 100,
-            block_tokens: 3,
-            pages,
-            context_tokens: 60,
-            vocabulary: VOCABULARY,
-            end_ids: vec![0],
-        }
-    }
-
-    fn sampling(seed: u64, max_tokens: usize) -> Sampling {
-        Sampling { seed: Some(seed), max_tokens: Some(max_tokens), logprobs: Some(0), ..Sampling::default() }
-    }
-
-    /// Steps until nothing is left to do.
-    fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
-        let mut logits = Vec::new();
-        while let Some(batch) = scheduler.plan() {
-            logits.clear();
-            match step.run(&batch, &mut logits) {
-                Ok(()) => scheduler.apply(&logits),
-                Err(error) => scheduler.fail(&error),
-            }
-        }
-    }
-
-    fn alone(prompt: &[u32], sampling: &Sampling, adapter: i32) -> Listener {
-        let mut scheduler = Scheduler::new(limits(20, 64, 1));
-        let listener = Listener::default();
-        scheduler.add(request(prompt, sampling.clone(), adapter, &listener));
-        finish(&mut scheduler, &mut FakeStep::new(20, 3));
-        listener
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        /// The same request gives the same tokens, alone or in a crowd, whatever the budget, the pool and the arrivals;
-        /// and afterwards every page is free.
-        #[test]
-        fn a_crowd_changes_no_answer(
-            requests in prop::collection::vec(
-                (prop::collection::vec(1u32..VOCABULARY as u32, 1..30), 1usize..30, any::<u64>(), -1i32..3, 0usize..8), 1..12),
-            pages in 20usize..40,
-            batch_tokens in 4usize..40,
-            sequences in 1usize..4,
-        ) {
-            let mut scheduler = Scheduler::new(limits(pages, batch_tokens, sequences));
-            let mut step = FakeStep::new(pages, 3);
-            let mut logits = Vec::new();
-            let mut listeners = Vec::new();
-            for (prompt, max_tokens, seed, adapter, steps) in &requests {
-                let listener = Listener::default();
-                scheduler.add(request(prompt, sampling(*seed, *max_tokens), *adapter, &listener));
-                listeners.push(listener);
-                for _ in 0..*steps {
-                    if let Some(batch) = scheduler.plan() {
-                        prop_assert!(batch.tokens.len() <= batch_tokens && batch.sequences() <= sequences);
-                        logits.clear();
-                        step.run(&batch, &mut logits).unwrap();
-                        scheduler.apply(&logits);
-                    }
-                }
-            }
-            finish(&mut scheduler, &mut step);
-            for ((prompt, max_tokens, seed, adapter, _), listener) in requests.iter().zip(&listeners) {
-                let expected = alone(prompt, &sampling(*seed, *max_tokens), *adapter);
-                prop_assert_eq!(listener.tokens(), expected.tokens());
-                prop_assert_eq!(listener.text(), expected.text());
-                prop_assert_eq!(listener.ending(), expected.ending());
-            }
-            prop_assert!(scheduler.idle());
-            prop_assert_eq!(scheduler.pool().used(), 0);
-            prop_assert_eq!(scheduler.counters().finished, requests.len() as u64);
-        }
-
-        #[test]
-        fn who_leaves_frees_his_pages_and_disturbs_nobody(leaving in 0usize..5, after in 0usize..12) {
-            let mut scheduler = Scheduler::new(limits(24, 8, 4));
-            let mut step = FakeStep::new(24, 3);
-            let listeners: Vec<Listener> = (0..5).map(|_| Listener::default()).collect();
-            for (index, listener) in listeners.iter().enumerate() {
-                scheduler.add(request(&[1 + index as u32; 7], sampling(index as u64, 20), -1, listener));
-            }
-            let mut logits = Vec::new();
-            for _ in 0..after {
-                if let Some(batch) = scheduler.plan() {
-                    logits.clear();
-                    step.run(&batch, &mut logits).unwrap();
-                    scheduler.apply(&logits);
-                }
-            }
-            listeners[leaving].close();
-            scheduler.drop_cancelled();
-            finish(&mut scheduler, &mut step);
-            for (index, listener) in listeners.iter().enumerate().filter(|(index, _)| *index != leaving) {
-                prop_assert_eq!(listener.text(), alone(&[1 + index as u32; 7], &sampling(index as u64, 20), -1).text());
-            }
-            prop_assert_eq!(scheduler.pool().used(), 0);
-        }
-    }
-
-    #[test]
-    fn too_few_pages_preempt_the_youngest_and_its_answer_goes_on() {
-        // Each needs up to 10 pages of the 12; both fit at the beginning.
-        let mut scheduler = Scheduler::new(limits(12, 32, 4));
-        let long = Sampling { ignore_end: true, ..sampling(3, 25) };
-        let listeners = [Listener::default(), Listener::default()];
-        for listener in &listeners {
-            scheduler.add(request(&[5, 6, 7], long.clone(), -1, listener));
-        }
-        finish(&mut scheduler, &mut FakeStep::new(12, 3));
-        assert!(scheduler.counters().preempted > 0);
-        let expected = alone(&[5, 6, 7], &long, -1);
-        assert_eq!(expected.tokens().len(), 25);
-        assert!(listeners.iter().all(|listener| listener.tokens() == expected.tokens()));
-    }
-
-    #[test]
-    fn a_step_that_fails_takes_its_batch_and_nobody_else() {
-        let mut scheduler = Scheduler::new(limits(20, 8, 1));
-        let mut step = FakeStep::new(20, 3);
-        let listeners = [Listener::default(), Listener::default()];
-        for listener in &listeners {
-            scheduler.add(request(&[5, 6, 7], sampling(3, 5), -1, listener));
-        }
-        step.fail_next();
-        finish(&mut scheduler, &mut step);
-        assert_eq!(listeners[0].ending(), "failed: told to");
-        assert_eq!(listeners[1].text(), alone(&[5, 6, 7], &sampling(3, 5), -1).text());
-        assert_eq!((scheduler.pool().used(), scheduler.counters().failed, scheduler.counters().finished), (0, 1, 1));
-    }
-
-    #[test]
-    fn a_long_prompt_does_not_stall_a_running_answer() {
-        let mut scheduler = Scheduler::new(limits(40, 6, 4));
-        let mut step = FakeStep::new(40, 3);
-        let (short, long) = (Listener::default(), Listener::default());
-        scheduler.add(request(&[5], Sampling { ignore_end: true, ..sampling(3, 8) }, -1, &short));
-        scheduler.add(request(&[6; 50], sampling(3, 2), -1, &long));
-        let mut logits = Vec::new();
-        for expected in 1..=8 {
-            let batch = scheduler.plan().unwrap();
-            assert_eq!(batch.tokens.len(), 6, "the budget is used up");
-            logits.clear();
-            step.run(&batch, &mut logits).unwrap();
-            scheduler.apply(&logits);
-            assert_eq!(short.tokens().len(), expected, "every step brings a token");
-        }
-    }
-
-    #[test]
-    fn impossible_requests_are_refused_with_both_values() {
-        let mut scheduler = Scheduler::new(limits(10, 8, 1));
-        for (prompt, sampling, expected) in [
-            (vec![], sampling(1, 1), "prompt: expected at least one token, got none"),
-            (vec![1; 30], sampling(1, 1), "prompt: expected fewer than 30 tokens, got 30"),
-            (vec![VOCABULARY as u32], sampling(1, 1), "prompt: expected token ids below 31, got 31"),
-            (
-                vec![1],
-                Sampling { temperature: f32::NAN, ..sampling(1, 1) },
-                "temperature: expected a number from 0 to 100, got NaN",
-            ),
-        ] {
-            let listener = Listener::default();
-            scheduler.add(request(&prompt, sampling, -1, &listener));
-            assert_eq!(listener.ending().lines().next(), Some(format!("failed: {expected}").as_str()));
-        }
-        assert!(scheduler.idle());
-    }
-}
+mod tests;

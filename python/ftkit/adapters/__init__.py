@@ -27,7 +27,18 @@ from ftkit.errors import InputError
 from ftkit.nn.decoder import Decoder
 from ftkit.nn.linear import Linear, Weight
 
-__all__ = ["Attached", "attach", "detach", "load", "merged", "merged_weights", "notices", "save", "trainable"]
+__all__ = [
+    "Attached",
+    "attach",
+    "content",
+    "detach",
+    "load",
+    "merged",
+    "merged_weights",
+    "notices",
+    "save",
+    "trainable",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +192,11 @@ def load(model: Decoder, folder: Path, adapter_id: int = 0, *, trainable: bool =
         raise
     for parameter in _trainable(model, adapter_id).values():
         parameter.requires_grad_(trainable)
+
+
+def content(folder: Path) -> str:
+    """A hash of what `load` reads of a directory: the same for the same adapter, wherever it stands."""
+    return _files.content(folder)
 
 
 def _trained_over(base: str, fingerprint: str) -> str | None:

@@ -46,8 +46,10 @@ class Delta:
     finish_reason: str | None = None
     """`stop` (an end token or a stop string) or `length`."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt: their keys and values were in the pool already."""
     completion_tokens: int = 0
-    """Generated, the end token included; both are in the last delta only."""
+    """Generated, the end token included; all three are in the last delta only."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Completion:
     """The ids that make the text: without an end token, and without tokens that a stop string took away."""
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt: their keys and values were in the pool already, from another request or an earlier turn."""
     completion_tokens: int
     logprobs: list[Token] | None = field(default=None, repr=False)
 
@@ -116,6 +120,7 @@ class Engine:
             self._step,
             self._step.workspace,
             name=self.name,
+            content=model.fingerprint or self.name,
             batch_tokens=max_batch_tokens,
             sequences=max_sequences,
             waiting=max_waiting,
@@ -208,12 +213,16 @@ class Engine:
             return
         if name in self.models:
             raise InputError(f"adapter name: expected one not in use, got {name!r}")
-        model = self.loaded.model
+        model, folder = self.loaded.model, Path(adapter)
+        content = adapters.content(folder)
         with self._step.lock:
             free = max(model.attached, default=-1) + 1
-            adapters.load(model, Path(adapter), free)
+            adapters.load(model, folder, free)
         try:
-            self._core.add_adapter(name, free)
+            # what is cached under a hash must be of the weights with that hash
+            if adapters.content(folder) != content:
+                raise InputError(f"{folder}: expected files that stay as they are while they are read, got changes")
+            self._core.add_adapter(name, free, content)
         except InputError:
             with self._step.lock:
                 adapters.detach(model, free)
@@ -315,7 +324,7 @@ def launch(
 def _deltas(stream: _core.Stream) -> Iterator[Delta]:
     try:
         for text, tokens, reason, usage in stream:
-            yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0)))
+            yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0, 0)))
             if reason is not None:
                 return
     finally:
@@ -327,12 +336,13 @@ def _whole(stream: _core.Stream, sampling: Sampling) -> Completion:
         text, found, reason, usage = stream.rest()
     finally:
         stream.cancel()
-    tokens, (prompt_tokens, completion_tokens) = _tokens(found), usage or (0, 0)
+    tokens, (prompt_tokens, cached_tokens, completion_tokens) = _tokens(found), usage or (0, 0, 0)
     return Completion(
         text=text,
         tokens=[token.id for token in tokens],
         finish_reason=reason or "stop",
         prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
         completion_tokens=completion_tokens,
         logprobs=None if sampling.logprobs is None else list(tokens),
     )

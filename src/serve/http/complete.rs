@@ -132,6 +132,7 @@ fn submit(
                 sampling,
                 constraint: constraint.cloned(),
                 adapter: model.adapter,
+                root: model.root,
                 decoder: app.language.decoder(asked.tools.is_some()),
                 sink: Box::new(Channel { sender: sender.clone(), index, first: Some((start, app.engine.clone())) }),
                 urgent: false,

@@ -290,6 +290,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
         sampling,
         constraint: None,
         adapter: super::models::NO_ADAPTER,
+        root: None,
         decoder: language.decoder(false),
         sink: Box::new(Probe(Some(sender))),
         urgent: true,
