@@ -461,8 +461,19 @@ class Engine:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
     def uses(self, adapter: int) -> bool:
         """Whether a request under way uses the adapter."""
-    def submit(self, prompt: Sequence[int], sampling: str, model: str | None = None) -> Stream:
-        """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full."""
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: str,
+        model: str | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
+    ) -> Stream:
+        """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full.
+
+        `priority`: −8 to 8, each step doubles the share among the requests that wait. The answer fails as soon as its
+        first token cannot be there within `first_token_seconds`.
+        """
     def metrics(self) -> dict[str, int]:
         """What the engine has counted, by name."""
     def serve(
@@ -473,10 +484,12 @@ class Engine:
         *,
         body_bytes: int,
         api_key: str | None = None,
+        first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
-        `model`: the name that answers requests which give none.
+        `model`: the name that answers requests which give none. `first_token_seconds`: requests whose first token
+        cannot come within it are refused.
         """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

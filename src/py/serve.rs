@@ -12,6 +12,7 @@ use pyo3::types::PyTuple;
 use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
+use crate::serve::fairness::MAX_PRIORITY;
 use crate::serve::models::Models;
 use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
 
@@ -86,8 +87,22 @@ impl Engine {
         py.detach(|| self.engine.uses(adapter))
     }
 
-    #[pyo3(signature = (prompt, sampling, model = None))]
-    fn submit(&self, prompt: Vec<u32>, sampling: &str, model: Option<&str>) -> PyResult<Stream> {
+    #[pyo3(signature = (prompt, sampling, model = None, priority = 0, first_token_seconds = None))]
+    fn submit(
+        &self,
+        prompt: Vec<u32>,
+        sampling: &str,
+        model: Option<&str>,
+        priority: i64,
+        first_token_seconds: Option<f64>,
+    ) -> PyResult<Stream> {
+        let priority = i8::try_from(priority).ok().filter(|priority| (-MAX_PRIORITY..=MAX_PRIORITY).contains(priority));
+        let Some(priority) = priority else {
+            let message =
+                format!("priority: expected a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, got another");
+            return Err(Error::input(message).into());
+        };
+        let deadline = first_token_seconds.map(seconds).transpose()?.map(|time| Instant::now() + time);
         let sampling = Sampling::from_json(sampling)?;
         let Some(model) = self.models.find(model) else {
             let message =
@@ -106,6 +121,9 @@ impl Engine {
             root: model.root,
             decoder,
             sink,
+            client: 0,
+            priority,
+            deadline,
             urgent: false,
         };
         self.engine.submit(vec![request]).map_err(Error::from)?;
@@ -116,7 +134,8 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None))]
+    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None, first_token_seconds = None))]
+    #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
         py: Python<'_>,
@@ -125,13 +144,21 @@ impl Engine {
         model: String,
         body_bytes: usize,
         api_key: Option<String>,
+        first_token_seconds: Option<f64>,
     ) -> PyResult<()> {
+        let first_token = first_token_seconds.map(seconds).transpose()?;
         let Some(socket) = listener.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::failure("listener: expected one that is not in use").into());
         };
         let (engine, language, models) = (self.engine.clone(), Arc::clone(&self.language), Arc::clone(&self.models));
-        let settings =
-            http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes, model };
+        let settings = http::Settings {
+            host: listener.host.clone(),
+            loopback: listener.loopback,
+            api_key,
+            body_bytes,
+            first_token,
+            model,
+        };
         py.detach(|| {
             let mut called = Ok(());
             http::Server::new(socket, engine, language, models, settings).run(|| {
@@ -150,6 +177,14 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // The thread may be waiting for the lock that this one holds.
         Python::attach(|py| py.detach(|| self.engine.stop()));
+    }
+}
+
+fn seconds(number: f64) -> Result<Duration> {
+    // a year, so that no sum of times overflows
+    match Duration::try_from_secs_f64(number) {
+        Ok(time) if time > Duration::ZERO && number < 3.2e7 => Ok(time),
+        _ => Err(Error::input(format!("first_token_seconds: expected a time above 0, got {number}"))),
     }
 }
 

@@ -4,7 +4,7 @@
 //! a step holds. A step that fails, fails its batch; the thread lives until it is told to stop.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -28,7 +28,7 @@ struct Embed {
 }
 
 enum Command {
-    Add(Request),
+    Add(Box<Request>),
     Embed(Embed),
     /// Answers whether somebody still uses the adapter.
     Uses(i32, Sender<bool>),
@@ -40,6 +40,8 @@ struct Shared {
     metrics: Arc<Metrics>,
     /// Requests handed over and not admitted yet.
     queued: AtomicUsize,
+    /// Microseconds from one request that leaves the queue to the next, of late.
+    turnover: AtomicU64,
     stopped: AtomicBool,
     commands: Mutex<Sender<Command>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -52,8 +54,13 @@ pub struct Engine(Arc<Shared>);
 /// Why a request was not taken.
 #[derive(Clone, Debug)]
 pub enum Refused {
-    /// The queue is full: this many wait.
-    Full(usize),
+    /// The queue is full.
+    Full {
+        /// So many wait.
+        waiting: usize,
+        /// In so many seconds, one will have left.
+        retry_after: u64,
+    },
     /// The engine has been stopped.
     Stopped,
     /// It cannot be answered.
@@ -63,7 +70,7 @@ pub enum Refused {
 impl From<Refused> for Error {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::Full(waiting) => {
+            Refused::Full { waiting, .. } => {
                 Self::failure(format!("the queue is full: {waiting} requests are waiting")).hint("try again later")
             }
             Refused::Stopped => Self::failure("the engine is closed"),
@@ -90,6 +97,7 @@ impl Engine {
             limits,
             metrics,
             queued: AtomicUsize::new(0),
+            turnover: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             commands: Mutex::new(commands),
             thread: Mutex::new(None),
@@ -123,10 +131,12 @@ impl Engine {
         let take = |queued: usize| queued.checked_add(count).filter(|&sum| sum <= most);
         if let Err(queued) = self.0.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) {
             self.0.metrics.refused.add(1);
-            return Err(Refused::Full(queued));
+            // A client that comes back earlier finds it full again.
+            let retry_after = (self.0.turnover.load(Ordering::Relaxed).div_ceil(1_000_000)).clamp(1, 60);
+            return Err(Refused::Full { waiting: queued, retry_after });
         }
         for request in requests {
-            self.send(Command::Add(request)).map_err(|()| Refused::Stopped)?;
+            self.send(Command::Add(Box::new(request))).map_err(|()| Refused::Stopped)?;
         }
         Ok(())
     }
@@ -169,7 +179,7 @@ impl Engine {
 fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
     let mut scheduler = Scheduler::new(shared.limits.clone());
     let mut logits = Vec::new();
-    let mut taken = 0usize;
+    let mut taken = Taken { waiting: 0, left: Instant::now() };
     let mut embeds = VecDeque::<Embed>::new();
     'life: loop {
         let mut next = if scheduler.idle() && embeds.is_empty() {
@@ -183,8 +193,8 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
         while let Some(command) = next {
             match command {
                 Command::Add(request) => {
-                    taken += 1;
-                    scheduler.add(request);
+                    taken.waiting += 1;
+                    scheduler.add(*request);
                 }
                 Command::Embed(embed) => embeds.push_back(embed),
                 Command::Uses(adapter, answer) => {
@@ -201,6 +211,7 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
             take(step.embed(&tokens, adapter));
         }
         scheduler.drop_cancelled();
+        scheduler.drop_late(Instant::now());
         if let Some(batch) = scheduler.plan() {
             // Before the step: who waits now waits for it.
             publish(shared, &scheduler, &mut taken);
@@ -210,6 +221,7 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
                 Ok(()) => scheduler.apply(&logits),
                 Err(error) => scheduler.fail(&error),
             }
+            scheduler.took(batch.tokens.len(), start.elapsed());
             shared.metrics.step_seconds.record(start.elapsed());
             shared.metrics.batch_tokens.add(batch.tokens.len() as u64);
         }
@@ -225,12 +237,27 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
     publish(shared, &scheduler, &mut taken);
 }
 
+/// Requests that the scheduler was given and that wait.
+struct Taken {
+    waiting: usize,
+    /// When one left last, or nobody waited.
+    left: Instant,
+}
+
 /// Shows the scheduler's state to the other threads.
-fn publish(shared: &Shared, scheduler: &Scheduler, taken: &mut usize) {
+fn publish(shared: &Shared, scheduler: &Scheduler, taken: &mut Taken) {
     // `queued` counts what was handed over; what is no longer waiting leaves it.
-    let left = taken.saturating_sub(scheduler.waiting());
+    let left = taken.waiting.saturating_sub(scheduler.waiting());
     shared.queued.fetch_sub(left, Ordering::AcqRel);
-    *taken -= left;
+    taken.waiting -= left;
+    if left > 0 {
+        let each = taken.left.elapsed().as_micros() as u64 / left as u64;
+        let before = shared.turnover.load(Ordering::Relaxed);
+        shared.turnover.store(if before == 0 { each } else { (3 * before + each) / 4 }, Ordering::Relaxed);
+    }
+    if left > 0 || taken.waiting == 0 {
+        taken.left = Instant::now();
+    }
     let metrics = &shared.metrics;
     metrics.waiting.set(scheduler.waiting() as u64);
     metrics.running.set(scheduler.running() as u64);
@@ -299,7 +326,7 @@ mod tests {
             engine.submit(vec![request(&[1, 2], sampling(2), -1, listener)]).unwrap();
         }
         let refused = engine.submit(vec![request(&[1, 2], sampling(2), -1, &Listener::default())]);
-        assert!(matches!(refused, Err(Refused::Full(2))), "{refused:?}");
+        assert!(matches!(refused, Err(Refused::Full { waiting: 2, retry_after: 1 })), "{refused:?}");
         let urgent = Listener::default();
         engine.submit(vec![Request { urgent: true, ..request(&[1, 2], sampling(2), -1, &urgent) }]).unwrap();
         until(|| listeners.iter().chain([&urgent]).all(|listener| listener.ending().starts_with("length")));

@@ -164,6 +164,9 @@ pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener
         root: Some(root("fake", &adapter.to_string())),
         decoder: Box::new(Letters),
         sink: Box::new(listener.clone()),
+        client: 0,
+        priority: 0,
+        deadline: None,
         urgent: false,
     }
 }

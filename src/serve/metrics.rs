@@ -90,6 +90,7 @@ pub struct Metrics {
     started: Number,
     finished: Number,
     failed: Number,
+    late: Number,
     cancelled: Number,
     preempted: Number,
     prefilled_tokens: Number,
@@ -103,6 +104,7 @@ impl Metrics {
         self.started.set(counters.started);
         self.finished.set(counters.finished);
         self.failed.set(counters.failed);
+        self.late.set(counters.late);
         self.cancelled.set(counters.cancelled);
         self.preempted.set(counters.preempted);
         self.prefilled_tokens.set(counters.prefilled_tokens);
@@ -130,6 +132,12 @@ impl Metrics {
             ("ftkit_requests_started_total", "counter", "answers whose first token was generated", self.started.get()),
             ("ftkit_requests_finished_total", "counter", "answers that came to their end", self.finished.get()),
             ("ftkit_requests_failed_total", "counter", "answers that failed", self.failed.get()),
+            (
+                "ftkit_requests_late_total",
+                "counter",
+                "of the failed: first token not possible in time",
+                self.late.get(),
+            ),
             ("ftkit_requests_cancelled_total", "counter", "answers whose caller left", self.cancelled.get()),
             ("ftkit_preemptions_total", "counter", "sequences that gave their pages up", self.preempted.get()),
             ("ftkit_prompt_tokens_total", "counter", "prompt tokens computed", self.prefilled_tokens.get()),

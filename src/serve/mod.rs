@@ -5,10 +5,12 @@
 //! ```
 //! Nothing here knows what a step does; the model is behind [`Step`], and callers are behind [`Sink`].
 
+mod admission;
 mod answer;
 pub mod calls;
 pub mod constraint;
 mod engine;
+pub mod fairness;
 #[cfg(test)]
 mod fake;
 pub mod http;
@@ -18,6 +20,7 @@ mod metrics;
 pub mod models;
 mod pool;
 pub mod prefix;
+mod queue;
 mod request;
 mod sampler;
 pub mod sampling;

@@ -33,18 +33,21 @@ impl Chain {
         Self { root, keys: Vec::new() }
     }
 
-    /// The keys of the full pages of the tokens.
-    pub fn keys(&mut self, tokens: &[u32], block_tokens: usize) -> &[Key] {
-        let Some(root) = self.root else { return &[] };
-        let full = tokens.len() / block_tokens;
-        for block in tokens[..full * block_tokens].chunks_exact(block_tokens).skip(self.keys.len()) {
+    /// Makes the keys of the full pages of the tokens, of which those before are the beginning.
+    pub fn extend(&mut self, tokens: &[u32], block_tokens: usize) {
+        let Some(root) = self.root else { return };
+        for block in tokens.chunks_exact(block_tokens).skip(self.keys.len()) {
             let mut hasher = blake3::Hasher::new();
             hasher.update(self.keys.last().unwrap_or(&root));
             let bytes: Vec<u8> = block.iter().flat_map(|token| token.to_le_bytes()).collect();
             hasher.update(&bytes);
             self.keys.push(hasher.finalize().into());
         }
-        &self.keys[..full]
+    }
+
+    /// The keys of the first pages, as many as there are.
+    pub fn first(&self, count: usize) -> &[Key] {
+        &self.keys[..count.min(self.keys.len())]
     }
 }
 
@@ -52,10 +55,15 @@ impl Chain {
 mod tests {
     use super::*;
 
+    fn made(root: Option<Key>, tokens: &[u32], block_tokens: usize) -> Vec<Key> {
+        let mut chain = Chain::new(root);
+        chain.extend(tokens, block_tokens);
+        chain.first(usize::MAX).to_vec()
+    }
+
     #[test]
     fn a_key_depends_on_everything_before_it() {
-        let keys =
-            |base: &str, adapter: &str, tokens: &[u32]| Chain::new(Some(root(base, adapter))).keys(tokens, 2).to_vec();
+        let keys = |base: &str, adapter: &str, tokens: &[u32]| made(Some(root(base, adapter)), tokens, 2);
         let whole = keys("b", "a", &[1, 2, 3, 4, 5]);
         assert_eq!(whole.len(), 2);
         assert_eq!(keys("b", "a", &[1, 2, 3]), whole[..1]);
@@ -64,7 +72,7 @@ mod tests {
             assert!(other[0] != whole[0] && other[1] != whole[1]);
         }
         assert_ne!(keys("b", "a", &[1, 2, 4, 3])[1], whole[1]);
-        assert!(Chain::new(None).keys(&[1, 2, 3], 2).is_empty());
+        assert!(made(None, &[1, 2, 3], 2).is_empty());
     }
 
     #[test]
@@ -72,8 +80,8 @@ mod tests {
         let mut chain = Chain::new(Some(root("", "")));
         let tokens: Vec<u32> = (0..20).collect();
         for end in 0..20 {
-            let expected = Chain::new(Some(root("", ""))).keys(&tokens[..end], 3).to_vec();
-            assert_eq!(chain.keys(&tokens[..end], 3), expected);
+            chain.extend(&tokens[..end], 3);
+            assert_eq!(chain.first(9), made(Some(root("", "")), &tokens[..end], 3));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What the engine is asked, and what it answers.
 
+use std::time::Instant;
+
 use super::constraint::Constraint;
 use super::prefix::Key;
 use super::sampling::Sampling;
@@ -37,6 +39,12 @@ pub struct Request {
     pub decoder: Box<dyn Decoder>,
     /// Where the answer goes.
     pub sink: Box<dyn Sink>,
+    /// Who asks: clients share alike.
+    pub client: u64,
+    /// Among the requests of the client, −8 to 8; each step doubles the share.
+    pub priority: i8,
+    /// When the first token is due; a request that cannot have it by then fails at once.
+    pub deadline: Option<Instant>,
     /// Served before the queue, and never refused: for health checks.
     pub urgent: bool,
 }

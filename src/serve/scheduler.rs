@@ -1,16 +1,21 @@
 //! What the next step computes: continuous batching over one block pool.
 //!
 //! A step has a budget of tokens. Sequences that generate go first, one token each, so that a long prompt never stalls
-//! a running answer; what is left of the budget goes to prompts, in chunks. A request is admitted when the pool has room
-//! for its prompt. When pages run out in the middle of an answer, the youngest sequence gives its pages up and goes back
-//! to the head of the queue with its tokens; its keys and values are computed again later, and its answer goes on where
-//! it was. A prompt whose beginning the pool still holds, from another request or an earlier turn, starts after it; one
-//! whose beginning is being computed for another waits for that. Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
+//! a running answer; what is left of the budget goes to prompts, in chunks. Whose turn it is to begin is the [`Queue`]'s
+//! to say; it begins when the pool has room for it until the end, beside those that run ([`super::admission`]). Only an answer
+//! that no bound was given for may come to need more than was expected: when pages run out, the youngest sequence gives
+//! its pages up and goes back to the head of the queue with its tokens; its keys and values are computed again later, and
+//! its answer goes on where it was. A prompt whose beginning the pool still holds, from another request or an earlier
+//! turn, starts after it; one whose beginning is being computed for another lets others pass until that is done.
+//! Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
+use super::admission::{Load, peak};
 use super::limits::Limits;
 use super::pool::BlockPool;
+use super::queue::Queue;
 use super::request::{Event, Request};
 use super::sequence::{Outcome, Sequence};
 use super::step::Batch;
@@ -25,6 +30,8 @@ pub struct Counters {
     pub finished: u64,
     /// Requests that failed.
     pub failed: u64,
+    /// Requests that failed because their first token could not come in time; they count as failed, too.
+    pub late: u64,
     /// Requests whose caller left.
     pub cancelled: u64,
     /// Times that a sequence had to give up its pages.
@@ -41,12 +48,14 @@ pub struct Counters {
 pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
-    waiting: VecDeque<Sequence>,
+    queue: Queue,
     /// In the order of admission: the last is the youngest.
     running: Vec<Sequence>,
     /// The batch that is being computed: (index in `running`, tokens, whether logits are wanted).
     planned: Vec<(usize, usize, bool)>,
     counters: Counters,
+    /// Seconds that a token took in the last steps.
+    pace: f64,
 }
 
 impl Scheduler {
@@ -56,38 +65,33 @@ impl Scheduler {
         Self {
             limits,
             pool,
-            waiting: VecDeque::new(),
+            queue: Queue::default(),
             running: Vec::new(),
             planned: Vec::new(),
             counters: Counters::default(),
+            pace: 0.0,
         }
     }
 
     /// Queues a request; one that breaks the limits fails at once.
     pub fn add(&mut self, request: Request) {
-        let urgent = request.urgent;
         if let Err(error) = self.limits.check(&request.prompt, &request.sampling) {
             self.counters.failed += 1;
             let mut sink = request.sink;
             sink.send(Event::Failed(error));
             return;
         }
-        let sequence = Sequence::new(request, &self.limits);
-        if urgent {
-            self.waiting.push_front(sequence);
-        } else {
-            self.waiting.push_back(sequence);
-        }
+        self.queue.add(Sequence::new(request, &self.limits));
     }
 
     /// Whether there is nothing to do.
     pub fn idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.queue.len() == 0 && self.running.is_empty()
     }
 
     /// Number of waiting requests.
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
     }
 
     /// Number of running sequences.
@@ -107,22 +111,43 @@ impl Scheduler {
 
     /// Whether a waiting or running request uses the adapter.
     pub fn uses(&self, adapter: i32) -> bool {
-        self.waiting.iter().chain(&self.running).any(|sequence| sequence.adapter == adapter)
+        self.queue.iter().chain(&self.running).any(|sequence| sequence.adapter == adapter)
     }
 
     /// Drops the requests whose callers have left, and frees their pages.
     pub fn drop_cancelled(&mut self) {
-        let before = self.waiting.len() + self.running.len();
-        self.waiting.retain(|sequence| !sequence.sink.closed());
-        let pool = &mut self.pool;
-        self.running.retain_mut(|sequence| {
-            let stays = !sequence.sink.closed();
-            if !stays {
-                sequence.release(pool);
-            }
-            stays
-        });
-        self.counters.cancelled += (before - self.waiting.len() - self.running.len()) as u64;
+        self.counters.cancelled += self.queue.remove(|sequence| sequence.sink.closed()).len() as u64;
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.sink.closed()) {
+            sequence.ended = Some(Outcome::Cancelled);
+        }
+        self.retire();
+    }
+
+    /// Fails the requests whose first token cannot come in time any more, before more is spent on them.
+    pub fn drop_late(&mut self, now: Instant) {
+        let (pool, pace) = (&self.pool, self.pace);
+        let late = |sequence: &Sequence| {
+            let needed = Duration::try_from_secs_f64(pace * sequence.cost(pool) as f64).unwrap_or_default();
+            sequence.silent() && sequence.deadline.is_some_and(|deadline| now + needed > deadline)
+        };
+        let error = Error::busy("the first token is due before it can be there").hint("try again later");
+        for mut sequence in self.queue.remove(late) {
+            sequence.fail(error.clone());
+            self.counters.failed += 1;
+            self.counters.late += 1;
+        }
+        for sequence in self.running.iter_mut().filter(|sequence| late(sequence)) {
+            sequence.fail(error.clone());
+            self.counters.late += 1;
+        }
+        self.retire();
+    }
+
+    /// A step of so many tokens took so long.
+    pub fn took(&mut self, tokens: usize, time: Duration) {
+        let pace = time.as_secs_f64() / tokens.max(1) as f64;
+        // the first says all that is known, later ones a third
+        self.pace = if self.pace == 0.0 { pace } else { 0.7 * self.pace + 0.3 * pace };
     }
 
     /// The next batch, or none when there is nothing to compute.
@@ -147,41 +172,49 @@ impl Scheduler {
                 budget -= count;
             }
         }
-        // New ones, in order: nobody overtakes a request that waits for room.
+        // New ones. Who cannot begin is passed, but nobody overtakes a request that waits for room.
+        self.queue.again();
         while budget > 0 && self.running.len() < self.limits.sequences {
-            let Some(mut sequence) = self.waiting.pop_front() else { break };
-            if self.coming(&mut sequence) || !self.admit(&mut sequence) {
-                self.waiting.push_front(sequence);
-                break;
+            let Some(next) = self.queue.next() else { break };
+            if self.coming(next) {
+                continue;
             }
+            let Some(sequence) = self.admit(next) else { break };
             let left = sequence.left();
             let chunk = left.min(budget);
             self.planned.push((self.running.len(), chunk, chunk == left));
             budget -= chunk;
-            self.counters.cached_tokens += sequence.computed as u64;
             self.running.push(sequence);
         }
         self.planned.sort_unstable();
         (!self.planned.is_empty()).then(|| self.batch())
     }
 
-    /// Whether a running sequence is computing the page that this one needs next.
-    fn coming(&mut self, sequence: &mut Sequence) -> bool {
-        let Some(next) = sequence.missing(&self.pool) else { return false };
-        self.running.iter_mut().any(|other| other.left() > 1 && other.computes(&next, &self.pool))
+    /// Whether a running sequence is computing the page that a waiting one needs next; that one is then passed.
+    fn coming(&mut self, waiting: usize) -> bool {
+        let Some(sequence) = self.queue.get(waiting) else { return false };
+        sequence.passed = sequence
+            .missing(&self.pool)
+            .is_some_and(|next| self.running.iter().any(|other| other.left() > 1 && other.computes(&next, &self.pool)));
+        sequence.passed
     }
 
-    /// Takes the pages that a new sequence needs to begin, if they are there.
-    fn admit(&mut self, sequence: &mut Sequence) -> bool {
+    /// Takes a waiting sequence out and gives it the pages that it needs to begin, if it can stay until its end.
+    fn admit(&mut self, waiting: usize) -> Option<Sequence> {
+        let sequence = self.queue.get(waiting)?;
         sequence.adopt(&mut self.pool);
-        let missing = self.pool.pages_for(sequence.tokens.len()) - sequence.table.pages().len();
-        // A page is left for each running answer, so that admission doesn't cause a preemption at once.
-        let room = missing + self.running.len() <= self.pool.free() || self.running.is_empty();
-        if room && sequence.table.reserve(&mut self.pool, sequence.tokens.len()) {
-            return true;
+        let fits =
+            self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= self.pool.pages();
+        if !fits || !sequence.table.reserve(&mut self.pool, sequence.tokens.len()) {
+            sequence.release(&mut self.pool);
+            return None;
         }
-        sequence.release(&mut self.pool);
-        false
+        sequence.admitted();
+        let mut sequence = self.queue.take(waiting)?;
+        sequence.first = false;
+        self.counters.cached_tokens += sequence.computed as u64;
+        self.queue.charge(sequence.flow, sequence.left(), 0);
+        Some(sequence)
     }
 
     /// Makes room for all tokens of a running sequence, if need be by preempting the youngest; `false` when that is itself.
@@ -195,7 +228,7 @@ impl Scheduler {
             let Some(mut youngest) = self.running.pop() else { return false };
             youngest.release(&mut self.pool);
             self.counters.preempted += 1;
-            self.waiting.push_front(youngest);
+            self.queue.resume(youngest);
             if self.running.len() == index {
                 return false;
             }
@@ -245,7 +278,9 @@ impl Scheduler {
             if let (true, Some(row)) = (wanted, rows.next()) {
                 let before = sequence.tokens.len();
                 sequence.advance(row, &self.limits.end_ids);
-                self.counters.generated_tokens += (sequence.tokens.len() - before) as u64;
+                let generated = sequence.tokens.len() - before;
+                self.counters.generated_tokens += generated as u64;
+                self.queue.charge(sequence.flow, 0, generated);
                 if sequence.tokens.len() == sequence.prompt + 1 {
                     self.counters.started += 1;
                 }
@@ -265,19 +300,20 @@ impl Scheduler {
     /// Ends every request with an error.
     pub fn fail_all(&mut self, error: &Error) {
         self.planned.clear();
-        for sequence in self.waiting.drain(..).chain(self.running.drain(..)) {
-            let mut sequence = sequence;
+        for mut sequence in self.queue.remove(|_| true) {
             sequence.fail(error.clone());
-            sequence.release(&mut self.pool);
             self.counters.failed += 1;
         }
+        self.running.iter_mut().for_each(|sequence| sequence.fail(error.clone()));
+        self.retire();
     }
 
     fn retire(&mut self) {
-        let (pool, counters) = (&mut self.pool, &mut self.counters);
+        let (pool, counters, queue) = (&mut self.pool, &mut self.counters, &mut self.queue);
         self.running.retain_mut(|sequence| {
             let Some(outcome) = sequence.ended else { return true };
             sequence.release(pool);
+            queue.leave(sequence.flow);
             match outcome {
                 Outcome::Finished => counters.finished += 1,
                 Outcome::Failed => counters.failed += 1,
@@ -286,6 +322,23 @@ impl Scheduler {
             false
         });
     }
+}
+
+/// Pages that the running sequences and one more need at most, all together, until they have ended.
+fn need(limits: &Limits, pool: &BlockPool, running: &[Sequence], next: &Sequence) -> usize {
+    // Tokens of a step that prompts get whatever else runs.
+    let least = limits.batch_tokens - limits.sequences.min(limits.batch_tokens) + 1;
+    let (mut before, mut shared) = (0, HashSet::<u32>::new());
+    let mut load = |sequence: &Sequence| -> Load {
+        let pages = sequence.table.pages().iter();
+        shared.extend(pages.filter(|&&page| pool.holders(page) > 1));
+        // One that generates starts now. Prompts go one after the other, the first of them now.
+        let left = sequence.left();
+        before += if left > 1 { left } else { 0 };
+        sequence.load(if left > 1 { before.div_ceil(least) - 1 } else { 0 }, pool)
+    };
+    let loads: Vec<Load> = running.iter().chain([next]).map(&mut load).collect();
+    peak(&loads, shared.len(), pool.block_tokens())
 }
 
 #[cfg(test)]

@@ -1,6 +1,10 @@
 //! A request under way: its tokens, its pages, and the answer that grows.
 
+use std::time::Instant;
+
+use super::admission::Load;
 use super::answer::Answer;
+use super::fairness::{Flow, MAX_PRIORITY};
 use super::limits::Limits;
 use super::pool::{BlockPool, BlockTable};
 use super::prefix::{Chain, Key};
@@ -22,6 +26,8 @@ pub(super) struct Sequence {
     learned: usize,
     /// Tokens at which the answer is cut.
     pub longest: usize,
+    /// Whether the request did not say how long its answer may be.
+    open: bool,
     /// Its pages.
     pub table: BlockTable,
     chain: Chain,
@@ -29,6 +35,14 @@ pub(super) struct Sequence {
     answer: Answer,
     /// The adapter's id, -1 for none.
     pub adapter: i32,
+    /// Whom serving it is charged to.
+    pub flow: Flow,
+    /// When its first token is due.
+    pub deadline: Option<Instant>,
+    /// It was admitted before and goes on, or is urgent: before all others.
+    pub first: bool,
+    /// It cannot begin in the step that is planned, and others pass it.
+    pub passed: bool,
     /// Where the answer goes.
     pub sink: Box<dyn Sink>,
     /// How it ended, if it has.
@@ -46,23 +60,34 @@ pub(super) enum Outcome {
     Cancelled,
 }
 
+/// What an answer without a bound is expected to have room for at least, in tokens.
+const OPEN_TOKENS: usize = 128;
+
 impl Sequence {
     /// A request that has passed [`Limits::check`].
     pub fn new(request: Request, limits: &Limits) -> Self {
-        let Request { prompt, sampling, constraint, adapter, root, decoder, sink, urgent: _ } = request;
+        let Request { prompt, sampling, constraint, adapter, root, decoder, sink, client, priority, deadline, urgent } =
+            request;
         let answer = Answer::new(decoder, &sampling.stop);
         let room = limits.longest() - prompt.len();
+        let mut chain = Chain::new(root);
+        chain.extend(&prompt, limits.block_tokens);
         Self {
             prompt: prompt.len(),
             computed: 0,
             cached: None,
             learned: 0,
             longest: prompt.len() + sampling.max_tokens.unwrap_or(room).min(room),
+            open: sampling.max_tokens.is_none(),
             table: BlockTable::default(),
-            chain: Chain::new(root),
+            chain,
             sampler: Sampler::new(sampling, &prompt, constraint),
             answer,
             adapter,
+            flow: Flow { client, adapter, priority: priority.clamp(-MAX_PRIORITY, MAX_PRIORITY) },
+            deadline,
+            first: urgent,
+            passed: false,
             sink,
             ended: None,
             tokens: prompt,
@@ -74,31 +99,60 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Whether it has no token of its answer yet.
+    pub fn silent(&self) -> bool {
+        self.tokens.len() == self.prompt
+    }
+
+    /// What it may still ask of the pool. An answer without a bound is expected to become as long again as it is.
+    pub fn load(&self, delay: usize, pool: &BlockPool) -> Load {
+        // the last token of an answer is never computed
+        let most = (self.longest - self.tokens.len()).saturating_sub(1);
+        let more = if self.open { most.min(OPEN_TOKENS.max(self.tokens.len() - self.prompt)) } else { most };
+        let shared = self.table.pages().iter().filter(|&&page| pool.holders(page) > 1).count();
+        Load { tokens: self.tokens.len(), more, delay, rate: 1, shared }
+    }
+
     /// Takes the pages that hold the beginning of its tokens already. At least one token is left to compute, for its
     /// logits.
     pub fn adopt(&mut self, pool: &mut BlockPool) {
-        let all_but_one = &self.tokens[..self.tokens.len() - 1];
-        let count = self.table.adopt(pool, self.chain.keys(all_but_one, pool.block_tokens()));
+        let keys = self.chain.first((self.tokens.len() - 1) / pool.block_tokens());
+        let count = self.table.adopt(pool, keys);
         self.computed = count * pool.block_tokens();
         self.learned = count;
+    }
+
+    /// It was admitted: from now on it is known what was there already.
+    pub fn admitted(&mut self) {
         self.cached.get_or_insert(self.computed);
     }
 
+    /// Keys of the pages that it takes if they are there.
+    fn wanted(&self, pool: &BlockPool) -> &[Key] {
+        self.chain.first((self.tokens.len() - 1) / pool.block_tokens())
+    }
+
     /// The key of the first page of its beginning that is in nobody's hands; none when all are there, or it has no keys.
-    pub fn missing(&mut self, pool: &BlockPool) -> Option<Key> {
-        let all_but_one = &self.tokens[..self.tokens.len() - 1];
-        let keys = self.chain.keys(all_but_one, pool.block_tokens());
+    pub fn missing(&self, pool: &BlockPool) -> Option<Key> {
+        let keys = self.wanted(pool);
         keys.get(pool.found(keys)).copied()
     }
 
+    /// Tokens that it would have to compute if it began now.
+    pub fn cost(&self, pool: &BlockPool) -> usize {
+        self.left()
+            - if self.table.pages().is_empty() { pool.found(self.wanted(pool)) * pool.block_tokens() } else { 0 }
+    }
+
     /// Whether the page of this key is one that it has not filled yet, but will with what it is given to compute.
-    pub fn computes(&mut self, key: &Key, pool: &BlockPool) -> bool {
-        self.chain.keys(&self.tokens, pool.block_tokens()).iter().skip(self.learned).any(|own| own == key)
+    pub fn computes(&self, key: &Key, pool: &BlockPool) -> bool {
+        self.chain.first(self.tokens.len() / pool.block_tokens()).iter().skip(self.learned).any(|own| own == key)
     }
 
     /// Lets others find the pages that have become full.
     pub fn learn(&mut self, pool: &mut BlockPool) {
-        let keys = self.chain.keys(&self.tokens[..self.computed], pool.block_tokens());
+        self.chain.extend(&self.tokens[..self.computed], pool.block_tokens());
+        let keys = self.chain.first(self.computed / pool.block_tokens());
         for (number, &key) in keys.iter().enumerate().skip(self.learned) {
             self.table.learn(pool, number, key);
         }
@@ -107,6 +161,7 @@ impl Sequence {
 
     /// Gives its pages up; what they held is computed again when its turn comes, as far as it is not found again.
     pub fn release(&mut self, pool: &mut BlockPool) {
+        self.chain.extend(&self.tokens, pool.block_tokens());
         self.table.release(pool);
         self.computed = 0;
     }

@@ -125,11 +125,11 @@ def test_closing_a_stream_frees_its_pages(engine: Engine) -> None:
 
 
 def test_few_pages_only_make_it_slower(loaded: LoadedModel, alone: list[Completion]) -> None:
-    # 9 pages of 8 tokens: two prompts of 36 tokens fit, their answers don't.
+    # 11 pages of 8 tokens: two prompts of 36 tokens fit, and their answers one after the other
     with Engine(loaded, block_tokens=8, pool_bytes=11 * 8 * 46080, max_sequences=4) as engine:
         together = engine.generate_many([chat(question) for question in QUESTIONS], greedy(10))
         assert [answer.text for answer in together] == [answer.text for answer in alone]
-        assert engine.metrics["preemptions_total"] > 0
+        assert engine.metrics["preemptions_total"] == 0  # they said how long they may become
 
 
 def test_a_step_that_fails_fails_its_requests_only(engine: Engine, alone: list[Completion]) -> None:
@@ -157,6 +157,18 @@ def test_prompts_that_cannot_be_answered(engine: Engine) -> None:
     ]:
         with pytest.raises(InputError, match=expected):
             engine.generate(prompt, greedy(1), model=model)
+
+
+def test_what_cannot_be_in_time_fails(engine: Engine) -> None:
+    late = engine.metrics["requests_late_total"]
+    with pytest.raises(FtkitError, match="the first token is due"):
+        engine.generate(chat(QUESTIONS[0]) * 5, greedy(1), first_token_seconds=1e-6)
+    assert engine.metrics["requests_late_total"] == late + 1
+    assert engine.generate(chat(QUESTIONS[0]), greedy(1), first_token_seconds=60, priority=8).tokens
+    with pytest.raises(InputError, match="priority"):
+        engine.generate("hi", greedy(1), priority=9)
+    with pytest.raises(InputError, match="first_token_seconds"):
+        engine.generate("hi", greedy(1), first_token_seconds=0)
 
 
 def test_adapters_by_name(loaded: LoadedModel, engine: Engine, tmp_path: Path, alone: list[Completion]) -> None:

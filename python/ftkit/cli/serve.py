@@ -31,6 +31,10 @@ def command(
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
+    first_token_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Refuse what can't have its first token in this time.", show_default=False),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
@@ -102,4 +106,4 @@ def command(
             sys.stdout.flush()
 
     with launched:
-        launched.serve(listener, ready, api_key=api_key)
+        launched.serve(listener, ready, api_key=api_key, first_token_seconds=first_token_seconds)

@@ -163,13 +163,17 @@ class Engine:
         *,
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> Iterator[Delta]:
         """An answer as it grows. Asked for at once; closing the iterator cancels it.
 
-        `model`: the name of an adapter; the base model answers when not given. Raises InputError for a prompt or
+        `model`: the name of an adapter; the base model answers when not given. `priority`: −8 to 8, each step doubles
+        the share among the requests that wait. `first_token_seconds`: the answer fails as soon as its first token
+        cannot be there by then. Raises InputError for a prompt or
         parameters that can't be answered, FtkitError when the queue is full or the step fails.
         """
-        return _deltas(self._submit(prompt, sampling, model, tools))
+        return _deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
 
     def generate(
         self,
@@ -178,9 +182,11 @@ class Engine:
         *,
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> Completion:
         """A whole answer; arguments and errors as for `stream`."""
-        return _whole(self._submit(prompt, sampling, model, tools), sampling)
+        return _whole(self._submit(prompt, sampling, model, tools, priority, first_token_seconds), sampling)
 
     def generate_many(
         self,
@@ -246,10 +252,12 @@ class Engine:
         *,
         api_key: str | None = None,
         body_bytes: int | None = None,
+        first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
-        `ready` is called when requests are taken. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
+        `ready` is called when requests are taken. `first_token_seconds`: a request whose first token cannot come within
+        it is refused with 503, before it costs more. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
         of the context when not given, since texts are encoded before they are known to be too long. For the main
         thread.
         """
@@ -259,7 +267,14 @@ class Engine:
         signals = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
         try:
-            self._core.serve(listener, ready, self.default, api_key=api_key, body_bytes=body_bytes)
+            self._core.serve(
+                listener,
+                ready,
+                self.default,
+                api_key=api_key,
+                body_bytes=body_bytes,
+                first_token_seconds=first_token_seconds,
+            )
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -280,8 +295,11 @@ class Engine:
         sampling: Sampling,
         model: str | None,
         tools: Sequence[Mapping[str, Any]] | None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> _core.Stream:
-        return self._core.submit(self.encode(prompt, tools=tools), sampling.to_json(), model)
+        tokens = self.encode(prompt, tools=tools)
+        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds)
 
 
 def launch(

@@ -116,19 +116,168 @@ proptest! {
 }
 
 #[test]
-fn too_few_pages_preempt_the_youngest_and_its_answer_goes_on() {
-    // Each needs up to 10 pages of the 12; both fit at the beginning.
-    let mut scheduler = Scheduler::new(limits(12, 32, 4));
-    let long = Sampling { ignore_end: true, ..sampling(3, 25) };
+fn answers_without_a_bound_may_outgrow_the_pool_and_go_on_later() {
+    // Each is expected to need 44 pages, and comes to need 83 of the 100.
+    let limits = Limits { context_tokens: 250, ..limits(100, 32, 4) };
+    let mut scheduler = Scheduler::new(limits.clone());
+    let open = Sampling { ignore_end: true, max_tokens: None, ..sampling(3, 1) };
     let listeners = [Listener::default(), Listener::default()];
     for listener in &listeners {
-        scheduler.add(request(&[5, 6, 7], long.clone(), -1, listener));
+        scheduler.add(request(&[5, 6, 7], open.clone(), -1, listener));
     }
-    finish(&mut scheduler, &mut FakeStep::new(12, 3));
-    assert!(scheduler.counters().preempted > 0);
-    let expected = alone(&[5, 6, 7], &long, -1);
-    assert_eq!(expected.tokens().len(), 25);
+    let mut step = FakeStep::new(100, 3);
+    finish(&mut scheduler, &mut step);
+    let counters = scheduler.counters();
+    assert!(counters.preempted > 0);
+    let expected = Listener::default();
+    let mut alone = Scheduler::new(limits);
+    alone.add(request(&[5, 6, 7], open, -1, &expected));
+    finish(&mut alone, &mut FakeStep::new(100, 3));
+    assert_eq!(expected.tokens().len(), 247);
     assert!(listeners.iter().all(|listener| listener.tokens() == expected.tokens()));
+}
+
+#[test]
+fn what_has_a_bound_waits_until_it_can_stay() {
+    // Each needs 9 pages at its end: at the same time in 18, one a little later in 17.
+    for (pages, together) in [(18, 2), (17, 1)] {
+        let mut scheduler = Scheduler::new(limits(pages, 32, 4));
+        let mut step = FakeStep::new(pages, 3);
+        let long = Sampling { ignore_end: true, ..sampling(3, 25) };
+        let listeners = [Listener::default(), Listener::default()];
+        for (listener, first) in listeners.iter().zip([5, 6]) {
+            scheduler.add(request(&[first, 6, 7], long.clone(), -1, listener));
+        }
+        steps(&mut scheduler, &mut step, 1);
+        assert_eq!(scheduler.running(), together);
+        let mut most = 0;
+        while !scheduler.idle() {
+            steps(&mut scheduler, &mut step, 1);
+            most = most.max(scheduler.pool().used());
+        }
+        // The second begins as soon as the two peaks don't meet any more, and all that was counted on is used.
+        assert_eq!((most, scheduler.counters().preempted), (pages, 0));
+    }
+}
+
+#[test]
+fn a_flood_of_one_client_does_not_stall_another_nor_an_adapter_another() {
+    let mut scheduler = Scheduler::new(limits(40, 8, 2));
+    let mut step = FakeStep::new(40, 3);
+    let add = |scheduler: &mut Scheduler, client: u64, adapter: i32, number: u32| {
+        let listener = Listener::default();
+        let plain = request(&[1 + number % 30, 1 + number / 30 % 30, 5], sampling(1, 4), adapter, &listener);
+        scheduler.add(Request { client, ..plain });
+        listener
+    };
+    for number in 0..200 {
+        add(&mut scheduler, 1, 0, number);
+    }
+    steps(&mut scheduler, &mut step, 20);
+    let (client, adapter) = (add(&mut scheduler, 2, 0, 300), add(&mut scheduler, 1, 1, 301));
+    // Two run at a time, of 4 steps each: both begin as soon as there is a place.
+    steps(&mut scheduler, &mut step, 15);
+    assert!(client.ending() != "not" && adapter.ending() != "not");
+    assert!(scheduler.waiting() > 100);
+    finish(&mut scheduler, &mut step);
+}
+
+#[test]
+fn priorities_go_first_and_never_starve_others() {
+    let mut scheduler = Scheduler::new(limits(40, 8, 1));
+    let mut step = FakeStep::new(40, 3);
+    let add = |scheduler: &mut Scheduler, priority: i8, number: u32| {
+        let listener = Listener::default();
+        scheduler.add(Request { priority, ..request(&[1 + number % 30, 5], sampling(1, 3), 0, &listener) });
+        listener
+    };
+    let low = add(&mut scheduler, -2, 0);
+    let mut high: Vec<Listener> = (1..4).map(|number| add(&mut scheduler, 2, number)).collect();
+    while high.iter().any(|listener| listener.ending() == "not") {
+        assert_eq!(low.ending(), "not");
+        steps(&mut scheduler, &mut step, 1);
+    }
+    // However many come, it has its turn: 16 of theirs count as much as one of its own.
+    let mut count = 0;
+    while low.ending() == "not" {
+        if scheduler.waiting() < 3 {
+            high.push(add(&mut scheduler, 2, high.len() as u32));
+        }
+        steps(&mut scheduler, &mut step, 1);
+        count += 1;
+        assert!(count < 200);
+    }
+    finish(&mut scheduler, &mut step);
+}
+
+#[test]
+fn who_cannot_be_in_time_fails_before_it_costs_anything() {
+    let (mut scheduler, mut step) = (Scheduler::new(limits(40, 8, 1)), FakeStep::new(40, 3));
+    let start = Instant::now();
+    let at = |milliseconds: u64| start + Duration::from_millis(milliseconds);
+    scheduler.took(10, Duration::from_millis(100)); // 10 ms a token
+    let add = |scheduler: &mut Scheduler, due: Instant| {
+        let listener = Listener::default();
+        scheduler.add(Request { deadline: Some(due), ..request(&[6; 20], sampling(1, 3), 0, &listener) });
+        listener
+    };
+    // 20 tokens need 200 ms.
+    let (late, early) = (add(&mut scheduler, at(199)), add(&mut scheduler, at(201)));
+    scheduler.drop_late(at(0));
+    assert!(late.ending().starts_with("failed: the first token is due"), "{}", late.ending());
+    steps(&mut scheduler, &mut step, 1);
+    // 12 left: in time at 81 ms, and not at 82.
+    scheduler.drop_late(at(81));
+    assert_eq!(early.ending(), "not");
+    let counters = scheduler.counters();
+    assert_eq!((counters.late, counters.failed, scheduler.running()), (1, 1, 1));
+    scheduler.drop_late(at(82));
+    assert!(early.ending().starts_with("failed"));
+    // Once the first token is there, nothing is due any more.
+    let quick = add(&mut scheduler, at(1000));
+    steps(&mut scheduler, &mut step, 3);
+    scheduler.drop_late(at(5000));
+    finish(&mut scheduler, &mut step);
+    assert!(!quick.tokens().is_empty());
+    assert_eq!(scheduler.pool().used(), 0);
+}
+
+#[test]
+fn under_twice_the_load_that_it_bears_half_are_in_time() {
+    // A request of 8 tokens comes every 40 ms, and a step of 8 takes 80; the first token is due after 400 ms.
+    let in_time = |abort: bool| {
+        let (mut scheduler, mut step) = (Scheduler::new(limits(40, 8, 4)), FakeStep::new(40, 3));
+        let start = Instant::now();
+        let (mut listeners, mut logits) = (Vec::new(), Vec::new());
+        let mut good = 0;
+        for round in 0..100u32 {
+            for number in [2 * round, 2 * round + 1] {
+                let (listener, came) = (Listener::default(), start + Duration::from_millis(40) * number);
+                let due = came + Duration::from_millis(400);
+                let prompt = [1 + number % 30, 1 + number / 30, 1, 1, 1, 1, 1, 1];
+                let plain = request(&prompt, sampling(1, 1), 0, &listener);
+                scheduler.add(Request { deadline: abort.then_some(due), ..plain });
+                listeners.push((listener, due, false));
+            }
+            let now = start + Duration::from_millis(80) * (round + 1);
+            scheduler.drop_late(now);
+            let batch = scheduler.plan().unwrap();
+            logits.clear();
+            step.run(&batch, &mut logits).unwrap();
+            scheduler.apply(&logits);
+            scheduler.took(batch.tokens.len(), Duration::from_millis(80));
+            let after = now + Duration::from_millis(80);
+            for (listener, due, seen) in &mut listeners {
+                if !*seen && !listener.tokens().is_empty() {
+                    *seen = true;
+                    good += usize::from(after <= *due);
+                }
+            }
+        }
+        good
+    };
+    let (with, without) = (in_time(true), in_time(false));
+    assert!(with >= 95 && 5 * without < with, "{with} in time, and {without} without deadlines");
 }
 
 #[test]
