@@ -158,9 +158,14 @@ class DecoderLayers:
         """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
         The head: (the last norm, a linear layer).
 
-        A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix`, a
+        A linear layer: (matrix, inputs, bias or None), the matrix a `PackedMatrix`, a
         `CodedMatrix`, or (format, blocks uint8 [out, bytes of a row]).
         """
+    def add_adapter(self, adapter: int, loras: Sequence[tuple[Any, ...] | None]) -> None:
+        """What an adapter adds to each linear layer, in order, the head's last: (A [rank, in], B [out, rank], scale)
+        in float32, or None."""
+    def remove_adapter(self, adapter: int) -> None:
+        """Takes an adapter off."""
     @property
     def has_head(self) -> bool:
         """Whether logits can be asked for."""
@@ -447,16 +452,20 @@ class Engine:
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
         adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
         `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. `content` is a hash of
-        the base model's weights.
+        the base model's weights. For adapters on disk: `step.fetch(adapter)` returns (pages, hash of its content), on
+        another thread; `step.install(adapter, pages)`, `step.evict(adapter)` and `step.forget(adapter)`.
         """
     @property
     def models(self) -> list[str]:
         """The names that requests may ask for, the base model's first."""
-    def add_adapter(self, name: str, adapter: int, content: str | None = None) -> None:
-        """Lets requests ask for an adapter by name. Raises InputError when the name is in use.
-
-        `content`: a hash of the adapter's; without it, its keys and values are not shared between requests.
-        """
+    def add_adapter(self, name: str, adapter: int) -> None:
+        """Lets requests ask for an adapter by name. Raises InputError when the name is in use."""
+    def replace_adapter(self, name: str, adapter: int) -> int:
+        """Lets a name mean another adapter from now on, and returns the one before; requests under way keep that."""
+    def know(self, adapter: int) -> None:
+        """The adapter is on disk: `step.fetch` reads it when a request needs it, `step.install` writes it to pages."""
+    def forget(self, adapter: int) -> None:
+        """No request will name the adapter any more; `step.forget` is called when the last that did has ended."""
     def remove_adapter(self, name: str) -> int:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
     def uses(self, adapter: int) -> bool:

@@ -14,7 +14,10 @@ use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::serve::fairness::MAX_PRIORITY;
 use crate::serve::models::Models;
-use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
+use crate::serve::prefix::root;
+use crate::serve::{
+    Batch, Delta, Event, Fetched, Language, Limits, Request, Sampler, Sampling, Shelf, Sink, Step, Text, http,
+};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
@@ -60,7 +63,8 @@ impl Engine {
         let workspace = workspace
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
-        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
+        let shelf = PythonShelf { step: Python::attach(|py| step.clone_ref(py)), base: content.to_owned() };
+        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace }, shelf)?;
         Ok(Self {
             engine,
             language: Arc::new(Text::new(tokenizer, template)),
@@ -74,13 +78,24 @@ impl Engine {
         self.models.list().into_iter().map(|model| model.name).collect()
     }
 
-    #[pyo3(signature = (name, adapter, content = None))]
-    fn add_adapter(&self, name: &str, adapter: i32, content: Option<&str>) -> PyResult<()> {
-        Ok(self.models.add(name, adapter, content)?)
+    fn add_adapter(&self, name: &str, adapter: i32) -> PyResult<()> {
+        Ok(self.models.add(name, adapter)?)
     }
 
     fn remove_adapter(&self, name: &str) -> PyResult<i32> {
         Ok(self.models.remove(name)?)
+    }
+
+    fn replace_adapter(&self, name: &str, adapter: i32) -> PyResult<i32> {
+        Ok(self.models.replace(name, adapter)?)
+    }
+
+    fn know(&self, adapter: i32) {
+        self.engine.know(adapter);
+    }
+
+    fn forget(&self, adapter: i32) {
+        self.engine.forget(adapter);
     }
 
     fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
@@ -346,6 +361,45 @@ impl Step for PythonStep {
         };
         Python::attach(embed).map_err(|error| failed(&error))
     }
+
+    fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()> {
+        let install = |py: Python<'_>| self.step.call_method1(py, "install", (adapter, pages.to_vec())).map(drop);
+        Python::attach(install).map_err(|error| failed(&error))
+    }
+
+    fn evict(&mut self, adapter: i32) {
+        // It does nothing that could fail; if it did, the pages would still not be read under the adapter again.
+        let _ = Python::attach(|py| self.step.call_method1(py, "evict", (adapter,)).map(drop));
+    }
+}
+
+/// The adapters on disk, which Python reads.
+struct PythonShelf {
+    step: Py<PyAny>,
+    /// The content of the base model.
+    base: String,
+}
+
+impl Shelf for PythonShelf {
+    fn fetch(&mut self, adapter: i32) -> Result<Fetched> {
+        let fetch = |py: Python<'_>| -> PyResult<(usize, String)> {
+            self.step.call_method1(py, "fetch", (adapter,))?.extract(py)
+        };
+        let (pages, content) = Python::attach(fetch).map_err(|error| unread(&error))?;
+        Ok(Fetched { pages, root: root(&self.base, &content) })
+    }
+
+    fn forget(&mut self, adapter: i32) {
+        let _ = Python::attach(|py| self.step.call_method1(py, "forget", (adapter,)).map(drop));
+    }
+}
+
+/// Why an adapter could not be read: the message of an InputError is for whoever asked.
+fn unread(error: &PyErr) -> Error {
+    Python::attach(|py| {
+        let text = error.value(py).str().map_or_else(|_| String::new(), |text| text.to_string());
+        Error::failure(format!("adapter: {}", text.lines().next().unwrap_or("it could not be read")))
+    })
 }
 
 fn failed(error: &PyErr) -> Error {

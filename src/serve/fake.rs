@@ -4,12 +4,14 @@
 //! that the page table leads to. So a wrong page, a page written by another sequence or under another adapter, a token
 //! missing or computed twice gives another answer.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::prefix::root;
 use super::request::{Decoder, Event, Request, Sink};
+use super::residency::Fetched;
 use super::sampling::Sampling;
-use super::step::{Batch, Step};
+use super::step::{Batch, Shelf, Step};
 use crate::{Error, Result};
 
 /// Number of tokens; 0 ends an answer.
@@ -21,7 +23,9 @@ pub(crate) struct FakeStep {
     block_tokens: usize,
     fail: bool,
     /// The weights of adapters that were loaded anew under their ids.
-    pub weights: std::collections::HashMap<i32, u64>,
+    pub weights: HashMap<i32, u64>,
+    /// Adapters in the pool, from [`PAGED`] on, with their pages.
+    installed: HashMap<i32, Vec<u32>>,
     /// Sleeps in each step, so that tests can watch a request under way.
     pub pause: std::time::Duration,
 }
@@ -32,9 +36,21 @@ impl FakeStep {
             memory: vec![u64::MAX; pages * block_tokens],
             block_tokens,
             fail: false,
-            weights: std::collections::HashMap::new(),
+            weights: HashMap::new(),
+            installed: HashMap::new(),
             pause: std::time::Duration::ZERO,
         }
+    }
+
+    /// What the adapter's weights come to; of one in the pool, they are read from its pages.
+    fn weights_of(&self, adapter: i32) -> u64 {
+        if adapter < PAGED {
+            return self.weights.get(&adapter).copied().unwrap_or(adapter as u64);
+        }
+        let pages = &self.installed[&adapter];
+        let slots =
+            pages.iter().flat_map(|&page| page as usize * self.block_tokens..(page as usize + 1) * self.block_tokens);
+        slots.fold(SEED, |hash, slot| mix(hash, self.memory[slot]))
     }
 
     pub fn fail_next(&mut self) {
@@ -61,7 +77,7 @@ impl Step for FakeStep {
                 table[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens
             };
             let adapter = batch.adapter[sequence];
-            let weights = mix(SEED, self.weights.get(&adapter).copied().unwrap_or(adapter as u64));
+            let weights = mix(SEED, self.weights_of(adapter));
             let tokens = batch.cu_seqlens[sequence] as usize..batch.cu_seqlens[sequence + 1] as usize;
             for index in tokens {
                 let position = batch.positions[index] as usize;
@@ -82,8 +98,43 @@ impl Step for FakeStep {
         if std::mem::take(&mut self.fail) {
             return Err(Error::failure("told to"));
         }
+        if adapter >= PAGED {
+            self.weights_of(adapter);
+        }
         Ok(vec![tokens.iter().sum::<u32>() as f32, adapter as f32])
     }
+
+    fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()> {
+        for (number, &page) in pages.iter().enumerate() {
+            for slot in 0..self.block_tokens {
+                let weight = mix(mix(SEED, adapter as u64), (number * self.block_tokens + slot) as u64);
+                self.memory[page as usize * self.block_tokens + slot] = weight;
+            }
+        }
+        self.installed.insert(adapter, pages.to_vec());
+        Ok(())
+    }
+
+    fn evict(&mut self, adapter: i32) {
+        self.installed.remove(&adapter);
+    }
+}
+
+/// Adapters from this number on are on disk, and take as many pages as their number is above it, and one.
+pub(crate) const PAGED: i32 = 100;
+
+/// The disk.
+pub(crate) struct FakeShelf;
+
+impl Shelf for FakeShelf {
+    fn fetch(&mut self, adapter: i32) -> Result<Fetched> {
+        if adapter == PAGED + 99 {
+            return Err(Error::input("adapter: expected one, got rubbish"));
+        }
+        Ok(Fetched { pages: (adapter - PAGED) as usize + 1, root: root("fake", &adapter.to_string()) })
+    }
+
+    fn forget(&mut self, _adapter: i32) {}
 }
 
 /// Token n is the n-th letter from `A` on.
@@ -161,7 +212,7 @@ pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener
         sampling,
         constraint: None,
         adapter,
-        root: Some(root("fake", &adapter.to_string())),
+        root: (adapter < PAGED).then(|| root("fake", &adapter.to_string())),
         decoder: Box::new(Letters),
         sink: Box::new(listener.clone()),
         client: 0,

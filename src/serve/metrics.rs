@@ -75,6 +75,10 @@ pub struct Metrics {
     pub blocks_used: Number,
     /// Pages that nobody uses and that hold what may be asked for again.
     pub blocks_idle: Number,
+    /// Pages of adapters that nobody uses.
+    pub blocks_parked: Number,
+    /// Adapters whose weights are in the pool.
+    pub adapters_resident: Number,
     /// Pages there are.
     pub blocks_total: Number,
     /// Requests refused because the queue was full.
@@ -155,6 +159,13 @@ impl Metrics {
                 "gauge",
                 "pages that nobody uses, kept for prompts that begin the same",
                 self.blocks_idle.get(),
+            ),
+            ("ftkit_blocks_parked", "gauge", "pages of adapters that nobody uses for now", self.blocks_parked.get()),
+            (
+                "ftkit_adapters_resident",
+                "gauge",
+                "adapters whose weights are in the pool",
+                self.adapters_resident.get(),
             ),
             ("ftkit_blocks_total", "gauge", "pages of the pool", self.blocks_total.get()),
         ]

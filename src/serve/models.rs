@@ -16,7 +16,7 @@ pub struct Model {
     pub name: String,
     /// The adapter that answers, or [`NO_ADAPTER`].
     pub adapter: i32,
-    /// Where the keys of its pages begin; none for an adapter whose content may change under its name.
+    /// Where the keys of the base model's pages begin; those of an adapter's are known once it was read.
     pub root: Option<Key>,
     /// When it was added, in seconds since 1970.
     pub created: u64,
@@ -24,53 +24,60 @@ pub struct Model {
 
 /// All names.
 #[derive(Debug)]
-pub struct Models {
-    names: RwLock<Vec<Model>>,
-    /// The content of the base model.
-    base: String,
-}
+pub struct Models(RwLock<Vec<Model>>);
 
 impl Models {
     /// The base model's name alone; `content` is a hash of its weights.
     pub fn new(name: &str, content: &str) -> Self {
         let root = Some(root(content, ""));
         let model = Model { name: name.to_owned(), adapter: NO_ADAPTER, root, created: now() };
-        Self { names: RwLock::new(vec![model]), base: content.to_owned() }
+        Self(RwLock::new(vec![model]))
     }
 
-    /// Adds an adapter's name; `content` is a hash of the adapter's, if it never changes.
-    pub fn add(&self, name: &str, adapter: i32, content: Option<&str>) -> Result<()> {
-        let mut models = self.names.write().unwrap_or_else(PoisonError::into_inner);
+    /// Adds an adapter's name.
+    pub fn add(&self, name: &str, adapter: i32) -> Result<()> {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if name.is_empty() || name.len() > 256 || name.chars().any(char::is_control) {
             return Err(Error::input(format!("adapter name: expected 1 to 256 printable bytes, got {name:?}")));
         }
         if models.iter().any(|model| model.name == name) {
             return Err(Error::input(format!("adapter name: expected one not in use, got {name:?}")));
         }
-        let root = content.map(|content| root(&self.base, content));
-        models.push(Model { name: name.to_owned(), adapter, root, created: now() });
+        models.push(Model { name: name.to_owned(), adapter, root: None, created: now() });
         Ok(())
     }
 
     /// Removes an adapter's name and returns its id. New requests no longer find it.
     pub fn remove(&self, name: &str) -> Result<i32> {
-        let mut models = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
         match models.iter().position(|model| model.name == name && model.adapter != NO_ADAPTER) {
             Some(index) => Ok(models.remove(index).adapter),
             None => Err(Error::input(format!("adapter: expected the name of one, got {name:?}"))),
         }
     }
 
+    /// Lets a name that is in use mean another adapter from now on, and returns the one that it meant.
+    pub fn replace(&self, name: &str, adapter: i32) -> Result<i32> {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match models.iter_mut().find(|model| model.name == name && model.adapter != NO_ADAPTER) {
+            Some(model) => {
+                model.created = now();
+                Ok(std::mem::replace(&mut model.adapter, adapter))
+            }
+            None => Err(Error::input(format!("adapter: expected the name of one, got {name:?}"))),
+        }
+    }
+
     /// The model of a name; the base for none.
     pub fn find(&self, name: Option<&str>) -> Option<Model> {
-        let models = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let models = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let wanted = |model: &&Model| name.map_or(model.adapter == NO_ADAPTER, |name| model.name == name);
         models.iter().find(wanted).cloned()
     }
 
     /// All of them.
     pub fn list(&self) -> Vec<Model> {
-        self.names.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

@@ -6,11 +6,18 @@
 //!
 //! A full page whose content is known by a [`Key`] is kept when nobody holds it any more, and found again by that key,
 //! until its room is needed: then the one that was let go longest ago goes first. Only full pages have keys, so nobody
-//! ever writes to a page that is shared.
+//! ever writes to a page that is shared. Adapters' weights lie in pages of the same pool; one that nobody uses is parked
+//! and stands in the same line.
 
 use std::collections::{BTreeMap, HashMap};
 
 use super::prefix::Key;
+
+#[derive(Clone, Copy, Debug)]
+enum Idle {
+    Page(u32),
+    Adapter(i32),
+}
 
 /// Which pages are free, how many hold on to each of the others, and what can be found again.
 #[derive(Debug)]
@@ -22,8 +29,13 @@ pub struct BlockPool {
     known: HashMap<Key, u32>,
     /// The other way round.
     keys: Vec<Option<Key>>,
-    /// Known pages that nobody holds, by when they were let go.
-    idle: BTreeMap<u64, u32>,
+    /// Known pages and adapters that nobody holds, by when they were let go.
+    idle: BTreeMap<u64, Idle>,
+    /// The parked adapters: since when, and their pages.
+    parked: HashMap<i32, (u64, Vec<u32>)>,
+    parked_pages: usize,
+    /// Adapters that had to give their pages up.
+    evicted: Vec<i32>,
     /// When each page was let go last.
     let_go: Vec<u64>,
     clock: u64,
@@ -41,6 +53,9 @@ impl BlockPool {
             known: HashMap::new(),
             keys: vec![None; pages as usize],
             idle: BTreeMap::new(),
+            parked: HashMap::new(),
+            parked_pages: 0,
+            evicted: Vec::new(),
             let_go: vec![0; pages as usize],
             clock: 0,
         }
@@ -53,7 +68,7 @@ impl BlockPool {
 
     /// Number of pages that can be had: nobody holds them.
     pub fn free(&self) -> usize {
-        self.free.len() + self.idle.len()
+        self.free.len() + self.idle() + self.parked_pages
     }
 
     /// Number of pages that somebody holds.
@@ -63,7 +78,12 @@ impl BlockPool {
 
     /// Number of pages that nobody holds and that can be found again by what they hold.
     pub fn idle(&self) -> usize {
-        self.idle.len()
+        self.idle.len() - self.parked.len()
+    }
+
+    /// Number of pages of adapters that nobody uses.
+    pub fn parked(&self) -> usize {
+        self.parked_pages
     }
 
     /// Tokens a page has room for.
@@ -87,15 +107,57 @@ impl BlockPool {
     }
 
     fn take(&mut self) -> Option<u32> {
-        let page = self.free.pop().or_else(|| {
-            let (_, page) = self.idle.pop_first()?;
-            if let Some(key) = self.keys[page as usize].take() {
-                self.known.remove(&key);
+        while self.free.is_empty() {
+            match self.idle.pop_first()?.1 {
+                Idle::Page(page) => {
+                    if let Some(key) = self.keys[page as usize].take() {
+                        self.known.remove(&key);
+                    }
+                    self.free.push(page);
+                }
+                Idle::Adapter(adapter) => {
+                    let (_, pages) = self.parked.remove(&adapter)?;
+                    self.parked_pages -= pages.len();
+                    self.free.extend(pages.into_iter().rev());
+                    self.evicted.push(adapter);
+                }
             }
-            Some(page)
-        })?;
+        }
+        let page = self.free.pop()?;
         self.references[page as usize] = 1;
         Some(page)
+    }
+
+    /// Nobody uses the adapter for now: its pages are another's when they are needed.
+    pub fn park(&mut self, adapter: i32, mut table: BlockTable) {
+        self.clock += 1;
+        for &page in &table.pages {
+            self.references[page as usize] = 0;
+        }
+        self.parked_pages += table.pages.len();
+        self.idle.insert(self.clock, Idle::Adapter(adapter));
+        self.parked.insert(adapter, (self.clock, std::mem::take(&mut table.pages)));
+    }
+
+    /// The pages of a parked adapter, which is used again.
+    pub fn unpark(&mut self, adapter: i32) -> Option<BlockTable> {
+        let (since, pages) = self.parked.remove(&adapter)?;
+        self.idle.remove(&since);
+        self.parked_pages -= pages.len();
+        for &page in &pages {
+            self.references[page as usize] = 1;
+        }
+        Some(BlockTable { pages })
+    }
+
+    /// Number of pages of a parked adapter.
+    pub fn parked_pages(&self, adapter: i32) -> usize {
+        self.parked.get(&adapter).map_or(0, |(_, pages)| pages.len())
+    }
+
+    /// The adapters that have lost their pages since the last call.
+    pub fn evicted(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.evicted)
     }
 
     fn share(&mut self, page: u32) {
@@ -115,7 +177,7 @@ impl BlockPool {
         if self.keys[page as usize].is_some() {
             self.clock += 1;
             self.let_go[page as usize] = self.clock;
-            self.idle.insert(self.clock, page);
+            self.idle.insert(self.clock, Idle::Page(page));
         } else {
             self.free.push(page);
         }
@@ -240,12 +302,13 @@ mod tests {
         /// Whatever is taken, shared, found again and released: nobody gets a page that another may write to, a key leads
         /// to what was written under it, and nothing leaks.
         #[test]
-        fn pages_are_neither_lost_nor_given_twice(actions in prop::collection::vec((0u8..4, 0usize..40), 0..120)) {
+        fn pages_are_neither_lost_nor_given_twice(actions in prop::collection::vec((0u8..6, 0usize..40), 0..120)) {
             let mut pool = BlockPool::new(13, 3);
             let mut tables: Vec<BlockTable> = Vec::new();
             // What each page holds, as the test remembers it.
             let mut content = [usize::MAX; 13];
             let mut written = 0;
+            let (mut parked, mut adapter) = (Vec::new(), 0);
             for (action, amount) in actions {
                 match action {
                     0 => {
@@ -274,8 +337,28 @@ mod tests {
                         tables.push(table);
                     }
                     3 if !tables.is_empty() => tables.swap_remove(amount % tables.len()).release(&mut pool),
+                    4 if !tables.is_empty() => {
+                        let mut table = tables.swap_remove(amount % tables.len());
+                        // An adapter's pages are its own.
+                        if table.pages().iter().all(|&page| pool.holders(page) == 1 && pool.keys[page as usize].is_none()) {
+                            parked.push((adapter, table.pages().to_vec()));
+                            pool.park(adapter, table);
+                            adapter += 1;
+                        } else {
+                            table.release(&mut pool);
+                        }
+                    }
+                    5 if !parked.is_empty() => {
+                        let (adapter, pages) = parked.swap_remove(amount % parked.len());
+                        let table = pool.unpark(adapter);
+                        prop_assert_eq!(table.as_ref().map(|table| table.pages().to_vec()), Some(pages));
+                        tables.extend(table);
+                    }
                     _ => {}
                 }
+                let evicted = pool.evicted();
+                parked.retain(|(adapter, _)| !evicted.contains(adapter));
+                prop_assert_eq!(parked.iter().map(|(_, pages)| pages.len()).sum::<usize>(), pool.parked());
                 let mut held = vec![0u32; pool.pages()];
                 for &page in tables.iter().flat_map(BlockTable::pages) {
                     held[page as usize] += 1;

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::fairness::{Fairness, Flow};
+use super::prefix::Key;
 use super::sequence::Sequence;
 
 /// The waiting requests, in the order of their arrival.
@@ -60,6 +61,12 @@ impl Queue {
         let removed: VecDeque<Sequence> = removed;
         removed.iter().for_each(|sequence| self.fairness.leave(sequence.flow));
         removed.into()
+    }
+
+    /// It is known where the keys under the adapter begin.
+    pub fn rooted(&mut self, adapter: i32, root: Key, block_tokens: usize) {
+        let waiting = self.waiting.iter_mut().filter(|sequence| sequence.adapter == adapter);
+        waiting.for_each(|sequence| sequence.rooted(root, block_tokens));
     }
 
     /// A flow was served.

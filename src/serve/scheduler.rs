@@ -17,9 +17,10 @@ use super::limits::Limits;
 use super::pool::BlockPool;
 use super::queue::Queue;
 use super::request::{Event, Request};
+use super::residency::{Fetched, Moves, Residency};
 use super::sequence::{Outcome, Sequence};
 use super::step::Batch;
-use crate::Error;
+use crate::{Error, Result};
 
 /// What the scheduler did so far; the numbers only rise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,6 +49,7 @@ pub struct Counters {
 pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
+    residency: Residency,
     queue: Queue,
     /// In the order of admission: the last is the youngest.
     running: Vec<Sequence>,
@@ -65,6 +67,7 @@ impl Scheduler {
         Self {
             limits,
             pool,
+            residency: Residency::default(),
             queue: Queue::default(),
             running: Vec::new(),
             planned: Vec::new(),
@@ -81,7 +84,14 @@ impl Scheduler {
             sink.send(Event::Failed(error));
             return;
         }
-        self.queue.add(Sequence::new(request, &self.limits));
+        if self.residency.gone(request.adapter) {
+            self.counters.failed += 1;
+            let mut sink = request.sink;
+            sink.send(Event::Failed(Error::input("model: expected one that is there, got one just removed")));
+            return;
+        }
+        let root = request.root.or_else(|| self.residency.root(request.adapter));
+        self.queue.add(Sequence::new(Request { root, ..request }, &self.limits));
     }
 
     /// Whether there is nothing to do.
@@ -107,6 +117,51 @@ impl Scheduler {
     /// What was done so far.
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// The adapters that live in the pool.
+    pub fn residency(&mut self) -> &mut Residency {
+        &mut self.residency
+    }
+
+    /// What the model has to do before the next step.
+    pub fn moves(&mut self) -> Moves {
+        self.residency.moves(&mut self.pool)
+    }
+
+    /// An adapter was read from disk, or could not be: then those who wait for it fail.
+    pub fn fetched(&mut self, adapter: i32, outcome: Result<Fetched>) {
+        self.residency.fetched(adapter, &outcome);
+        match outcome {
+            Ok(fetched) => self.queue.rooted(adapter, fetched.root, self.limits.block_tokens),
+            Err(error) => {
+                for mut sequence in self.queue.remove(|sequence| sequence.adapter == adapter) {
+                    sequence.fail(error.clone());
+                    self.counters.failed += 1;
+                }
+            }
+        }
+    }
+
+    /// The weights of an adapter could not be written to its pages: the planned batch fails.
+    pub fn lost(&mut self, adapter: i32, error: &Error) {
+        self.fail(error);
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.adapter == adapter) {
+            sequence.fail(error.clone());
+        }
+        self.retire();
+        self.residency.lost(adapter, &mut self.pool);
+    }
+
+    /// Holds the adapter in the pool for something else than a sequence; `false` when it is not there yet.
+    pub fn borrow(&mut self, adapter: i32) -> bool {
+        self.residency.sync(&mut self.pool);
+        self.residency.ready(adapter) && self.residency.enter(adapter, &mut self.pool)
+    }
+
+    /// Ends what [`Scheduler::borrow`] began.
+    pub fn give_back(&mut self, adapter: i32) {
+        self.residency.leave(adapter, &mut self.pool);
     }
 
     /// Whether a waiting or running request uses the adapter.
@@ -143,6 +198,11 @@ impl Scheduler {
         self.retire();
     }
 
+    /// [`Scheduler::plan_with`] where only requests want adapters.
+    pub fn plan(&mut self) -> Option<Batch> {
+        self.plan_with(&[])
+    }
+
     /// A step of so many tokens took so long.
     pub fn took(&mut self, tokens: usize, time: Duration) {
         let pace = time.as_secs_f64() / tokens.max(1) as f64;
@@ -150,9 +210,15 @@ impl Scheduler {
         self.pace = if self.pace == 0.0 { pace } else { 0.7 * self.pace + 0.3 * pace };
     }
 
-    /// The next batch, or none when there is nothing to compute.
-    pub fn plan(&mut self) -> Option<Batch> {
+    /// The next batch, or none when there is nothing to compute. `wanted`: adapters that others than requests wait for.
+    pub fn plan_with(&mut self, wanted: &[i32]) -> Option<Batch> {
         self.planned.clear();
+        let wanted: Vec<i32> =
+            self.queue.iter().map(|sequence| sequence.adapter).chain(wanted.iter().copied()).collect();
+        self.residency.wish(&wanted);
+        if self.residency.doomed() {
+            self.residency.bury(&mut self.pool, |adapter| wanted.contains(&adapter));
+        }
         let mut budget = self.limits.batch_tokens;
         // Sequences that generate.
         let mut index = 0;
@@ -176,18 +242,35 @@ impl Scheduler {
         self.queue.again();
         while budget > 0 && self.running.len() < self.limits.sequences {
             let Some(next) = self.queue.next() else { break };
-            if self.coming(next) {
+            if self.absent(next) || self.coming(next) {
                 continue;
             }
-            let Some(sequence) = self.admit(next) else { break };
+            let sequence = match self.admit(next) {
+                Ok(Some(sequence)) => sequence,
+                Ok(None) => break,
+                Err(error) => {
+                    self.refuse(next, error);
+                    continue;
+                }
+            };
             let left = sequence.left();
             let chunk = left.min(budget);
             self.planned.push((self.running.len(), chunk, chunk == left));
             budget -= chunk;
             self.running.push(sequence);
         }
-        self.planned.sort_unstable();
+        // Rows under one adapter side by side, so that its matrices are read once.
+        let running = &self.running;
+        self.planned.sort_unstable_by_key(|&(index, _, _)| (running[index].adapter, index));
         (!self.planned.is_empty()).then(|| self.batch())
+    }
+
+    /// Whether a waiting sequence's adapter is not there yet; that one is then passed.
+    fn absent(&mut self, waiting: usize) -> bool {
+        self.residency.sync(&mut self.pool);
+        let Some(sequence) = self.queue.get(waiting) else { return false };
+        sequence.passed = !self.residency.ready(sequence.adapter);
+        sequence.passed
     }
 
     /// Whether a running sequence is computing the page that a waiting one needs next; that one is then passed.
@@ -200,21 +283,49 @@ impl Scheduler {
     }
 
     /// Takes a waiting sequence out and gives it the pages that it needs to begin, if it can stay until its end.
-    fn admit(&mut self, waiting: usize) -> Option<Sequence> {
-        let sequence = self.queue.get(waiting)?;
+    ///
+    /// # Errors
+    /// It would not have room even alone.
+    fn admit(&mut self, waiting: usize) -> Result<Option<Sequence>> {
+        let Some(sequence) = self.queue.get(waiting) else { return Ok(None) };
+        let held = self.residency.held_with(sequence.adapter, &self.pool);
+        let room = self.pool.pages().saturating_sub(held);
+        if self.running.is_empty() {
+            // Nobody will leave: what there is must do.
+            let longest = room * self.pool.block_tokens();
+            if sequence.tokens.len() >= longest {
+                return Err(Residency::too_large(held, &self.pool));
+            }
+            sequence.longest = sequence.longest.min(longest);
+        }
         sequence.adopt(&mut self.pool);
-        let fits =
-            self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= self.pool.pages();
-        if !fits || !sequence.table.reserve(&mut self.pool, sequence.tokens.len()) {
+        let fits = self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= room;
+        let (tokens, adapter) = (sequence.tokens.len(), sequence.adapter);
+        if !fits || !self.residency.enter(adapter, &mut self.pool) {
             sequence.release(&mut self.pool);
-            return None;
+            return Ok(None);
+        }
+        if !sequence.table.reserve(&mut self.pool, tokens) {
+            sequence.release(&mut self.pool);
+            self.residency.leave(adapter, &mut self.pool);
+            return Ok(None);
         }
         sequence.admitted();
-        let mut sequence = self.queue.take(waiting)?;
-        sequence.first = false;
-        self.counters.cached_tokens += sequence.computed as u64;
-        self.queue.charge(sequence.flow, sequence.left(), 0);
-        Some(sequence)
+        Ok(self.queue.take(waiting).map(|mut sequence| {
+            sequence.first = false;
+            self.counters.cached_tokens += sequence.computed as u64;
+            self.queue.charge(sequence.flow, sequence.left(), 0);
+            sequence
+        }))
+    }
+
+    /// Ends a waiting sequence with an error.
+    fn refuse(&mut self, waiting: usize, error: Error) {
+        if let Some(mut sequence) = self.queue.take(waiting) {
+            self.queue.leave(sequence.flow);
+            self.counters.failed += 1;
+            sequence.fail(error);
+        }
     }
 
     /// Makes room for all tokens of a running sequence, if need be by preempting the youngest; `false` when that is itself.
@@ -227,6 +338,7 @@ impl Scheduler {
             // `index` is in bounds, so there is a last one, and it comes no earlier than `index`: not planned yet.
             let Some(mut youngest) = self.running.pop() else { return false };
             youngest.release(&mut self.pool);
+            self.residency.leave(youngest.adapter, &mut self.pool);
             self.counters.preempted += 1;
             self.queue.resume(youngest);
             if self.running.len() == index {
@@ -310,9 +422,11 @@ impl Scheduler {
 
     fn retire(&mut self) {
         let (pool, counters, queue) = (&mut self.pool, &mut self.counters, &mut self.queue);
+        let residency = &mut self.residency;
         self.running.retain_mut(|sequence| {
             let Some(outcome) = sequence.ended else { return true };
             sequence.release(pool);
+            residency.leave(sequence.adapter, pool);
             queue.leave(sequence.flow);
             match outcome {
                 Outcome::Finished => counters.finished += 1,

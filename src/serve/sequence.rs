@@ -94,6 +94,12 @@ impl Sequence {
         }
     }
 
+    /// It is known where its keys begin, before it runs.
+    pub fn rooted(&mut self, root: Key, block_tokens: usize) {
+        self.chain = Chain::new(Some(root));
+        self.chain.extend(&self.tokens, block_tokens);
+    }
+
     /// Tokens that are not computed yet.
     pub fn left(&self) -> usize {
         self.tokens.len() - self.computed

@@ -183,17 +183,20 @@ def test_adapters_by_name(loaded: LoadedModel, engine: Engine, tmp_path: Path, a
         engine.add_adapter(name, tmp_path / name)
     with pytest.raises(InputError, match="in use"):
         engine.add_adapter("one", tmp_path / "one")
-    ids = sorted(loaded.model.attached)
     prompt = engine.encode(chat(QUESTIONS[0]))
     names = [None, "one", "two", "one", None]
     answers = engine.generate_many([prompt] * 5, greedy(6), model=names)
-    expected = {None: -1, "one": ids[0], "two": ids[1]}
+    expected = {None: -1, "one": 91, "two": 92}
+    for name, adapter in list(expected.items())[1:]:
+        adapters.load(loaded.model, tmp_path / str(name), adapter)
     for name, answer in zip(names, answers, strict=True):
         assert answer.tokens == recomputed(loaded, prompt, 6, expected[name])
     assert answers[0].tokens != answers[1].tokens != answers[2].tokens
     engine.remove_adapter("one")
     engine.remove_adapter("two")
-    assert not loaded.model.attached
+    until(lambda: sorted(loaded.model.attached) == [91, 92])
+    for adapter in (91, 92):
+        adapters.detach(loaded.model, adapter)
     with pytest.raises(InputError, match="model: expected one of"):
         engine.generate(prompt, greedy(1), model="one")
     assert engine.generate(chat(QUESTIONS[0]), greedy(10)).text == alone[0].text

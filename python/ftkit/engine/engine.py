@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Self, TypeAlias
 
 import torch
 
-from ftkit import _core, adapters, models
+from ftkit import _core, models
 from ftkit.engine._step import ModelStep
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
@@ -130,8 +129,9 @@ class Engine:
             vocabulary=config.vocab_size,
         )
         # Also at the end of the program: the thread must be gone before the interpreter is.
-        self._end = weakref.finalize(self, self._core.close)
+        self._end = weakref.finalize(self, _close, self._core, self._step)
         self._own: set[int] = set()
+        self._next = -1
 
     @property
     def models(self) -> list[str]:
@@ -209,41 +209,47 @@ class Engine:
         answers.extend(_whole(*pair) for pair in window)
         return answers
 
-    def add_adapter(self, name: str, adapter: str | Path | int) -> None:
-        """Lets requests ask for an adapter by `name`: a directory to load, or the id of one that is on the model.
+    def add_adapter(self, name: str, adapter: str | Path | int, *, replace: bool = False, unread: bool = False) -> None:
+        """Lets requests ask for an adapter by `name`: a directory, or the id of one that is on the model.
 
-        Raises InputError when the name is in use, or the adapter is not for this model.
+        A directory's weights take pages of the pool while requests use them, and are read again when they are needed
+        again. `replace`: a name in use means this adapter from now on; requests under way keep the one that they began
+        with. `unread`: the directory is not looked at before a request needs it, so that thousands can be added at
+        once. Raises InputError when the name is in use, or the adapter is not for this model.
         """
         if isinstance(adapter, int):
             self._core.add_adapter(name, adapter)
             return
-        if name in self.models:
+        known = name in self.models
+        if known and not replace:
             raise InputError(f"adapter name: expected one not in use, got {name!r}")
-        model, folder = self.loaded.model, Path(adapter)
-        content = adapters.content(folder)
         with self._step.lock:
-            free = max(model.attached, default=-1) + 1
-            adapters.load(model, folder, free)
+            # never one that was used before: pages of keys and values, and requests under way, go by it
+            number = self._next = max(self._next, *self.loaded.model.attached, -1) + 1
+        shelf = self._step.shelf
+        shelf.put(number, Path(adapter))
         try:
-            # what is cached under a hash must be of the weights with that hash
-            if adapters.content(folder) != content:
-                raise InputError(f"{folder}: expected files that stay as they are while they are read, got changes")
-            self._core.add_adapter(name, free, content)
+            if not unread:
+                shelf.check(number)
+            self._core.know(number)
+            before = self._core.replace_adapter(name, number) if known else None
+            if before is None:
+                self._core.add_adapter(name, number)
         except InputError:
-            with self._step.lock:
-                adapters.detach(model, free)
+            self._core.forget(number)
             raise
-        self._own.add(free)
+        self._own.add(number)
+        if before is not None:
+            self._let_go(before)
 
     def remove_adapter(self, name: str) -> None:
-        """Takes a name away, waits for its requests to end, and takes the adapter off the model if it came by name."""
-        adapter = self._core.remove_adapter(name)
+        """Takes a name away. Requests under way end with its adapter."""
+        self._let_go(self._core.remove_adapter(name))
+
+    def _let_go(self, adapter: int) -> None:
         if adapter in self._own:
-            while self._core.uses(adapter):
-                time.sleep(0.01)
-            with self._step.lock:
-                adapters.detach(self.loaded.model, adapter)
             self._own.remove(adapter)
+            self._core.forget(adapter)
 
     def serve(
         self,
@@ -306,6 +312,7 @@ def launch(
     model: str | Path,
     with_adapters: Mapping[str, str | Path] | None = None,
     *,
+    folder: Path | None = None,
     runs_dir: str | Path = "runs",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -316,7 +323,8 @@ def launch(
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
     base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
-    which answers the same to the bit. `fast_decode`: activations are rounded to 8 bits where the matrices are whole
+    which answers the same to the bit. `folder`: every adapter in it is there under its directory's name, and read when a
+    request needs it. `fast_decode`: activations are rounded to 8 bits where the matrices are whole
     numbers, which is faster and answers a little otherwise. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
@@ -331,12 +339,20 @@ def launch(
         if source.adapter is not None:
             engine.add_adapter(source.name, source.adapter)
             engine.default = source.name
-        for name, folder in (with_adapters or {}).items():
-            engine.add_adapter(name, folder)
+        for name, path in (with_adapters or {}).items():
+            engine.add_adapter(name, path)
+        for path in sorted(folder.iterdir()) if folder is not None else ():
+            if path.is_dir() and path.name not in engine.models:
+                engine.add_adapter(path.name, path, unread=True)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _close(core: _core.Engine, step: ModelStep) -> None:
+    core.close()
+    step.shelf.clear()
 
 
 def _deltas(stream: _core.Stream) -> Iterator[Delta]:

@@ -1,9 +1,9 @@
 use proptest::prelude::*;
 
 use super::super::Sampling;
-use super::super::fake::{FakeStep, Listener, VOCABULARY, request};
+use super::super::fake::{FakeShelf, FakeStep, Listener, PAGED, VOCABULARY, request};
 use super::super::prefix::root;
-use super::super::step::Step;
+use super::super::step::{Shelf, Step};
 use super::*;
 
 fn limits(pages: usize, batch_tokens: usize, sequences: usize) -> Limits {
@@ -23,10 +23,27 @@ fn sampling(seed: u64, max_tokens: usize) -> Sampling {
     Sampling { seed: Some(seed), max_tokens: Some(max_tokens), logprobs: Some(0), ..Sampling::default() }
 }
 
+/// The next batch; adapters are moved, and fetched at once.
+fn plan(scheduler: &mut Scheduler, step: &mut FakeStep) -> Option<Batch> {
+    let batch = scheduler.plan();
+    move_adapters(scheduler, step);
+    for adapter in scheduler.residency().fetches() {
+        scheduler.fetched(adapter, FakeShelf.fetch(adapter));
+    }
+    batch
+}
+
+fn move_adapters(scheduler: &mut Scheduler, step: &mut FakeStep) {
+    let moves = scheduler.moves();
+    moves.evicted.into_iter().for_each(|adapter| step.evict(adapter));
+    moves.installed.into_iter().for_each(|(adapter, pages)| step.install(adapter, &pages).unwrap());
+}
+
 /// Steps until nothing is left to do.
 fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
     let mut logits = Vec::new();
-    while let Some(batch) = scheduler.plan() {
+    while !scheduler.idle() {
+        let Some(batch) = plan(scheduler, step) else { continue };
         logits.clear();
         match step.run(&batch, &mut logits) {
             Ok(()) => scheduler.apply(&logits),
@@ -36,10 +53,13 @@ fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
 }
 
 fn alone(prompt: &[u32], sampling: &Sampling, adapter: i32) -> Listener {
-    let mut scheduler = Scheduler::new(limits(20, 64, 1));
+    let mut scheduler = Scheduler::new(limits(30, 64, 1));
     let listener = Listener::default();
+    if adapter >= PAGED {
+        scheduler.residency().know(adapter);
+    }
     scheduler.add(request(prompt, sampling.clone(), adapter, &listener));
-    finish(&mut scheduler, &mut FakeStep::new(20, 3));
+    finish(&mut scheduler, &mut FakeStep::new(30, 3));
     listener
 }
 
@@ -55,8 +75,8 @@ proptest! {
                 prop::collection::vec(1u32..VOCABULARY as u32, 1..30),
                 // Many begin the same.
                 (1usize..30, prop::collection::vec(1u32..3, 0..4)).prop_map(|(same, more)| [vec![7; same], more].concat()),
-            ], 1usize..27, any::<u64>(), -1i32..3, 0usize..8), 1..12),
-        pages in 22usize..40,
+            ], 1usize..27, any::<u64>(), prop_oneof![-1i32..3, PAGED..PAGED + 5], 0usize..8), 1..12),
+        pages in 26usize..40,
         batch_tokens in 4usize..40,
         sequences in 1usize..4,
     ) {
@@ -64,12 +84,13 @@ proptest! {
         let mut step = FakeStep::new(pages, 3);
         let mut logits = Vec::new();
         let mut listeners = Vec::new();
+        (PAGED..PAGED + 5).for_each(|adapter| scheduler.residency().know(adapter));
         for (prompt, max_tokens, seed, adapter, steps) in &requests {
             let listener = Listener::default();
             scheduler.add(request(prompt, sampling(*seed, *max_tokens), *adapter, &listener));
             listeners.push(listener);
             for _ in 0..*steps {
-                if let Some(batch) = scheduler.plan() {
+                if let Some(batch) = plan(&mut scheduler, &mut step) {
                     prop_assert!(batch.tokens.len() <= batch_tokens && batch.sequences() <= sequences);
                     logits.clear();
                     step.run(&batch, &mut logits).unwrap();
@@ -87,6 +108,8 @@ proptest! {
         prop_assert!(scheduler.idle());
         prop_assert_eq!(scheduler.pool().used(), 0);
         prop_assert_eq!(scheduler.counters().finished, requests.len() as u64);
+        // They said how long they may become: none was admitted that couldn't stay.
+        prop_assert_eq!(scheduler.counters().preempted, 0);
     }
 
     #[test]
@@ -336,7 +359,7 @@ fn impossible_requests_are_refused_with_both_values() {
 fn steps(scheduler: &mut Scheduler, step: &mut FakeStep, count: usize) {
     let mut logits = Vec::new();
     for _ in 0..count {
-        let Some(batch) = scheduler.plan() else { return };
+        let Some(batch) = plan(scheduler, step) else { continue };
         logits.clear();
         step.run(&batch, &mut logits).unwrap();
         scheduler.apply(&logits);
@@ -417,4 +440,110 @@ fn who_asks_the_same_at_the_same_time_waits_for_the_first() {
     assert_eq!(scheduler.counters().prefilled_tokens, 20 + 3 * 2);
     assert_eq!(listeners.iter().map(Listener::cached).collect::<Vec<_>>(), [0, 18, 18, 18]);
     assert!(listeners.iter().all(|listener| listener.text() == alone(&[5; 20], &sampling(1, 9), -1).text()));
+}
+
+fn paged(pages: usize, adapters: i32) -> (Scheduler, FakeStep) {
+    let mut scheduler = Scheduler::new(limits(pages, 16, 4));
+    (PAGED..PAGED + adapters).for_each(|adapter| scheduler.residency().know(adapter));
+    (scheduler, FakeStep::new(pages, 3))
+}
+
+#[test]
+fn a_cold_adapter_stalls_nobody_and_comes_when_it_is_there() {
+    let (mut scheduler, mut step) = paged(40, 3);
+    let hot = ask(&mut scheduler, &[5; 7], -1);
+    let cold = ask(&mut scheduler, &[6; 7], PAGED + 2);
+    let after = ask(&mut scheduler, &[7; 7], -1);
+    let mut logits = Vec::new();
+    let mut run = |scheduler: &mut Scheduler, step: &mut FakeStep| {
+        let batch = scheduler.plan();
+        move_adapters(scheduler, step);
+        if let Some(batch) = batch {
+            logits.clear();
+            step.run(&batch, &mut logits).unwrap();
+            scheduler.apply(&logits);
+        }
+    };
+    // The disk takes its time.
+    run(&mut scheduler, &mut step);
+    assert_eq!(scheduler.residency().fetches(), [PAGED + 2]);
+    (0..20).for_each(|_| run(&mut scheduler, &mut step));
+    assert!(hot.ending() != "not" && after.ending() != "not" && cold.ending() == "not");
+    assert!(scheduler.residency().fetches().is_empty(), "it is on its way");
+    scheduler.fetched(PAGED + 2, FakeShelf.fetch(PAGED + 2));
+    run(&mut scheduler, &mut step);
+    // Its 3 pages, and 3 of keys and values.
+    assert_eq!(scheduler.pool().used(), 6);
+    finish(&mut scheduler, &mut step);
+    assert_eq!(cold.text(), alone(&[6; 7], &sampling(1, 9), PAGED + 2).text());
+    assert_eq!((scheduler.pool().used(), scheduler.pool().parked(), scheduler.residency().count()), (0, 3, 1));
+    // The next one finds it there, and what was computed under it.
+    let again = ask(&mut scheduler, &[6; 7], PAGED + 2);
+    steps(&mut scheduler, &mut step, 1);
+    assert_eq!(scheduler.running(), 1);
+    finish(&mut scheduler, &mut step);
+    assert_eq!((again.text(), again.cached()), (cold.text(), 6));
+}
+
+#[test]
+fn the_adapter_that_was_used_longest_ago_makes_way() {
+    // Of 1, 2, 3 and 4 pages, in a pool for some of them and a request of 4 pages.
+    let (mut scheduler, mut step) = (Scheduler::new(limits(13, 16, 1)), FakeStep::new(13, 3));
+    (PAGED..PAGED + 4).for_each(|adapter| scheduler.residency().know(adapter));
+    for (adapter, resident) in [(0, 1), (1, 2), (2, 3), (0, 3), (3, 3), (1, 3)] {
+        let listener = ask(&mut scheduler, &[5; 3], PAGED + adapter);
+        finish(&mut scheduler, &mut step);
+        assert_eq!(listener.text(), alone(&[5; 3], &sampling(1, 9), PAGED + adapter).text());
+        assert_eq!(scheduler.pool().used(), 0);
+        assert!(scheduler.residency().count() <= resident);
+    }
+}
+
+#[test]
+fn an_adapter_that_cannot_be_read_fails_those_who_wait_for_it() {
+    let (mut scheduler, mut step) = paged(40, 100);
+    let listeners = [PAGED + 99, -1, PAGED + 99].map(|adapter| ask(&mut scheduler, &[5; 7], adapter));
+    finish(&mut scheduler, &mut step);
+    assert_eq!(listeners[0].ending(), "failed: adapter: expected one, got rubbish");
+    assert_eq!(listeners[2].ending(), listeners[0].ending());
+    assert_eq!(listeners[1].text(), alone(&[5; 7], &sampling(1, 9), -1).text());
+    // One that leaves no room is refused, and so is one that is gone.
+    let large = ask(&mut scheduler, &[5; 7], PAGED + 38);
+    finish(&mut scheduler, &mut step);
+    assert!(large.ending().starts_with("failed: adapter: expected one that leaves room"), "{}", large.ending());
+    scheduler.residency().forget(PAGED);
+    assert!(scheduler.plan().is_none());
+    assert_eq!(scheduler.moves().forgotten, [PAGED]);
+    assert!(ask(&mut scheduler, &[5; 7], PAGED).ending().starts_with("failed: model: expected one that is there"));
+    assert_eq!(scheduler.pool().used(), 0);
+}
+
+#[test]
+fn an_adapter_that_is_forgotten_stays_until_its_sequences_end() {
+    let (mut scheduler, mut step) = paged(40, 3);
+    let running = ask(&mut scheduler, &[5; 7], PAGED);
+    steps(&mut scheduler, &mut step, 3);
+    scheduler.residency().forget(PAGED);
+    assert!(scheduler.plan().is_some() && scheduler.moves().forgotten.is_empty());
+    // The batch above was not computed: it is planned again.
+    finish(&mut scheduler, &mut step);
+    assert_eq!(running.text(), alone(&[5; 7], &sampling(1, 9), PAGED).text());
+    assert!(scheduler.plan().is_none());
+    let moves = scheduler.moves();
+    assert_eq!((moves.forgotten, moves.evicted), (vec![PAGED], vec![PAGED]));
+    assert_eq!((scheduler.pool().used(), scheduler.pool().parked()), (0, 0));
+}
+
+#[test]
+fn what_was_fetched_for_someone_who_left_does_not_block_the_way() {
+    let (mut scheduler, mut step) = paged(40, 12);
+    let gone: Vec<Listener> = (0..4).map(|adapter| ask(&mut scheduler, &[5; 7], PAGED + adapter)).collect();
+    assert!(scheduler.plan().is_none());
+    assert_eq!(scheduler.residency().fetches().len(), 4);
+    gone.iter().for_each(Listener::close);
+    scheduler.drop_cancelled();
+    (0..4).for_each(|adapter| scheduler.fetched(PAGED + adapter, FakeShelf.fetch(PAGED + adapter)));
+    let listener = ask(&mut scheduler, &[5; 7], PAGED + 5);
+    finish(&mut scheduler, &mut step);
+    assert_eq!(listener.text(), alone(&[5; 7], &sampling(1, 9), PAGED + 5).text());
 }
