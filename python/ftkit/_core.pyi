@@ -445,6 +445,7 @@ class Engine:
         block_tokens: int,
         pages: int,
         context_tokens: int,
+        draft_tokens: int,
         vocabulary: int,
     ) -> Engine:
         """`step(tokens, blocks, rows, lengths, adapters)` returns float32 logits [rows, vocabulary] on the CPU.

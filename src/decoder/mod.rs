@@ -12,7 +12,7 @@ mod math;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attention::{Layout, Rows, paged_attention};
 use crate::error::{Error, Result};
@@ -418,25 +418,58 @@ fn apply(
     let width: usize = linears.iter().map(|linear| linear.weight.rows()).sum();
     multiply(team, linears, x, width, y)?;
     let mut begin = 0;
-    for (number, linear) in linears.iter().enumerate() {
-        let (inputs, outputs) = (linear.weight.columns(), linear.weight.rows());
+    for linear in linears {
+        let outputs = linear.weight.rows();
         if let Some(bias) = linear.bias {
             y.chunks_exact_mut(width).for_each(|y| add(&mut y[begin..begin + outputs], bias));
         }
-        for &(adapter, first, end) in spans {
-            let Some(lora) = added.get(adapter, number) else { continue };
-            let mut low = vec![0.0; (end - first) * lora.a.rows()];
-            matmul(team, &[lora.a], &x[first * inputs..end * inputs], &mut low)?;
-            low.iter_mut().for_each(|value| *value *= lora.scale);
-            let mut more = vec![0.0; (end - first) * outputs];
-            matmul(team, &[lora.b], &low, &mut more)?;
-            for (row, more) in (first..end).zip(more.chunks_exact(outputs)) {
-                add(&mut y[row * width + begin..][..outputs], more);
-            }
-        }
         begin += outputs;
     }
-    Ok(())
+    add_loras(team, linears, added, x, spans, y)
+}
+
+/// Rows of a task: few, so that both a batch of single tokens and a long prompt make work for all threads.
+const LORA_ROWS: usize = 32;
+
+/// What the adapters add, for all layers and spans in one loop.
+fn add_loras(
+    team: &Team,
+    linears: &[Linear<'_>],
+    added: Added<'_, '_>,
+    x: &[f32],
+    spans: &[(i32, usize, usize)],
+    y: &mut [f32],
+) -> Result<()> {
+    let (mut tasks, mut width) = (Vec::new(), 0);
+    for (number, linear) in linears.iter().enumerate() {
+        for &(adapter, first, end) in spans {
+            let Some(lora) = added.get(adapter, number) else { continue };
+            let pieces = (first..end).step_by(LORA_ROWS);
+            tasks.extend(pieces.map(|start| (lora, start..end.min(start + LORA_ROWS), width)));
+        }
+        width += linear.weight.rows();
+    }
+    let (y, failure) = (Shared::new(y), Mutex::new(None));
+    team.each(tasks.len(), &|index| {
+        let (lora, rows, begin) = &tasks[index];
+        let (inputs, outputs, alone) = (lora.a.columns(), lora.b.rows(), Team::alone());
+        let mut low = vec![0.0; rows.len() * lora.a.rows()];
+        let mut more = vec![0.0; rows.len() * outputs];
+        let product = matmul(&alone, &[lora.a], &x[rows.start * inputs..rows.end * inputs], &mut low).and_then(|()| {
+            low.iter_mut().for_each(|value| *value *= lora.scale);
+            matmul(&alone, &[lora.b], &low, &mut more)
+        });
+        if let Err(error) = product {
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            return;
+        }
+        for (row, more) in rows.clone().zip(more.chunks_exact(outputs)) {
+            let at = row * width + begin;
+            // SAFETY: these columns of a row are one task's.
+            add(unsafe { y.part(at..at + outputs) }, more);
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// The products alone: together where all matrices are of one sort, as they mostly are.

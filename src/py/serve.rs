@@ -39,7 +39,7 @@ struct Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (tokenizer, template, step, workspace, *, name, content, batch_tokens, sequences, waiting,
-        block_tokens, pages, context_tokens, vocabulary))]
+        block_tokens, pages, context_tokens, draft_tokens, vocabulary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         tokenizer: &Tokenizer,
@@ -54,12 +54,22 @@ impl Engine {
         block_tokens: usize,
         pages: usize,
         context_tokens: usize,
+        draft_tokens: usize,
         vocabulary: usize,
     ) -> PyResult<Self> {
         let (tokenizer, template) = (tokenizer.0.clone(), template.map(|template| template.0.clone()));
         let end_ids = tokenizer.end_ids();
-        let limits =
-            Limits { batch_tokens, sequences, waiting, block_tokens, pages, context_tokens, vocabulary, end_ids };
+        let limits = Limits {
+            batch_tokens,
+            sequences,
+            waiting,
+            block_tokens,
+            pages,
+            context_tokens,
+            draft_tokens,
+            vocabulary,
+            end_ids,
+        };
         let workspace = workspace
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;

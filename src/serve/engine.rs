@@ -379,6 +379,7 @@ mod tests {
             block_tokens: 3,
             pages: 40,
             context_tokens: 60,
+            draft_tokens: 0,
             vocabulary: VOCABULARY,
             end_ids: vec![0],
         };

@@ -20,6 +20,10 @@ pub(crate) const VOCABULARY: usize = 31;
 /// The model.
 pub(crate) struct FakeStep {
     memory: Vec<u64>,
+    /// The tokens themselves.
+    tokens: Vec<i32>,
+    /// Added to the logit of the token three places before: a model that repeats itself.
+    habit: f32,
     block_tokens: usize,
     fail: bool,
     /// The weights of adapters that were loaded anew under their ids.
@@ -34,12 +38,18 @@ impl FakeStep {
     pub fn new(pages: usize, block_tokens: usize) -> Self {
         Self {
             memory: vec![u64::MAX; pages * block_tokens],
+            tokens: vec![0; pages * block_tokens],
+            habit: 0.0,
             block_tokens,
             fail: false,
             weights: HashMap::new(),
             installed: HashMap::new(),
             pause: std::time::Duration::ZERO,
         }
+    }
+
+    pub fn with_habit(pages: usize, block_tokens: usize, habit: f32) -> Self {
+        Self { habit, ..Self::new(pages, block_tokens) }
     }
 
     /// What the adapter's weights come to; of one in the pool, they are read from its pages.
@@ -82,11 +92,16 @@ impl Step for FakeStep {
             for index in tokens {
                 let position = batch.positions[index] as usize;
                 self.memory[slot(position)] = mix(mix(weights, batch.tokens[index] as u64), position as u64);
+                self.tokens[slot(position)] = batch.tokens[index];
                 if rows.next_if(|&&row| row as usize == index).is_some() {
                     let mut hash = (0..=position).fold(weights, |hash, before| mix(hash, self.memory[slot(before)]));
                     for _ in 0..VOCABULARY {
                         hash = hash.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                         logits.push((hash >> 40) as f32 / (1u64 << 24) as f32 * 4.0);
+                    }
+                    if position >= 2 {
+                        let start = logits.len() - VOCABULARY;
+                        logits[start + self.tokens[slot(position - 2)] as usize] += self.habit;
                     }
                 }
             }

@@ -17,6 +17,8 @@ pub struct Limits {
     pub pages: usize,
     /// Most tokens of a prompt and its answer.
     pub context_tokens: usize,
+    /// Most tokens of a draft; 0: none are made.
+    pub draft_tokens: usize,
     /// Number of logits of a row.
     pub vocabulary: usize,
     /// Tokens that end an answer.

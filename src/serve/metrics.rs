@@ -100,6 +100,8 @@ pub struct Metrics {
     prefilled_tokens: Number,
     cached_tokens: Number,
     generated_tokens: Number,
+    drafted_tokens: Number,
+    accepted_tokens: Number,
 }
 
 impl Metrics {
@@ -114,6 +116,8 @@ impl Metrics {
         self.prefilled_tokens.set(counters.prefilled_tokens);
         self.cached_tokens.set(counters.cached_tokens);
         self.generated_tokens.set(counters.generated_tokens);
+        self.drafted_tokens.set(counters.drafted_tokens);
+        self.accepted_tokens.set(counters.accepted_tokens);
     }
 
     /// Counts an HTTP answer.
@@ -152,6 +156,8 @@ impl Metrics {
                 self.cached_tokens.get(),
             ),
             ("ftkit_generated_tokens_total", "counter", "tokens generated", self.generated_tokens.get()),
+            ("ftkit_drafted_tokens_total", "counter", "tokens drafted", self.drafted_tokens.get()),
+            ("ftkit_accepted_tokens_total", "counter", "tokens drafted that were right", self.accepted_tokens.get()),
             ("ftkit_batch_tokens_total", "counter", "tokens that steps computed", self.batch_tokens.get()),
             ("ftkit_blocks_used", "gauge", "pages of the pool in use", self.blocks_used.get()),
             (

@@ -9,6 +9,7 @@ mod admission;
 mod answer;
 pub mod calls;
 pub mod constraint;
+mod draft;
 mod engine;
 pub mod fairness;
 #[cfg(test)]

@@ -171,12 +171,20 @@ impl Residency {
         self.entries.get(&adapter).and_then(|entry| entry.root)
     }
 
-    /// Pages of the adapters that sequences run under, with one more.
-    pub fn held_with(&self, adapter: i32, pool: &BlockPool) -> usize {
+    /// Pages of an adapter, which is ready.
+    pub fn pages(&self, adapter: i32, pool: &BlockPool) -> usize {
+        match self.entries.get(&adapter).map(|entry| &entry.state) {
+            Some(State::Here(table)) => table.pages().len(),
+            Some(State::Staged(fetched)) => fetched.pages,
+            Some(State::Parked) => pool.parked_pages(adapter),
+            _ => 0,
+        }
+    }
+
+    /// Pages of the adapters that others run under.
+    pub fn held_beside(&self, adapter: i32) -> usize {
         let pages = |(id, entry): (&i32, &Entry)| match &entry.state {
-            State::Here(table) => table.pages().len(),
-            State::Staged(fetched) if *id == adapter => fetched.pages,
-            State::Parked if *id == adapter => pool.parked_pages(adapter),
+            State::Here(table) if *id != adapter => table.pages().len(),
             _ => 0,
         };
         self.entries.iter().map(pages).sum()

@@ -43,6 +43,10 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens drafted.
+    pub drafted_tokens: u64,
+    /// Tokens drafted that were right.
+    pub accepted_tokens: u64,
 }
 
 /// The queue, the running sequences and the pool.
@@ -53,8 +57,8 @@ pub struct Scheduler {
     queue: Queue,
     /// In the order of admission: the last is the youngest.
     running: Vec<Sequence>,
-    /// The batch that is being computed: (index in `running`, tokens, whether logits are wanted).
-    planned: Vec<(usize, usize, bool)>,
+    /// The batch that is being computed: (index in `running`, tokens, of how many of the last logits are wanted).
+    planned: Vec<(usize, usize, usize)>,
     counters: Counters,
     /// Seconds that a token took in the last steps.
     pace: f64,
@@ -213,6 +217,7 @@ impl Scheduler {
     /// The next batch, or none when there is nothing to compute. `wanted`: adapters that others than requests wait for.
     pub fn plan_with(&mut self, wanted: &[i32]) -> Option<Batch> {
         self.planned.clear();
+        self.running.iter_mut().for_each(|sequence| sequence.draft.clear());
         let wanted: Vec<i32> =
             self.queue.iter().map(|sequence| sequence.adapter).chain(wanted.iter().copied()).collect();
         self.residency.wish(&wanted);
@@ -224,7 +229,7 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() && budget > 0 {
             if self.running[index].left() == 1 && self.reserve(index) {
-                self.planned.push((index, 1, true));
+                self.planned.push((index, 1, 1));
                 budget -= 1;
             }
             index += 1;
@@ -234,7 +239,7 @@ impl Scheduler {
             let left = sequence.left();
             let count = left.min(budget);
             if left > 1 && count > 0 {
-                self.planned.push((index, count, count == left));
+                self.planned.push((index, count, usize::from(count == left)));
                 budget -= count;
             }
         }
@@ -255,14 +260,29 @@ impl Scheduler {
             };
             let left = sequence.left();
             let chunk = left.min(budget);
-            self.planned.push((self.running.len(), chunk, chunk == left));
+            self.planned.push((self.running.len(), chunk, usize::from(chunk == left)));
             budget -= chunk;
             self.running.push(sequence);
         }
+        self.draft(budget);
         // Rows under one adapter side by side, so that its matrices are read once.
         let running = &self.running;
         self.planned.sort_unstable_by_key(|&(index, _, _)| (running[index].adapter, index));
         (!self.planned.is_empty()).then(|| self.batch())
+    }
+
+    /// Adds drafts to sequences that generate, as long as the step stays small.
+    fn draft(&mut self, budget: usize) {
+        let rows: usize = self.planned.iter().map(|planned| planned.1).sum();
+        let mut room = budget.min(DRAFT_ROWS.saturating_sub(rows));
+        for (index, count, wanted) in &mut self.planned {
+            let sequence = &mut self.running[*index];
+            if room > 0 && (*count, *wanted) == (1, 1) && sequence.left() == 1 && self.limits.draft_tokens > 0 {
+                sequence.propose(room.min(self.limits.draft_tokens), &mut self.pool);
+                let more = sequence.draft.len();
+                (*count, *wanted, room) = (1 + more, 1 + more, room - more);
+            }
+        }
     }
 
     /// Whether a waiting sequence's adapter is not there yet; that one is then passed.
@@ -288,16 +308,15 @@ impl Scheduler {
     /// It would not have room even alone.
     fn admit(&mut self, waiting: usize) -> Result<Option<Sequence>> {
         let Some(sequence) = self.queue.get(waiting) else { return Ok(None) };
-        let held = self.residency.held_with(sequence.adapter, &self.pool);
-        let room = self.pool.pages().saturating_sub(held);
-        if self.running.is_empty() {
-            // Nobody will leave: what there is must do.
-            let longest = room * self.pool.block_tokens();
-            if sequence.tokens.len() >= longest {
-                return Err(Residency::too_large(held, &self.pool));
-            }
-            sequence.longest = sequence.longest.min(longest);
+        let own = self.residency.pages(sequence.adapter, &self.pool);
+        let most = self.pool.pages().saturating_sub(own);
+        // Even alone it would have no more, and nobody is to wait for what can't be.
+        let longest = most * self.pool.block_tokens();
+        if sequence.tokens.len() >= longest {
+            return Err(Residency::too_large(own, &self.pool));
         }
+        sequence.longest = sequence.longest.min(longest);
+        let room = most.saturating_sub(self.residency.held_beside(sequence.adapter));
         sequence.adopt(&mut self.pool);
         let fits = self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= room;
         let (tokens, adapter) = (sequence.tokens.len(), sequence.adapter);
@@ -351,12 +370,14 @@ impl Scheduler {
         let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
         // Pages that a sequence needs for what it has and gets now.
         let pages =
-            |&(index, count, _): &(usize, usize, bool)| self.pool.pages_for(self.running[index].computed + count);
+            |&(index, count, _): &(usize, usize, usize)| self.pool.pages_for(self.running[index].computed + count);
         batch.blocks = self.planned.iter().map(pages).max().unwrap_or(0);
         for planned @ &(index, count, wanted) in &self.planned {
             let sequence = &self.running[index];
             for position in sequence.computed..sequence.computed + count {
-                batch.tokens.push(sequence.tokens[position] as i32);
+                let known = sequence.tokens.get(position);
+                let token = known.unwrap_or_else(|| &sequence.draft[position - sequence.tokens.len()]);
+                batch.tokens.push(*token as i32);
                 batch.positions.push(position as i32);
             }
             batch.cu_seqlens.push(batch.tokens.len() as i32);
@@ -364,16 +385,15 @@ impl Scheduler {
             let row = batch.block_table.len();
             batch.block_table.extend(sequence.table.pages()[..pages(planned)].iter().map(|&page| page as i32));
             batch.block_table.resize(row + batch.blocks, 0);
-            if wanted {
-                batch.rows.push(batch.tokens.len() as i32 - 1);
-            }
+            let end = batch.tokens.len();
+            batch.rows.extend((end - wanted..end).map(|row| row as i32));
         }
         batch
     }
 
     /// Takes the logits of the planned batch: chooses tokens, sends events, retires what ended.
     pub fn apply(&mut self, logits: &[f32]) {
-        let wanted = self.planned.iter().filter(|planned| planned.2).count();
+        let wanted: usize = self.planned.iter().map(|planned| planned.2).sum();
         if logits.len() != wanted * self.limits.vocabulary {
             let expected = wanted * self.limits.vocabulary;
             let message = format!("the step: expected {wanted} rows, {expected} logits, got {} logits", logits.len());
@@ -382,21 +402,27 @@ impl Scheduler {
         let mut rows = logits.chunks_exact(self.limits.vocabulary);
         for (index, count, wanted) in std::mem::take(&mut self.planned) {
             let sequence = &mut self.running[index];
-            sequence.computed += count;
-            if sequence.computed <= sequence.prompt || count > 1 {
-                self.counters.prefilled_tokens += count as u64;
+            let drafted = sequence.draft.len();
+            let known = count - drafted;
+            sequence.computed += known;
+            if sequence.computed <= sequence.prompt || known > 1 {
+                self.counters.prefilled_tokens += known as u64;
             }
-            sequence.learn(&mut self.pool);
-            if let (true, Some(row)) = (wanted, rows.next()) {
+            if wanted > 0 {
                 let before = sequence.tokens.len();
-                sequence.advance(row, &self.limits.end_ids);
+                let right = sequence.follow(&rows.by_ref().take(wanted).collect::<Vec<_>>(), &self.limits.end_ids);
+                // what follows a wrong token was computed in vain, and is overwritten
+                sequence.computed += right;
+                self.counters.drafted_tokens += drafted as u64;
+                self.counters.accepted_tokens += right as u64;
                 let generated = sequence.tokens.len() - before;
                 self.counters.generated_tokens += generated as u64;
                 self.queue.charge(sequence.flow, 0, generated);
-                if sequence.tokens.len() == sequence.prompt + 1 {
+                if before == sequence.prompt && sequence.tokens.len() > before {
                     self.counters.started += 1;
                 }
             }
+            sequence.learn(&mut self.pool);
         }
         self.retire();
     }
@@ -438,6 +464,9 @@ impl Scheduler {
     }
 }
 
+/// Rows of a step up to which more rows cost little, since reading the weights takes most of the time.
+const DRAFT_ROWS: usize = 16;
+
 /// Pages that the running sequences and one more need at most, all together, until they have ended.
 fn need(limits: &Limits, pool: &BlockPool, running: &[Sequence], next: &Sequence) -> usize {
     // Tokens of a step that prompts get whatever else runs.
@@ -449,7 +478,7 @@ fn need(limits: &Limits, pool: &BlockPool, running: &[Sequence], next: &Sequence
         // One that generates starts now. Prompts go one after the other, the first of them now.
         let left = sequence.left();
         before += if left > 1 { left } else { 0 };
-        sequence.load(if left > 1 { before.div_ceil(least) - 1 } else { 0 }, pool)
+        sequence.load(if left > 1 { before.div_ceil(least) - 1 } else { 0 }, 1 + limits.draft_tokens, pool)
     };
     let loads: Vec<Load> = running.iter().chain([next]).map(&mut load).collect();
     peak(&loads, shared.len(), pool.block_tokens())

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::admission::Load;
 use super::answer::Answer;
+use super::draft::{Trust, look_up};
 use super::fairness::{Flow, MAX_PRIORITY};
 use super::limits::Limits;
 use super::pool::{BlockPool, BlockTable};
@@ -16,6 +17,9 @@ use crate::Error;
 pub(super) struct Sequence {
     /// The prompt and the answer so far.
     pub tokens: Vec<u32>,
+    /// What the step that is planned computes beyond them.
+    pub draft: Vec<u32>,
+    trust: Trust,
     /// Tokens of the prompt.
     pub prompt: usize,
     /// Tokens whose keys and values are in the pool.
@@ -73,6 +77,8 @@ impl Sequence {
         let mut chain = Chain::new(root);
         chain.extend(&prompt, limits.block_tokens);
         Self {
+            draft: Vec::new(),
+            trust: Trust::default(),
             prompt: prompt.len(),
             computed: 0,
             cached: None,
@@ -111,12 +117,12 @@ impl Sequence {
     }
 
     /// What it may still ask of the pool. An answer without a bound is expected to become as long again as it is.
-    pub fn load(&self, delay: usize, pool: &BlockPool) -> Load {
+    pub fn load(&self, delay: usize, rate: usize, pool: &BlockPool) -> Load {
         // the last token of an answer is never computed
         let most = (self.longest - self.tokens.len()).saturating_sub(1);
         let more = if self.open { most.min(OPEN_TOKENS.max(self.tokens.len() - self.prompt)) } else { most };
         let shared = self.table.pages().iter().filter(|&&page| pool.holders(page) > 1).count();
-        Load { tokens: self.tokens.len(), more, delay, rate: 1, shared }
+        Load { tokens: self.tokens.len(), more, delay, rate, shared }
     }
 
     /// Takes the pages that hold the beginning of its tokens already. At least one token is left to compute, for its
@@ -126,6 +132,37 @@ impl Sequence {
         let count = self.table.adopt(pool, keys);
         self.computed = count * pool.block_tokens();
         self.learned = count;
+    }
+
+    /// Drafts at most so many tokens, for which it has or gets pages.
+    pub fn propose(&mut self, most: usize, pool: &mut BlockPool) {
+        // the last token of an answer is never computed
+        let room = (self.longest - self.tokens.len()).saturating_sub(1);
+        let most = self.trust.most(most.min(room));
+        let found = look_up(&self.tokens, most);
+        if !found.is_empty() && self.table.reserve(pool, self.tokens.len() + found.len()) {
+            self.draft = found.to_vec();
+        }
+    }
+
+    /// Takes the next tokens of the answer, from a row of logits after its last token and one after each of its draft; how
+    /// many of the draft were right.
+    pub fn follow(&mut self, rows: &[&[f32]], end_ids: &[u32]) -> usize {
+        let draft = std::mem::take(&mut self.draft);
+        let mut right = 0;
+        for row in rows {
+            let before = self.tokens.len();
+            self.advance(row, end_ids);
+            let expected = draft.get(right);
+            if self.ended.is_some() || self.tokens.get(before) != expected {
+                break;
+            }
+            right += 1;
+        }
+        if !draft.is_empty() {
+            self.trust.learn(draft.len(), right);
+        }
+        right
     }
 
     /// It was admitted: from now on it is known what was there already.

@@ -36,6 +36,9 @@ def command(
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
+    draft_tokens: Annotated[
+        int, typer.Option(min=0, max=15, help="Most tokens guessed from what was said before, and checked in one step.")
+    ] = 0,
     first_token_seconds: Annotated[
         float | None,
         typer.Option(min=0.001, help="Refuse what can't have its first token in this time.", show_default=False),
@@ -102,6 +105,7 @@ def command(
         max_sequences=max_sequences,
         max_batch_tokens=max(512, max_sequences),
         max_waiting=max_waiting,
+        draft_tokens=draft_tokens,
     )
 
     def ready() -> None:

@@ -21,7 +21,7 @@ class ModelStep:
         self.shelf = Shelf(model, cache)
         self.lock = threading.Lock()
         """Held during a step; whoever changes the model's adapters holds it too."""
-        sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, sequences)
+        sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, tokens)
         self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
 
     def __call__(

@@ -79,13 +79,15 @@ class Engine:
         max_sequences: int = 32,
         max_waiting: int = 256,
         context_tokens: int | None = None,
+        draft_tokens: int = 0,
         name: str | None = None,
     ) -> None:
         """An engine for `loaded`, known to requests as `name` (its file's name when not given).
 
         `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
         quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
-        bound a step, `max_waiting` the queue. Raises InputError when the pool is too small for anything.
+        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in what was
+        said before, and computes them in one step; answers stay the same, and come faster where they quote. Raises InputError when the pool is too small for anything.
         """
         model, config = loaded.model, loaded.config
         context = min(context_tokens or config.context_length, config.context_length)
@@ -126,6 +128,7 @@ class Engine:
             block_tokens=block_tokens,
             pages=pages,
             context_tokens=context,
+            draft_tokens=draft_tokens,
             vocabulary=config.vocab_size,
         )
         # Also at the end of the program: the thread must be gone before the interpreter is.
@@ -323,9 +326,9 @@ def launch(
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
     base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
-    which answers the same to the bit. `folder`: every adapter in it is there under its directory's name, and read when a
-    request needs it. `fast_decode`: activations are rounded to 8 bits where the matrices are whole
-    numbers, which is faster and answers a little otherwise. `options`: of `Engine`.
+    which answers the same to the bit. `folder`: every adapter in it is there under its directory's name, and is read
+    when a request needs it. `fast_decode`: activations are rounded to 8 bits where the matrices are whole numbers,
+    which is faster and answers a little otherwise. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":

@@ -14,6 +14,7 @@ fn limits(pages: usize, batch_tokens: usize, sequences: usize) -> Limits {
         block_tokens: 3,
         pages,
         context_tokens: 60,
+        draft_tokens: 0,
         vocabulary: VOCABULARY,
         end_ids: vec![0],
     }
@@ -53,13 +54,17 @@ fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
 }
 
 fn alone(prompt: &[u32], sampling: &Sampling, adapter: i32) -> Listener {
+    alone_with(0.0, prompt, sampling, adapter)
+}
+
+fn alone_with(habit: f32, prompt: &[u32], sampling: &Sampling, adapter: i32) -> Listener {
     let mut scheduler = Scheduler::new(limits(30, 64, 1));
     let listener = Listener::default();
     if adapter >= PAGED {
         scheduler.residency().know(adapter);
     }
     scheduler.add(request(prompt, sampling.clone(), adapter, &listener));
-    finish(&mut scheduler, &mut FakeStep::new(30, 3));
+    finish(&mut scheduler, &mut FakeStep::with_habit(30, 3, habit));
     listener
 }
 
@@ -79,9 +84,10 @@ proptest! {
         pages in 26usize..40,
         batch_tokens in 4usize..40,
         sequences in 1usize..4,
+        (draft_tokens, habit) in (0usize..6, prop::sample::select(vec![0.0f32, 3.0, 9.0])),
     ) {
-        let mut scheduler = Scheduler::new(limits(pages, batch_tokens, sequences));
-        let mut step = FakeStep::new(pages, 3);
+        let mut scheduler = Scheduler::new(Limits { draft_tokens, ..limits(pages, batch_tokens, sequences) });
+        let mut step = FakeStep::with_habit(pages, 3, habit);
         let mut logits = Vec::new();
         let mut listeners = Vec::new();
         (PAGED..PAGED + 5).for_each(|adapter| scheduler.residency().know(adapter));
@@ -100,7 +106,7 @@ proptest! {
         }
         finish(&mut scheduler, &mut step);
         for ((prompt, max_tokens, seed, adapter, _), listener) in requests.iter().zip(&listeners) {
-            let expected = alone(prompt, &sampling(*seed, *max_tokens), *adapter);
+            let expected = alone_with(habit, prompt, &sampling(*seed, *max_tokens), *adapter);
             prop_assert_eq!(listener.tokens(), expected.tokens());
             prop_assert_eq!(listener.text(), expected.text());
             prop_assert_eq!(listener.ending(), expected.ending());
@@ -507,10 +513,12 @@ fn an_adapter_that_cannot_be_read_fails_those_who_wait_for_it() {
     assert_eq!(listeners[0].ending(), "failed: adapter: expected one, got rubbish");
     assert_eq!(listeners[2].ending(), listeners[0].ending());
     assert_eq!(listeners[1].text(), alone(&[5; 7], &sampling(1, 9), -1).text());
-    // One that leaves no room is refused, and so is one that is gone.
+    // One that leaves no room is refused without waiting for others to leave, and so is one that is gone.
+    let busy = ask(&mut scheduler, &[4; 7], -1);
     let large = ask(&mut scheduler, &[5; 7], PAGED + 38);
     finish(&mut scheduler, &mut step);
     assert!(large.ending().starts_with("failed: adapter: expected one that leaves room"), "{}", large.ending());
+    assert_eq!(busy.text(), alone(&[4; 7], &sampling(1, 9), -1).text());
     scheduler.residency().forget(PAGED);
     assert!(scheduler.plan().is_none());
     assert_eq!(scheduler.moves().forgotten, [PAGED]);
@@ -546,4 +554,37 @@ fn what_was_fetched_for_someone_who_left_does_not_block_the_way() {
     let listener = ask(&mut scheduler, &[5; 7], PAGED + 5);
     finish(&mut scheduler, &mut step);
     assert_eq!(listener.text(), alone(&[5; 7], &sampling(1, 9), PAGED + 5).text());
+}
+
+#[test]
+fn drafts_bring_several_tokens_a_step_and_change_none() {
+    for temperature in [0.0, 1.0] {
+        let how = Sampling { temperature, ignore_end: true, ..sampling(7, 50) };
+        let mut counts = Vec::new();
+        for draft_tokens in [0, 5] {
+            let mut scheduler = Scheduler::new(Limits { draft_tokens, ..limits(40, 16, 2) });
+            let mut step = FakeStep::with_habit(40, 3, 9.0);
+            let listeners = [Listener::default(), Listener::default()];
+            for (listener, adapter) in listeners.iter().zip([-1, 2]) {
+                scheduler.add(request(&[3, 1, 4, 1, 5], how.clone(), adapter, listener));
+            }
+            let mut rounds = 0;
+            while !scheduler.idle() {
+                steps(&mut scheduler, &mut step, 1);
+                rounds += 1;
+            }
+            for (listener, adapter) in listeners.iter().zip([-1, 2]) {
+                let expected = alone_with(9.0, &[3, 1, 4, 1, 5], &how, adapter);
+                assert_eq!((listener.tokens(), listener.ending()), (expected.tokens(), expected.ending()));
+                assert_eq!(listener.tokens().len(), 50);
+            }
+            let counters = scheduler.counters();
+            counts.push(rounds);
+            assert_eq!((counters.generated_tokens, counters.started), (100, 2));
+            assert!(counters.accepted_tokens <= counters.drafted_tokens);
+            assert_eq!(scheduler.pool().used(), 0);
+        }
+        assert_eq!(counts[0], 50);
+        assert!(counts[1] < 25, "{counts:?} at temperature {temperature}");
+    }
 }
