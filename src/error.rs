@@ -9,6 +9,8 @@ pub enum ErrorKind {
     Input,
     /// Something failed on our side or the machine's: exit code 1, HTTP 5xx.
     Failure,
+    /// It can't be done now, and later perhaps: exit code 1, HTTP 503.
+    Busy,
 }
 
 /// An error with a message for people and, where one is known, a hint at the remedy.
@@ -34,6 +36,11 @@ impl Error {
     /// A failure that is not the user's fault.
     pub fn failure(message: impl Into<String>) -> Self {
         Self { kind: ErrorKind::Failure, message: message.into(), hint: None }
+    }
+
+    /// What can't be done now.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self { kind: ErrorKind::Busy, message: message.into(), hint: None }
     }
 
     /// The same error with a hint at the remedy.

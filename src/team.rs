@@ -99,6 +99,16 @@ impl Team {
         })
     }
 
+    /// A team of the calling thread, for what is a task of another team's.
+    pub fn alone() -> Self {
+        Self {
+            seats: vec![Seat::default()],
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            over: AtomicBool::new(true),
+            panic: Mutex::new(None),
+        }
+    }
+
     /// Threads that may be at work.
     pub fn threads(&self) -> usize {
         self.seats.len()

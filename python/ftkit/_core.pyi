@@ -158,9 +158,14 @@ class DecoderLayers:
         """A layer: (its two norms, the norms of queries and keys or none, window, linear layers from q to down).
         The head: (the last norm, a linear layer).
 
-        A linear layer: (matrix, inputs, bias or None, [(adapter, A, B, scale)]), the matrix a `PackedMatrix`, a
+        A linear layer: (matrix, inputs, bias or None), the matrix a `PackedMatrix`, a
         `CodedMatrix`, or (format, blocks uint8 [out, bytes of a row]).
         """
+    def add_adapter(self, adapter: int, loras: Sequence[tuple[Any, ...] | None]) -> None:
+        """What an adapter adds to each linear layer, in order, the head's last: (A [rank, in], B [out, rank], scale)
+        in float32, or None."""
+    def remove_adapter(self, adapter: int) -> None:
+        """Takes an adapter off."""
     @property
     def has_head(self) -> bool:
         """Whether logits can be asked for."""
@@ -419,14 +424,15 @@ class Stream:
     def __iter__(self) -> Stream: ...
     def __next__(
         self,
-    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
-        """(text, tokens as (id, log-probability, likeliest), finish reason, (prompt tokens, generated tokens)).
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int, int] | None]:
+        """(text, tokens as (id, log-probability, likeliest), finish reason, (tokens of the prompt, of these cached,
+        generated)).
 
         The last two come with the last item. Waits; Ctrl-C interrupts. Raises FtkitError when the request failed.
         """
     def rest(
         self,
-    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int] | None]:
+    ) -> tuple[str, list[tuple[int, float | None, list[tuple[int, float]]]], str | None, tuple[int, int, int] | None]:
         """All that is still to come, as one item. Waits and raises as an iteration does."""
     def cancel(self) -> None:
         """Ends the request; its pages are free before the next step."""
@@ -443,31 +449,52 @@ class Engine:
         workspace: Sequence[Tensor],
         *,
         name: str,
+        content: str,
         batch_tokens: int,
         sequences: int,
         waiting: int,
         block_tokens: int,
         pages: int,
         context_tokens: int,
+        draft_tokens: int,
         vocabulary: int,
     ) -> Engine:
         """`step(tokens, blocks, rows, lengths, adapters)` returns float32 logits [rows, vocabulary] on the CPU.
 
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
         adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
-        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU.
+        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. `content` is a hash of
+        the base model's weights. For adapters on disk: `step.fetch(adapter)` returns (pages, hash of its content), on
+        another thread; `step.install(adapter, pages)`, `step.evict(adapter)` and `step.forget(adapter)`.
         """
     @property
     def models(self) -> list[str]:
         """The names that requests may ask for, the base model's first."""
     def add_adapter(self, name: str, adapter: int) -> None:
         """Lets requests ask for an adapter by name. Raises InputError when the name is in use."""
+    def replace_adapter(self, name: str, adapter: int) -> int:
+        """Lets a name mean another adapter from now on, and returns the one before; requests under way keep that."""
+    def know(self, adapter: int) -> None:
+        """The adapter is on disk: `step.fetch` reads it when a request needs it, `step.install` writes it to pages."""
+    def forget(self, adapter: int) -> None:
+        """No request will name the adapter any more; `step.forget` is called when the last that did has ended."""
     def remove_adapter(self, name: str) -> int:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
     def uses(self, adapter: int) -> bool:
         """Whether a request under way uses the adapter."""
-    def submit(self, prompt: Sequence[int], sampling: str, model: str | None = None) -> Stream:
-        """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full."""
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: str,
+        model: str | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
+    ) -> Stream:
+        """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full.
+
+        `priority`: −8 to 8, each step doubles the share among the requests that wait. The answer fails as soon as its
+        first token cannot be there within `first_token_seconds`.
+        """
     def metrics(self) -> dict[str, int]:
         """What the engine has counted, by name."""
     def serve(
@@ -478,10 +505,12 @@ class Engine:
         *,
         body_bytes: int,
         api_key: str | None = None,
+        first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
-        `model`: the name that answers requests which give none.
+        `model`: the name that answers requests which give none. `first_token_seconds`: requests whose first token
+        cannot come within it are refused.
         """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

@@ -10,8 +10,9 @@
 pub mod attention;
 mod math;
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attention::{Layout, Rows, paged_attention};
 use crate::error::{Error, Result};
@@ -22,8 +23,6 @@ use crate::team::{Shared, Team};
 /// A LoRA on a linear layer: y += scale (x Aᵀ) Bᵀ for the rows of its adapter.
 #[derive(Clone, Copy, Debug)]
 pub struct Lora<'a> {
-    /// The adapter's id.
-    pub adapter: i32,
     /// A `[rank, in]`.
     pub a: Matrix<'a>,
     /// B `[out, rank]`.
@@ -57,15 +56,13 @@ impl Weight<'_> {
     }
 }
 
-/// A linear layer: y = x Wᵀ + b, and what adapters add.
+/// A linear layer: y = x Wᵀ + b.
 #[derive(Clone, Debug)]
 pub struct Linear<'a> {
     /// W `[out, in]`.
     pub weight: Weight<'a>,
     /// b `[out]`.
     pub bias: Option<&'a [f32]>,
-    /// At most one an adapter.
-    pub loras: Vec<Lora<'a>>,
 }
 
 /// A layer's weights.
@@ -87,6 +84,28 @@ pub struct Layer<'a> {
     pub down: Linear<'a>,
 }
 
+/// Linear layers of a layer.
+const LINEARS: usize = 7;
+
+impl<'a> Layer<'a> {
+    fn linears(&self) -> impl Iterator<Item = &Linear<'a>> {
+        self.qkv.iter().chain([&self.o]).chain(&self.gate_up).chain([&self.down])
+    }
+}
+
+/// What adapters add to linear layers from a number on.
+#[derive(Clone, Copy)]
+struct Added<'b, 'a> {
+    loras: &'b HashMap<i32, Vec<Option<Lora<'a>>>>,
+    first: usize,
+}
+
+impl<'a> Added<'_, 'a> {
+    fn get(&self, adapter: i32, linear: usize) -> Option<Lora<'a>> {
+        self.loras.get(&adapter).and_then(|loras| loras.get(self.first + linear).copied().flatten())
+    }
+}
+
 /// What turns hidden states into logits.
 #[derive(Clone, Debug)]
 pub struct Head<'a> {
@@ -101,6 +120,8 @@ pub struct Head<'a> {
 pub struct Layers<'a> {
     layers: Vec<Layer<'a>>,
     head: Option<Head<'a>>,
+    /// What adapters add to each linear layer, from the first layer's q to its down, and so on, the head's last.
+    loras: HashMap<i32, Vec<Option<Lora<'a>>>>,
     width: usize,
     inner: usize,
     heads: usize,
@@ -134,7 +155,8 @@ impl<'a> Layers<'a> {
         epsilon: f32,
     ) -> Result<Self> {
         let (width, inner) = layers.first().map_or((0, 0), |layer| (layer.norms[0].len(), layer.down.weight.columns()));
-        let made = Self { layers, head, width, inner, heads, key_value_heads, head_dim, epsilon };
+        let loras = HashMap::new();
+        let made = Self { layers, head, loras, width, inner, heads, key_value_heads, head_dim, epsilon };
         made.layers.iter().enumerate().try_for_each(|(index, layer)| {
             made.check(layer).map_err(|error| Error::failure(format!("layer {index}: {}", error.message)))
         })?;
@@ -150,6 +172,38 @@ impl<'a> Layers<'a> {
             )));
         }
         Ok(made)
+    }
+
+    /// Puts an adapter on the layers: what it adds to each linear layer, from the first layer's q to its down, and so on,
+    /// the head's last where there is one.
+    ///
+    /// # Errors
+    /// Sizes that don't agree.
+    pub fn add_adapter(&mut self, adapter: i32, loras: Vec<Option<Lora<'a>>>) -> Result<()> {
+        let linears = self.layers.iter().flat_map(Layer::linears).chain(self.head.iter().map(|head| &head.linear));
+        let (mut count, mut right) = (0, true);
+        for (linear, lora) in linears.zip(&loras) {
+            count += 1;
+            right &= lora.is_none_or(|lora| {
+                let (outputs, inputs) = (linear.weight.rows(), linear.weight.columns());
+                lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == lora.a.rows()
+            });
+        }
+        if !right || count != LINEARS * self.layers.len() + usize::from(self.head.is_some()) || count != loras.len() {
+            return Err(Error::failure("adapter: expected a pair of matrices that fit each linear layer, got others"));
+        }
+        self.loras.insert(adapter, loras);
+        Ok(())
+    }
+
+    /// Takes an adapter off the layers.
+    pub fn remove_adapter(&mut self, adapter: i32) {
+        self.loras.remove(&adapter);
+    }
+
+    /// What the adapters of the spans add to the linear layers from this number on.
+    fn added(&self, first: usize) -> Added<'_, 'a> {
+        Added { loras: &self.loras, first }
     }
 
     /// Whether there is a head.
@@ -222,7 +276,8 @@ impl<'a> Layers<'a> {
         }
         for (index, layer) in self.layers.iter().enumerate() {
             layout.layer = index;
-            apply(team, &layer.qkv, &h, batch.spans, &mut qkv)?;
+            let first = index * LINEARS;
+            apply(team, &layer.qkv, self.added(first), &h, batch.spans, &mut qkv)?;
             self.turn(team, layer, batch, &mut qkv, &mut queries);
             let half_page = layout.block_tokens * kv;
             for (parts, slot) in qkv.chunks_exact(q + 2 * kv).zip(&slots) {
@@ -232,11 +287,11 @@ impl<'a> Layers<'a> {
             }
             let scale = (self.head_dim as f32).powf(-0.5);
             paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
-            apply(team, std::slice::from_ref(&layer.o), &mixed, batch.spans, &mut more)?;
+            apply(team, std::slice::from_ref(&layer.o), self.added(first + 3), &mixed, batch.spans, &mut more)?;
             self.add_and_norm(team, Some(&more), Some(layer.norms[1]), x, &mut h);
-            apply(team, &layer.gate_up, &h, batch.spans, &mut gate_up)?;
+            apply(team, &layer.gate_up, self.added(first + 4), &h, batch.spans, &mut gate_up)?;
             swiglu(team, self.inner, &gate_up, &mut acted);
-            apply(team, std::slice::from_ref(&layer.down), &acted, batch.spans, &mut more)?;
+            apply(team, std::slice::from_ref(&layer.down), self.added(first + 6), &acted, batch.spans, &mut more)?;
             let next = self.layers.get(index + 1).map(|next| next.norms[0]);
             self.add_and_norm(team, Some(&more), next, x, &mut h);
         }
@@ -310,18 +365,15 @@ impl<'a> Layers<'a> {
         math::rms_norm(&chosen, head.norm, self.epsilon, &mut h);
         let before = |end: usize| rows.partition_point(|&row| (row as usize) < end);
         let spans: Vec<_> = spans.iter().map(|&(adapter, first, end)| (adapter, before(first), before(end))).collect();
-        apply(team, std::slice::from_ref(&head.linear), &h, &spans, logits)
+        let added = self.added(self.layers.len() * LINEARS);
+        apply(team, std::slice::from_ref(&head.linear), added, &h, &spans, logits)
     }
 }
 
 fn check_linear(linear: &Linear<'_>, outputs: usize, inputs: usize) -> Result<()> {
     let right = linear.weight.rows() == outputs
         && linear.weight.columns() == inputs
-        && linear.bias.is_none_or(|bias| bias.len() == outputs)
-        && linear
-            .loras
-            .iter()
-            .all(|lora| lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == lora.a.rows());
+        && linear.bias.is_none_or(|bias| bias.len() == outputs);
     if right {
         return Ok(());
     }
@@ -355,29 +407,69 @@ fn slots(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
 }
 
 /// The outputs of several layers of one input, side by side: y `[T, Σ out]`.
-fn apply(team: &Team, linears: &[Linear<'_>], x: &[f32], spans: &[(i32, usize, usize)], y: &mut [f32]) -> Result<()> {
+fn apply(
+    team: &Team,
+    linears: &[Linear<'_>],
+    added: Added<'_, '_>,
+    x: &[f32],
+    spans: &[(i32, usize, usize)],
+    y: &mut [f32],
+) -> Result<()> {
     let width: usize = linears.iter().map(|linear| linear.weight.rows()).sum();
     multiply(team, linears, x, width, y)?;
     let mut begin = 0;
     for linear in linears {
-        let (inputs, outputs) = (linear.weight.columns(), linear.weight.rows());
+        let outputs = linear.weight.rows();
         if let Some(bias) = linear.bias {
             y.chunks_exact_mut(width).for_each(|y| add(&mut y[begin..begin + outputs], bias));
         }
-        for &(adapter, first, end) in spans {
-            let Some(lora) = linear.loras.iter().find(|lora| lora.adapter == adapter) else { continue };
-            let mut low = vec![0.0; (end - first) * lora.a.rows()];
-            matmul(team, &[lora.a], &x[first * inputs..end * inputs], &mut low)?;
-            low.iter_mut().for_each(|value| *value *= lora.scale);
-            let mut more = vec![0.0; (end - first) * outputs];
-            matmul(team, &[lora.b], &low, &mut more)?;
-            for (row, more) in (first..end).zip(more.chunks_exact(outputs)) {
-                add(&mut y[row * width + begin..][..outputs], more);
-            }
-        }
         begin += outputs;
     }
-    Ok(())
+    add_loras(team, linears, added, x, spans, y)
+}
+
+/// Rows of a task: few, so that both a batch of single tokens and a long prompt make work for all threads.
+const LORA_ROWS: usize = 32;
+
+/// What the adapters add, for all layers and spans in one loop.
+fn add_loras(
+    team: &Team,
+    linears: &[Linear<'_>],
+    added: Added<'_, '_>,
+    x: &[f32],
+    spans: &[(i32, usize, usize)],
+    y: &mut [f32],
+) -> Result<()> {
+    let (mut tasks, mut width) = (Vec::new(), 0);
+    for (number, linear) in linears.iter().enumerate() {
+        for &(adapter, first, end) in spans {
+            let Some(lora) = added.get(adapter, number) else { continue };
+            let pieces = (first..end).step_by(LORA_ROWS);
+            tasks.extend(pieces.map(|start| (lora, start..end.min(start + LORA_ROWS), width)));
+        }
+        width += linear.weight.rows();
+    }
+    let (y, failure) = (Shared::new(y), Mutex::new(None));
+    team.each(tasks.len(), &|index| {
+        let (lora, rows, begin) = &tasks[index];
+        let (inputs, outputs, alone) = (lora.a.columns(), lora.b.rows(), Team::alone());
+        let mut low = vec![0.0; rows.len() * lora.a.rows()];
+        let mut more = vec![0.0; rows.len() * outputs];
+        let product = matmul(&alone, &[lora.a], &x[rows.start * inputs..rows.end * inputs], &mut low).and_then(|()| {
+            low.iter_mut().for_each(|value| *value *= lora.scale);
+            matmul(&alone, &[lora.b], &low, &mut more)
+        });
+        if let Err(error) = product {
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            return;
+        }
+        for (row, more) in rows.clone().zip(more.chunks_exact(outputs)) {
+            let at = row * width + begin;
+            // SAFETY: these columns of a row are one task's.
+            add(unsafe { y.part(at..at + outputs) }, more);
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// The products alone: together where all matrices are of one sort, as they mostly are.

@@ -1,6 +1,7 @@
 //! Bindings of the `decoder` room and of the products with matrices of blocks.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use half::{bf16, f16};
 use pyo3::prelude::*;
@@ -191,9 +192,10 @@ enum GivenWeight<'py> {
     Exact(String, Bound<'py, PyAny>),
 }
 
-/// (matrix, inputs, bias or None, [(adapter, A, B, scale)])
-type GivenLinear<'py> =
-    (GivenWeight<'py>, usize, Option<Bound<'py, PyAny>>, Vec<(i32, Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>);
+/// (matrix, inputs, bias or None)
+type GivenLinear<'py> = (GivenWeight<'py>, usize, Option<Bound<'py, PyAny>>);
+/// (A, B, scale), or None where an adapter adds nothing
+type GivenLora<'py> = Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>;
 /// (norms, norms of heads, window, linear layers from q to down)
 type GivenLayer<'py> = (Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>, Option<usize>, Vec<GivenLinear<'py>>);
 
@@ -201,7 +203,9 @@ type GivenLayer<'py> = (Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>, Option<u
 #[pyclass(module = "ftkit._core", frozen)]
 struct DecoderLayers {
     /// Borrows from the tensors that `_tensors` keeps.
-    layers: Layers<'static>,
+    layers: RwLock<Layers<'static>>,
+    /// What the adapters borrow from.
+    adapters: Mutex<HashMap<i32, Vec<Py<PyAny>>>>,
     _tensors: Vec<Py<PyAny>>,
 }
 
@@ -222,13 +226,32 @@ impl DecoderLayers {
             Ok(Head { norm: keep.vector(&norm)?, linear: keep.linear(linear)? })
         });
         let head = head.transpose()?;
-        Ok(Self { layers: Layers::new(layers, head, heads, key_value_heads, head_dim, epsilon)?, _tensors: keep.0 })
+        let layers = Layers::new(layers, head, heads, key_value_heads, head_dim, epsilon)?;
+        Ok(Self { layers: RwLock::new(layers), adapters: Mutex::new(HashMap::new()), _tensors: keep.0 })
+    }
+
+    /// Puts an adapter on the layers: what it adds to each linear layer, in order, the head's last.
+    fn add_adapter(&self, adapter: i32, loras: Vec<GivenLora<'_>>) -> PyResult<()> {
+        let mut keep = Keep(Vec::new());
+        let mut lora = |given: GivenLora<'_>| -> PyResult<_> {
+            given.map(|(a, b, scale)| Ok(Lora { a: keep.dense(&a)?, b: keep.dense(&b)?, scale })).transpose()
+        };
+        let loras = loras.into_iter().map(&mut lora).collect::<PyResult<_>>()?;
+        self.layers.write().unwrap_or_else(PoisonError::into_inner).add_adapter(adapter, loras)?;
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner).insert(adapter, keep.0);
+        Ok(())
+    }
+
+    /// Takes an adapter off the layers.
+    fn remove_adapter(&self, adapter: i32) {
+        self.layers.write().unwrap_or_else(PoisonError::into_inner).remove_adapter(adapter);
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner).remove(&adapter);
     }
 
     /// Whether there is a head.
     #[getter]
     fn has_head(&self) -> bool {
-        self.layers.has_head()
+        self.layers.read().unwrap_or_else(PoisonError::into_inner).has_head()
     }
 
     /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`, the logits of `rows` to `logits`.
@@ -271,12 +294,13 @@ impl DecoderLayers {
                 (rows, cos.slice(), sin.slice(), pages.slice_mut(), x.slice_mut())
             };
             let batch = Batch { cos, sin, rows, spans: &spans };
+            let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
             Team::run(|team| {
-                self.layers.forward(team, batch, block_tokens, pages, x)?;
+                layers.forward(team, batch, block_tokens, pages, x)?;
                 let Some((rows, out)) = &logits else { return Ok(()) };
                 // SAFETY: as above; `logits` is new and given to be written, `rows` to be read.
                 let (rows, out) = unsafe { (rows.slice(), out.slice_mut()) };
-                self.layers.logits(team, &spans, rows, x, out)
+                layers.logits(team, &spans, rows, x, out)
             })
         })?;
         Ok(())
@@ -324,11 +348,7 @@ impl Keep {
         Ok(Matrix::new(crate::quant::Kind::F32, bytemuck::cast_slice(values), rows, columns)?)
     }
 
-    fn linear(&mut self, (weight, columns, bias, loras): GivenLinear<'_>) -> PyResult<Linear<'static>> {
-        let loras = loras
-            .into_iter()
-            .map(|(adapter, a, b, scale)| Ok(Lora { adapter, a: self.dense(&a)?, b: self.dense(&b)?, scale }));
-        let loras = loras.collect::<PyResult<_>>()?;
+    fn linear(&mut self, (weight, columns, bias): GivenLinear<'_>) -> PyResult<Linear<'static>> {
         let bias = bias.map(|bias| self.vector(&bias)).transpose()?;
         let weight = match weight {
             GivenWeight::Packed(packed) => Weight::Packed(packed.get().0.clone()),
@@ -339,7 +359,7 @@ impl Keep {
             }
             GivenWeight::Exact(kind, blocks) => Weight::Exact(self.matrix(&kind, &blocks, columns)?),
         };
-        Ok(Linear { weight, bias, loras })
+        Ok(Linear { weight, bias })
     }
 
     fn layer(&mut self, (norms, head_norms, window, linears): GivenLayer<'_>) -> PyResult<Layer<'static>> {

@@ -10,7 +10,7 @@ impl From<Error> for PyErr {
         Python::attach(|py| {
             let class = match error.kind {
                 ErrorKind::Input => "InputError",
-                ErrorKind::Failure => "FtkitError",
+                ErrorKind::Failure | ErrorKind::Busy => "FtkitError",
             };
             let made = py
                 .import("ftkit.errors")

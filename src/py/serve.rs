@@ -12,8 +12,12 @@ use pyo3::types::PyTuple;
 use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
+use crate::serve::fairness::MAX_PRIORITY;
 use crate::serve::models::Models;
-use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
+use crate::serve::prefix::root;
+use crate::serve::{
+    Batch, Delta, Event, Fetched, Language, Limits, Request, Sampler, Sampling, Shelf, Sink, Step, Text, http,
+};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
@@ -34,8 +38,8 @@ struct Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (tokenizer, template, step, workspace, *, name, batch_tokens, sequences, waiting, block_tokens,
-        pages, context_tokens, vocabulary))]
+    #[pyo3(signature = (tokenizer, template, step, workspace, *, name, content, batch_tokens, sequences, waiting,
+        block_tokens, pages, context_tokens, draft_tokens, vocabulary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         tokenizer: &Tokenizer,
@@ -43,23 +47,39 @@ impl Engine {
         step: Py<PyAny>,
         workspace: Vec<Py<PyAny>>,
         name: &str,
+        content: &str,
         batch_tokens: usize,
         sequences: usize,
         waiting: usize,
         block_tokens: usize,
         pages: usize,
         context_tokens: usize,
+        draft_tokens: usize,
         vocabulary: usize,
     ) -> PyResult<Self> {
         let (tokenizer, template) = (tokenizer.0.clone(), template.map(|template| template.0.clone()));
         let end_ids = tokenizer.end_ids();
-        let limits =
-            Limits { batch_tokens, sequences, waiting, block_tokens, pages, context_tokens, vocabulary, end_ids };
+        let limits = Limits {
+            batch_tokens,
+            sequences,
+            waiting,
+            block_tokens,
+            pages,
+            context_tokens,
+            draft_tokens,
+            vocabulary,
+            end_ids,
+        };
         let workspace = workspace
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
-        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
-        Ok(Self { engine, language: Arc::new(Text::new(tokenizer, template)), models: Arc::new(Models::new(name)) })
+        let shelf = PythonShelf { step: Python::attach(|py| step.clone_ref(py)), base: content.to_owned() };
+        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace }, shelf)?;
+        Ok(Self {
+            engine,
+            language: Arc::new(Text::new(tokenizer, template)),
+            models: Arc::new(Models::new(name, content)),
+        })
     }
 
     /// The names that requests may ask for.
@@ -76,12 +96,38 @@ impl Engine {
         Ok(self.models.remove(name)?)
     }
 
+    fn replace_adapter(&self, name: &str, adapter: i32) -> PyResult<i32> {
+        Ok(self.models.replace(name, adapter)?)
+    }
+
+    fn know(&self, adapter: i32) {
+        self.engine.know(adapter);
+    }
+
+    fn forget(&self, adapter: i32) {
+        self.engine.forget(adapter);
+    }
+
     fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
         py.detach(|| self.engine.uses(adapter))
     }
 
-    #[pyo3(signature = (prompt, sampling, model = None))]
-    fn submit(&self, prompt: Vec<u32>, sampling: &str, model: Option<&str>) -> PyResult<Stream> {
+    #[pyo3(signature = (prompt, sampling, model = None, priority = 0, first_token_seconds = None))]
+    fn submit(
+        &self,
+        prompt: Vec<u32>,
+        sampling: &str,
+        model: Option<&str>,
+        priority: i64,
+        first_token_seconds: Option<f64>,
+    ) -> PyResult<Stream> {
+        let priority = i8::try_from(priority).ok().filter(|priority| (-MAX_PRIORITY..=MAX_PRIORITY).contains(priority));
+        let Some(priority) = priority else {
+            let message =
+                format!("priority: expected a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, got another");
+            return Err(Error::input(message).into());
+        };
+        let deadline = first_token_seconds.map(seconds).transpose()?.map(|time| Instant::now() + time);
         let sampling = Sampling::from_json(sampling)?;
         let Some(model) = self.models.find(model) else {
             let message =
@@ -92,8 +138,19 @@ impl Engine {
         let closed = Arc::new(AtomicBool::new(false));
         let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
         let decoder = self.language.decoder(false);
-        let request =
-            Request { prompt, sampling, constraint: None, adapter: model.adapter, decoder, sink, urgent: false };
+        let request = Request {
+            prompt,
+            sampling,
+            constraint: None,
+            adapter: model.adapter,
+            root: model.root,
+            decoder,
+            sink,
+            client: 0,
+            priority,
+            deadline,
+            urgent: false,
+        };
         self.engine.submit(vec![request]).map_err(Error::from)?;
         Ok(Stream { receiver: Mutex::new(receiver), closed })
     }
@@ -102,7 +159,8 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None))]
+    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None, first_token_seconds = None))]
+    #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
         py: Python<'_>,
@@ -111,13 +169,21 @@ impl Engine {
         model: String,
         body_bytes: usize,
         api_key: Option<String>,
+        first_token_seconds: Option<f64>,
     ) -> PyResult<()> {
+        let first_token = first_token_seconds.map(seconds).transpose()?;
         let Some(socket) = listener.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::failure("listener: expected one that is not in use").into());
         };
         let (engine, language, models) = (self.engine.clone(), Arc::clone(&self.language), Arc::clone(&self.models));
-        let settings =
-            http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes, model };
+        let settings = http::Settings {
+            host: listener.host.clone(),
+            loopback: listener.loopback,
+            api_key,
+            body_bytes,
+            first_token,
+            model,
+        };
         py.detach(|| {
             let mut called = Ok(());
             http::Server::new(socket, engine, language, models, settings).run(|| {
@@ -136,6 +202,14 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // The thread may be waiting for the lock that this one holds.
         Python::attach(|py| py.detach(|| self.engine.stop()));
+    }
+}
+
+fn seconds(number: f64) -> Result<Duration> {
+    // a year, so that no sum of times overflows
+    match Duration::try_from_secs_f64(number) {
+        Ok(time) if time > Duration::ZERO && number < 3.2e7 => Ok(time),
+        _ => Err(Error::input(format!("first_token_seconds: expected a time above 0, got {number}"))),
     }
 }
 
@@ -178,7 +252,7 @@ impl Sink for Queue {
 }
 
 type ShownToken = (u32, Option<f32>, Vec<(u32, f32)>);
-type Shown = (String, Vec<ShownToken>, Option<&'static str>, Option<(usize, usize)>);
+type Shown = (String, Vec<ShownToken>, Option<&'static str>, Option<(usize, usize, usize)>);
 
 /// One answer while it grows.
 #[pyclass(module = "ftkit._core", frozen)]
@@ -203,7 +277,7 @@ impl Stream {
                 Ok(Event::Delta(delta)) => return Ok(Some(shown(delta, None, None))),
                 Ok(Event::Finished { delta, reason, usage }) => {
                     self.cancel();
-                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    let usage = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
                     return Ok(Some(shown(delta, Some(reason.as_str()), Some(usage))));
                 }
                 Ok(Event::Failed(error)) => {
@@ -238,7 +312,7 @@ impl Stream {
                 Ok(Event::Finished { delta, reason, usage }) => {
                     self.cancel();
                     append(&mut all, delta);
-                    let usage = (usage.prompt_tokens, usage.completion_tokens);
+                    let usage = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
                     return Ok(shown(all, Some(reason.as_str()), Some(usage)));
                 }
                 Ok(Event::Failed(error)) => {
@@ -271,7 +345,7 @@ impl Drop for Stream {
     }
 }
 
-fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize)>) -> Shown {
+fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize, usize)>) -> Shown {
     let tokens = delta.tokens.into_iter().map(|token| (token.id, token.logprob, token.top)).collect();
     (delta.text, tokens, reason, usage)
 }
@@ -297,6 +371,45 @@ impl Step for PythonStep {
         };
         Python::attach(embed).map_err(|error| failed(&error))
     }
+
+    fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()> {
+        let install = |py: Python<'_>| self.step.call_method1(py, "install", (adapter, pages.to_vec())).map(drop);
+        Python::attach(install).map_err(|error| failed(&error))
+    }
+
+    fn evict(&mut self, adapter: i32) {
+        // It does nothing that could fail; if it did, the pages would still not be read under the adapter again.
+        let _ = Python::attach(|py| self.step.call_method1(py, "evict", (adapter,)).map(drop));
+    }
+}
+
+/// The adapters on disk, which Python reads.
+struct PythonShelf {
+    step: Py<PyAny>,
+    /// The content of the base model.
+    base: String,
+}
+
+impl Shelf for PythonShelf {
+    fn fetch(&mut self, adapter: i32) -> Result<Fetched> {
+        let fetch = |py: Python<'_>| -> PyResult<(usize, String)> {
+            self.step.call_method1(py, "fetch", (adapter,))?.extract(py)
+        };
+        let (pages, content) = Python::attach(fetch).map_err(|error| unread(&error))?;
+        Ok(Fetched { pages, root: root(&self.base, &content) })
+    }
+
+    fn forget(&mut self, adapter: i32) {
+        let _ = Python::attach(|py| self.step.call_method1(py, "forget", (adapter,)).map(drop));
+    }
+}
+
+/// Why an adapter could not be read: the message of an InputError is for whoever asked.
+fn unread(error: &PyErr) -> Error {
+    Python::attach(|py| {
+        let text = error.value(py).str().map_or_else(|_| String::new(), |text| text.to_string());
+        Error::failure(format!("adapter: {}", text.lines().next().unwrap_or("it could not be read")))
+    })
 }
 
 fn failed(error: &PyErr) -> Error {

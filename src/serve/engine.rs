@@ -4,16 +4,18 @@
 //! a step holds. A step that fails, fails its batch; the thread lives until it is told to stop.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::limits::Limits;
 use super::metrics::Metrics;
 use super::request::Request;
-use super::scheduler::{Limits, Scheduler};
-use super::step::Step;
+use super::residency::Fetched;
+use super::scheduler::Scheduler;
+use super::step::{Shelf, Step};
 use crate::{Error, Result};
 
 /// Takes what an embedding came to.
@@ -27,10 +29,16 @@ struct Embed {
 }
 
 enum Command {
-    Add(Request),
+    Add(Box<Request>),
     Embed(Embed),
     /// Answers whether somebody still uses the adapter.
     Uses(i32, Sender<bool>),
+    /// Requests may name an adapter that is on disk.
+    Know(i32),
+    /// No more requests for the adapter will come.
+    Forget(i32),
+    /// An adapter was read, or could not be.
+    Fetched(i32, Result<Fetched>),
     Stop,
 }
 
@@ -39,6 +47,8 @@ struct Shared {
     metrics: Arc<Metrics>,
     /// Requests handed over and not admitted yet.
     queued: AtomicUsize,
+    /// Microseconds from one request that leaves the queue to the next, of late.
+    turnover: AtomicU64,
     stopped: AtomicBool,
     commands: Mutex<Sender<Command>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -51,8 +61,13 @@ pub struct Engine(Arc<Shared>);
 /// Why a request was not taken.
 #[derive(Clone, Debug)]
 pub enum Refused {
-    /// The queue is full: this many wait.
-    Full(usize),
+    /// The queue is full.
+    Full {
+        /// So many wait.
+        waiting: usize,
+        /// In so many seconds, one will have left.
+        retry_after: u64,
+    },
     /// The engine has been stopped.
     Stopped,
     /// It cannot be answered.
@@ -62,7 +77,7 @@ pub enum Refused {
 impl From<Refused> for Error {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::Full(waiting) => {
+            Refused::Full { waiting, .. } => {
                 Self::failure(format!("the queue is full: {waiting} requests are waiting")).hint("try again later")
             }
             Refused::Stopped => Self::failure("the engine is closed"),
@@ -72,8 +87,8 @@ impl From<Refused> for Error {
 }
 
 impl Engine {
-    /// Starts the engine's thread.
-    pub fn start(limits: Limits, step: impl Step + 'static) -> Result<Self> {
+    /// Starts the engine's thread, and one that reads adapters.
+    pub fn start(limits: Limits, step: impl Step + 'static, shelf: impl Shelf + 'static) -> Result<Self> {
         if limits.sequences == 0 || limits.batch_tokens < limits.sequences || limits.vocabulary == 0 {
             let (tokens, sequences) = (limits.batch_tokens, limits.sequences);
             let message = format!("batch_tokens: expected at least sequences ({sequences}) and 1, got {tokens}");
@@ -89,15 +104,27 @@ impl Engine {
             limits,
             metrics,
             queued: AtomicUsize::new(0),
+            turnover: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             commands: Mutex::new(commands),
             thread: Mutex::new(None),
         });
+        let failed = |error| Error::failure(format!("the engine's threads: {error}"));
+        let (errands, list) = channel();
+        let clerk = Arc::clone(&shared);
+        let reader = std::thread::Builder::new()
+            .name("ftkit-adapters".into())
+            .spawn(move || read(&clerk, &list, shelf))
+            .map_err(failed)?;
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("ftkit-engine".into())
-            .spawn(move || work(&worker, &inbox, step))
-            .map_err(|error| Error::failure(format!("the engine's thread: {error}")))?;
+            .spawn(move || {
+                work(&worker, &inbox, step, &errands);
+                drop(errands);
+                let _ = reader.join();
+            })
+            .map_err(failed)?;
         *shared.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(Self(shared))
     }
@@ -122,10 +149,12 @@ impl Engine {
         let take = |queued: usize| queued.checked_add(count).filter(|&sum| sum <= most);
         if let Err(queued) = self.0.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) {
             self.0.metrics.refused.add(1);
-            return Err(Refused::Full(queued));
+            // A client that comes back earlier finds it full again.
+            let retry_after = (self.0.turnover.load(Ordering::Relaxed).div_ceil(1_000_000)).clamp(1, 60);
+            return Err(Refused::Full { waiting: queued, retry_after });
         }
         for request in requests {
-            self.send(Command::Add(request)).map_err(|()| Refused::Stopped)?;
+            self.send(Command::Add(Box::new(request))).map_err(|()| Refused::Stopped)?;
         }
         Ok(())
     }
@@ -134,6 +163,16 @@ impl Engine {
     /// dropped when the engine stops. The caller bounds how many wait.
     pub fn embed(&self, tokens: Vec<u32>, adapter: i32, take: Taker) -> Result<(), Refused> {
         self.send(Command::Embed(Embed { tokens, adapter, take })).map_err(|()| Refused::Stopped)
+    }
+
+    /// Requests may name an adapter from now on, which the shelf has.
+    pub fn know(&self, adapter: i32) {
+        let _ = self.send(Command::Know(adapter));
+    }
+
+    /// No more requests will name the adapter; those under way keep it until they end.
+    pub fn forget(&self, adapter: i32) {
+        let _ = self.send(Command::Forget(adapter));
     }
 
     /// Whether a waiting or running request uses the adapter.
@@ -165,25 +204,50 @@ impl Engine {
     }
 }
 
-fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
+/// What the reader of adapters is asked for.
+enum Errand {
+    Fetch(i32),
+    Forget(i32),
+}
+
+fn read(shared: &Shared, list: &Receiver<Errand>, mut shelf: impl Shelf) {
+    for errand in list {
+        match errand {
+            Errand::Fetch(adapter) => {
+                let command = Command::Fetched(adapter, shelf.fetch(adapter));
+                let _ = shared.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command);
+            }
+            Errand::Forget(adapter) => shelf.forget(adapter),
+        }
+    }
+}
+
+/// Requests that wait only for an adapter are looked at this often, whether their callers have left or they are late.
+const GLANCE: Duration = Duration::from_millis(50);
+
+fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step, errands: &Sender<Errand>) {
     let mut scheduler = Scheduler::new(shared.limits.clone());
     let mut logits = Vec::new();
-    let mut taken = 0usize;
+    let mut taken = Taken { waiting: 0, left: Instant::now() };
     let mut embeds = VecDeque::<Embed>::new();
+    // Whether there is something to do without another command.
+    let mut busy = false;
     'life: loop {
-        let mut next = if scheduler.idle() && embeds.is_empty() {
+        let mut next = if busy {
+            inbox.try_recv().ok()
+        } else if scheduler.idle() && embeds.is_empty() {
             match inbox.recv() {
                 Ok(command) => Some(command),
                 Err(_) => break 'life,
             }
         } else {
-            inbox.try_recv().ok()
+            inbox.recv_timeout(GLANCE).ok()
         };
         while let Some(command) = next {
             match command {
                 Command::Add(request) => {
-                    taken += 1;
-                    scheduler.add(request);
+                    taken.waiting += 1;
+                    scheduler.add(*request);
                 }
                 Command::Embed(embed) => embeds.push_back(embed),
                 Command::Uses(adapter, answer) => {
@@ -191,28 +255,47 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
                     let embedded = embeds.iter().any(|embed| embed.adapter == adapter);
                     let _ = answer.send(embedded || scheduler.uses(adapter));
                 }
+                Command::Know(adapter) => scheduler.residency().know(adapter),
+                Command::Forget(adapter) => scheduler.residency().forget(adapter),
+                Command::Fetched(adapter, outcome) => {
+                    if let Err(error) = &outcome {
+                        for embed in take_all(&mut embeds, adapter) {
+                            (embed.take)(Err(error.clone()));
+                        }
+                    }
+                    scheduler.fetched(adapter, outcome);
+                }
                 Command::Stop => break 'life,
             }
             next = inbox.try_recv().ok();
         }
-        // One at a time, so that answers under way go on.
-        if let Some(Embed { tokens, adapter, take }) = embeds.pop_front() {
-            take(step.embed(&tokens, adapter));
-        }
         scheduler.drop_cancelled();
-        if let Some(batch) = scheduler.plan() {
+        scheduler.drop_late(Instant::now());
+        // One at a time, so that answers under way go on.
+        let lent = embeds.iter().position(|embed| scheduler.borrow(embed.adapter));
+        let lent = lent.and_then(|index| embeds.remove(index));
+        let wanted: Vec<i32> = embeds.iter().map(|embed| embed.adapter).collect();
+        let batch = scheduler.plan_with(&wanted);
+        let moved = arrange(&mut scheduler, &mut step, errands);
+        busy = lent.is_some() || batch.is_some();
+        if let Some(Embed { tokens, adapter, take }) = lent {
+            take(step.embed(&tokens, adapter));
+            scheduler.give_back(adapter);
+        }
+        if let Some(batch) = batch.filter(|_| moved) {
             // Before the step: who waits now waits for it.
-            publish(shared, &scheduler, &mut taken);
+            publish(shared, &mut scheduler, &mut taken);
             logits.clear();
             let start = Instant::now();
             match step.run(&batch, &mut logits) {
                 Ok(()) => scheduler.apply(&logits),
                 Err(error) => scheduler.fail(&error),
             }
+            scheduler.took(batch.tokens.len(), start.elapsed());
             shared.metrics.step_seconds.record(start.elapsed());
             shared.metrics.batch_tokens.add(batch.tokens.len() as u64);
         }
-        publish(shared, &scheduler, &mut taken);
+        publish(shared, &mut scheduler, &mut taken);
     }
     shared.stopped.store(true, Ordering::Release);
     scheduler.fail_all(&Error::failure("the engine is shutting down"));
@@ -221,28 +304,71 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step) {
             request.sink.send(super::Event::Failed(Error::failure("the engine is shutting down")));
         }
     }
-    publish(shared, &scheduler, &mut taken);
+    publish(shared, &mut scheduler, &mut taken);
+}
+
+/// Moves adapters in and out of the pool, and sends for others; `false` when one could not be moved and the batch failed.
+fn arrange(scheduler: &mut Scheduler, step: &mut impl Step, errands: &Sender<Errand>) -> bool {
+    for adapter in scheduler.residency().fetches() {
+        let _ = errands.send(Errand::Fetch(adapter));
+    }
+    let moves = scheduler.moves();
+    moves.evicted.into_iter().for_each(|adapter| step.evict(adapter));
+    let mut good = true;
+    for (adapter, pages) in moves.installed {
+        if let Err(error) = step.install(adapter, &pages) {
+            step.evict(adapter);
+            scheduler.lost(adapter, &error);
+            good = false;
+        }
+    }
+    for adapter in moves.forgotten {
+        let _ = errands.send(Errand::Forget(adapter));
+    }
+    good
+}
+
+fn take_all(embeds: &mut VecDeque<Embed>, adapter: i32) -> Vec<Embed> {
+    let (taken, kept) = embeds.drain(..).partition::<VecDeque<_>, _>(|embed| embed.adapter == adapter);
+    *embeds = kept;
+    taken.into()
+}
+
+/// Requests that the scheduler was given and that wait.
+struct Taken {
+    waiting: usize,
+    /// When one left last, or nobody waited.
+    left: Instant,
 }
 
 /// Shows the scheduler's state to the other threads.
-fn publish(shared: &Shared, scheduler: &Scheduler, taken: &mut usize) {
+fn publish(shared: &Shared, scheduler: &mut Scheduler, taken: &mut Taken) {
     // `queued` counts what was handed over; what is no longer waiting leaves it.
-    let left = taken.saturating_sub(scheduler.waiting());
+    let left = taken.waiting.saturating_sub(scheduler.waiting());
     shared.queued.fetch_sub(left, Ordering::AcqRel);
-    *taken -= left;
+    taken.waiting -= left;
+    if left > 0 {
+        let each = taken.left.elapsed().as_micros() as u64 / left as u64;
+        let before = shared.turnover.load(Ordering::Relaxed);
+        shared.turnover.store(if before == 0 { each } else { (3 * before + each) / 4 }, Ordering::Relaxed);
+    }
+    if left > 0 || taken.waiting == 0 {
+        taken.left = Instant::now();
+    }
     let metrics = &shared.metrics;
     metrics.waiting.set(scheduler.waiting() as u64);
     metrics.running.set(scheduler.running() as u64);
     metrics.blocks_used.set(scheduler.pool().used() as u64);
+    metrics.blocks_parked.set(scheduler.pool().parked() as u64);
+    metrics.adapters_resident.set(scheduler.residency().count() as u64);
+    metrics.blocks_idle.set(scheduler.pool().idle() as u64);
     metrics.scheduled(scheduler.counters());
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::super::Sampling;
-    use super::super::fake::{FakeStep, Listener, VOCABULARY, request};
+    use super::super::fake::{FakeShelf, FakeStep, Listener, VOCABULARY, request};
     use super::*;
 
     fn engine(waiting: usize, pause: u64) -> Engine {
@@ -253,12 +379,13 @@ mod tests {
             block_tokens: 3,
             pages: 40,
             context_tokens: 60,
+            draft_tokens: 0,
             vocabulary: VOCABULARY,
             end_ids: vec![0],
         };
         let mut step = FakeStep::new(40, 3);
         step.pause = Duration::from_millis(pause);
-        Engine::start(limits, step).unwrap()
+        Engine::start(limits, step, FakeShelf).unwrap()
     }
 
     fn sampling(max_tokens: usize) -> Sampling {
@@ -297,7 +424,7 @@ mod tests {
             engine.submit(vec![request(&[1, 2], sampling(2), -1, listener)]).unwrap();
         }
         let refused = engine.submit(vec![request(&[1, 2], sampling(2), -1, &Listener::default())]);
-        assert!(matches!(refused, Err(Refused::Full(2))), "{refused:?}");
+        assert!(matches!(refused, Err(Refused::Full { waiting: 2, retry_after: 1 })), "{refused:?}");
         let urgent = Listener::default();
         engine.submit(vec![Request { urgent: true, ..request(&[1, 2], sampling(2), -1, &urgent) }]).unwrap();
         until(|| listeners.iter().chain([&urgent]).all(|listener| listener.ending().starts_with("length")));

@@ -73,6 +73,12 @@ pub struct Metrics {
     pub running: Number,
     /// Pages in use.
     pub blocks_used: Number,
+    /// Pages that nobody uses and that hold what may be asked for again.
+    pub blocks_idle: Number,
+    /// Pages of adapters that nobody uses.
+    pub blocks_parked: Number,
+    /// Adapters whose weights are in the pool.
+    pub adapters_resident: Number,
     /// Pages there are.
     pub blocks_total: Number,
     /// Requests refused because the queue was full.
@@ -88,10 +94,14 @@ pub struct Metrics {
     started: Number,
     finished: Number,
     failed: Number,
+    late: Number,
     cancelled: Number,
     preempted: Number,
     prefilled_tokens: Number,
+    cached_tokens: Number,
     generated_tokens: Number,
+    drafted_tokens: Number,
+    accepted_tokens: Number,
 }
 
 impl Metrics {
@@ -100,10 +110,14 @@ impl Metrics {
         self.started.set(counters.started);
         self.finished.set(counters.finished);
         self.failed.set(counters.failed);
+        self.late.set(counters.late);
         self.cancelled.set(counters.cancelled);
         self.preempted.set(counters.preempted);
         self.prefilled_tokens.set(counters.prefilled_tokens);
+        self.cached_tokens.set(counters.cached_tokens);
         self.generated_tokens.set(counters.generated_tokens);
+        self.drafted_tokens.set(counters.drafted_tokens);
+        self.accepted_tokens.set(counters.accepted_tokens);
     }
 
     /// Counts an HTTP answer.
@@ -126,12 +140,39 @@ impl Metrics {
             ("ftkit_requests_started_total", "counter", "answers whose first token was generated", self.started.get()),
             ("ftkit_requests_finished_total", "counter", "answers that came to their end", self.finished.get()),
             ("ftkit_requests_failed_total", "counter", "answers that failed", self.failed.get()),
+            (
+                "ftkit_requests_late_total",
+                "counter",
+                "of the failed: first token not possible in time",
+                self.late.get(),
+            ),
             ("ftkit_requests_cancelled_total", "counter", "answers whose caller left", self.cancelled.get()),
             ("ftkit_preemptions_total", "counter", "sequences that gave their pages up", self.preempted.get()),
             ("ftkit_prompt_tokens_total", "counter", "prompt tokens computed", self.prefilled_tokens.get()),
+            (
+                "ftkit_cached_tokens_total",
+                "counter",
+                "prompt tokens that were in the pool already",
+                self.cached_tokens.get(),
+            ),
             ("ftkit_generated_tokens_total", "counter", "tokens generated", self.generated_tokens.get()),
+            ("ftkit_drafted_tokens_total", "counter", "tokens drafted", self.drafted_tokens.get()),
+            ("ftkit_accepted_tokens_total", "counter", "tokens drafted that were right", self.accepted_tokens.get()),
             ("ftkit_batch_tokens_total", "counter", "tokens that steps computed", self.batch_tokens.get()),
             ("ftkit_blocks_used", "gauge", "pages of the pool in use", self.blocks_used.get()),
+            (
+                "ftkit_blocks_idle",
+                "gauge",
+                "pages that nobody uses, kept for prompts that begin the same",
+                self.blocks_idle.get(),
+            ),
+            ("ftkit_blocks_parked", "gauge", "pages of adapters that nobody uses for now", self.blocks_parked.get()),
+            (
+                "ftkit_adapters_resident",
+                "gauge",
+                "adapters whose weights are in the pool",
+                self.adapters_resident.get(),
+            ),
             ("ftkit_blocks_total", "gauge", "pages of the pool", self.blocks_total.get()),
         ]
     }

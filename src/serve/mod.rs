@@ -5,31 +5,41 @@
 //! ```
 //! Nothing here knows what a step does; the model is behind [`Step`], and callers are behind [`Sink`].
 
+mod admission;
 mod answer;
 pub mod calls;
 pub mod constraint;
+mod draft;
 mod engine;
+pub mod fairness;
 #[cfg(test)]
 mod fake;
 pub mod http;
 mod language;
+mod limits;
 mod metrics;
 pub mod models;
 mod pool;
+pub mod prefix;
+mod queue;
 mod request;
+mod residency;
 mod sampler;
 pub mod sampling;
 mod scheduler;
+mod sequence;
 mod step;
 mod stop;
 
 pub use engine::{Engine, Refused};
 pub use language::{Language, Text};
+pub use limits::Limits;
 pub use metrics::Metrics;
 pub use pool::{BlockPool, BlockTable};
 pub use request::{Decoder, Delta, Event, FinishReason, Request, Sink, Token, Usage};
+pub use residency::Fetched;
 pub use sampler::{Choice, Sampler};
 pub use sampling::Sampling;
-pub use scheduler::{Counters, Limits, Scheduler};
-pub use step::{Batch, Step};
+pub use scheduler::{Counters, Scheduler};
+pub use step::{Batch, Shelf, Step};
 pub use stop::{Shown, StopStrings};

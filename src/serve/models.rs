@@ -3,6 +3,7 @@
 use std::sync::{PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::prefix::{Key, root};
 use crate::{Error, Result};
 
 /// The id of the base model, which has no adapter.
@@ -15,6 +16,8 @@ pub struct Model {
     pub name: String,
     /// The adapter that answers, or [`NO_ADAPTER`].
     pub adapter: i32,
+    /// Where the keys of the base model's pages begin; those of an adapter's are known once it was read.
+    pub root: Option<Key>,
     /// When it was added, in seconds since 1970.
     pub created: u64,
 }
@@ -24,9 +27,11 @@ pub struct Model {
 pub struct Models(RwLock<Vec<Model>>);
 
 impl Models {
-    /// The base model's name alone.
-    pub fn new(base: &str) -> Self {
-        Self(RwLock::new(vec![Model { name: base.to_owned(), adapter: NO_ADAPTER, created: now() }]))
+    /// The base model's name alone; `content` is a hash of its weights.
+    pub fn new(name: &str, content: &str) -> Self {
+        let root = Some(root(content, ""));
+        let model = Model { name: name.to_owned(), adapter: NO_ADAPTER, root, created: now() };
+        Self(RwLock::new(vec![model]))
     }
 
     /// Adds an adapter's name.
@@ -38,7 +43,7 @@ impl Models {
         if models.iter().any(|model| model.name == name) {
             return Err(Error::input(format!("adapter name: expected one not in use, got {name:?}")));
         }
-        models.push(Model { name: name.to_owned(), adapter, created: now() });
+        models.push(Model { name: name.to_owned(), adapter, root: None, created: now() });
         Ok(())
     }
 
@@ -47,6 +52,18 @@ impl Models {
         let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
         match models.iter().position(|model| model.name == name && model.adapter != NO_ADAPTER) {
             Some(index) => Ok(models.remove(index).adapter),
+            None => Err(Error::input(format!("adapter: expected the name of one, got {name:?}"))),
+        }
+    }
+
+    /// Lets a name that is in use mean another adapter from now on, and returns the one that it meant.
+    pub fn replace(&self, name: &str, adapter: i32) -> Result<i32> {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match models.iter_mut().find(|model| model.name == name && model.adapter != NO_ADAPTER) {
+            Some(model) => {
+                model.created = now();
+                Ok(std::mem::replace(&mut model.adapter, adapter))
+            }
             None => Err(Error::input(format!("adapter: expected the name of one, got {name:?}"))),
         }
     }

@@ -1,6 +1,9 @@
 //! What the engine is asked, and what it answers.
 
+use std::time::Instant;
+
 use super::constraint::Constraint;
+use super::prefix::Key;
 use super::sampling::Sampling;
 use crate::Error;
 
@@ -30,10 +33,18 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// The adapter's id, -1 for none.
     pub adapter: i32,
+    /// Where the keys of its pages begin ([`super::prefix::root`]); none: its pages are not shared with others.
+    pub root: Option<Key>,
     /// Turns the answer's tokens into text.
     pub decoder: Box<dyn Decoder>,
     /// Where the answer goes.
     pub sink: Box<dyn Sink>,
+    /// Who asks: clients share alike.
+    pub client: u64,
+    /// Among the requests of the client, −8 to 8; each step doubles the share.
+    pub priority: i8,
+    /// When the first token is due; a request that cannot have it by then fails at once.
+    pub deadline: Option<Instant>,
     /// Served before the queue, and never refused: for health checks.
     pub urgent: bool,
 }
@@ -84,6 +95,8 @@ impl FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt whose keys and values were there already.
+    pub cached_tokens: usize,
     /// Tokens generated, the end token included.
     pub completion_tokens: usize,
 }
@@ -94,6 +107,7 @@ impl Usage {
         self.completion_tokens += other.completion_tokens;
         if prompt {
             self.prompt_tokens += other.prompt_tokens;
+            self.cached_tokens += other.cached_tokens;
         }
     }
 }

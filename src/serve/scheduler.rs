@@ -1,137 +1,26 @@
 //! What the next step computes: continuous batching over one block pool.
 //!
 //! A step has a budget of tokens. Sequences that generate go first, one token each, so that a long prompt never stalls
-//! a running answer; what is left of the budget goes to prompts, in chunks. A request is admitted when the pool has room
-//! for its prompt. When pages run out in the middle of an answer, the youngest sequence gives its pages up and goes back
-//! to the head of the queue with its tokens; its keys and values are computed again later, and its answer goes on where
-//! it was. Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
+//! a running answer; what is left of the budget goes to prompts, in chunks. Whose turn it is to begin is the [`Queue`]'s
+//! to say; it begins when the pool has room for it until the end, beside those that run ([`super::admission`]). Only an answer
+//! that no bound was given for may come to need more than was expected: when pages run out, the youngest sequence gives
+//! its pages up and goes back to the head of the queue with its tokens; its keys and values are computed again later, and
+//! its answer goes on where it was. A prompt whose beginning the pool still holds, from another request or an earlier
+//! turn, starts after it; one whose beginning is being computed for another lets others pass until that is done.
+//! Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
-use super::answer::Answer;
-use super::pool::{BlockPool, BlockTable};
-use super::request::{Delta, Event, FinishReason, Request, Sink, Token, Usage};
-use super::sampler::Sampler;
+use super::admission::{Load, peak};
+use super::limits::Limits;
+use super::pool::BlockPool;
+use super::queue::Queue;
+use super::request::{Event, Request};
+use super::residency::{Fetched, Moves, Residency};
+use super::sequence::{Outcome, Sequence};
 use super::step::Batch;
 use crate::{Error, Result};
-
-/// The engine's bounds.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Most tokens a step computes.
-    pub batch_tokens: usize,
-    /// Most sequences that run at the same time.
-    pub sequences: usize,
-    /// Most requests that wait.
-    pub waiting: usize,
-    /// Tokens in a page.
-    pub block_tokens: usize,
-    /// Pages in the pool.
-    pub pages: usize,
-    /// Most tokens of a prompt and its answer.
-    pub context_tokens: usize,
-    /// Number of logits of a row.
-    pub vocabulary: usize,
-    /// Tokens that end an answer.
-    pub end_ids: Vec<u32>,
-}
-
-impl Limits {
-    /// Most tokens that a sequence can have: the context, or what the pool holds.
-    pub fn longest(&self) -> usize {
-        self.context_tokens.min(self.pages * self.block_tokens)
-    }
-
-    /// Checks a request before it is queued.
-    pub fn check(&self, prompt: &[u32], sampling: &super::Sampling) -> Result<()> {
-        sampling.check(self.vocabulary)?;
-        if prompt.is_empty() {
-            return Err(Error::input("prompt: expected at least one token, got none"));
-        }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= self.vocabulary) {
-            return Err(Error::input(format!("prompt: expected token ids below {}, got {id}", self.vocabulary)));
-        }
-        // One token of the answer must fit as well.
-        if prompt.len() >= self.longest() {
-            let message = format!("prompt: expected fewer than {} tokens, got {}", self.longest(), prompt.len());
-            let hint = if self.longest() < self.context_tokens {
-                format!("the cache pool is smaller than the model's context of {} tokens", self.context_tokens)
-            } else {
-                "this is the model's context; shorten the conversation".to_owned()
-            };
-            return Err(Error::input(message).hint(hint));
-        }
-        Ok(())
-    }
-}
-
-struct Sequence {
-    /// The prompt and the answer so far.
-    tokens: Vec<u32>,
-    prompt: usize,
-    /// Tokens whose keys and values are in the pool.
-    computed: usize,
-    /// Tokens at which the answer is cut.
-    longest: usize,
-    table: BlockTable,
-    sampler: Sampler,
-    answer: Answer,
-    adapter: i32,
-    sink: Box<dyn Sink>,
-    ended: Option<Outcome>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    Finished,
-    Failed,
-    Cancelled,
-}
-
-impl Sequence {
-    fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, completion_tokens: self.tokens.len() - self.prompt }
-    }
-
-    fn fail(&mut self, error: Error) {
-        self.ended = Some(Outcome::Failed);
-        self.sink.send(Event::Failed(error));
-    }
-
-    /// Takes the next token of the answer.
-    fn advance(&mut self, logits: &[f32], end_ids: &[u32]) {
-        let choice = match self.sampler.choose(logits) {
-            Ok(choice) => choice,
-            Err(error) => return self.fail(error),
-        };
-        self.tokens.push(choice.token);
-        let (mut delta, mut reason) = (Delta::default(), None);
-        if end_ids.contains(&choice.token) && !self.sampler.sampling().ignore_end {
-            reason = Some(FinishReason::Stop);
-            delta = self.answer.finish();
-        } else {
-            let (more, stopped) =
-                self.answer.push(Token { id: choice.token, logprob: choice.logprob, top: choice.top });
-            delta.text.push_str(&more.text);
-            delta.tokens.extend(more.tokens);
-            if let Some(number) = stopped {
-                reason = Some(FinishReason::StopString(number));
-            } else if self.tokens.len() >= self.longest {
-                reason = Some(FinishReason::Length);
-                let rest = self.answer.finish();
-                delta.text.push_str(&rest.text);
-                delta.tokens.extend(rest.tokens);
-            }
-        }
-        if let Some(reason) = reason {
-            self.ended = Some(Outcome::Finished);
-            let usage = self.usage();
-            self.sink.send(Event::Finished { delta, reason, usage });
-        } else if (!delta.text.is_empty() || !delta.tokens.is_empty()) && !self.sink.send(Event::Delta(delta)) {
-            self.ended = Some(Outcome::Cancelled);
-        }
-    }
-}
 
 /// What the scheduler did so far; the numbers only rise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,26 +31,37 @@ pub struct Counters {
     pub finished: u64,
     /// Requests that failed.
     pub failed: u64,
+    /// Requests that failed because their first token could not come in time; they count as failed, too.
+    pub late: u64,
     /// Requests whose caller left.
     pub cancelled: u64,
     /// Times that a sequence had to give up its pages.
     pub preempted: u64,
     /// Tokens of prompts computed, again after a preemption included.
     pub prefilled_tokens: u64,
+    /// Tokens that were in the pool already.
+    pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens drafted.
+    pub drafted_tokens: u64,
+    /// Tokens drafted that were right.
+    pub accepted_tokens: u64,
 }
 
 /// The queue, the running sequences and the pool.
 pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
-    waiting: VecDeque<Sequence>,
+    residency: Residency,
+    queue: Queue,
     /// In the order of admission: the last is the youngest.
     running: Vec<Sequence>,
-    /// The batch that is being computed: (index in `running`, tokens, whether logits are wanted).
-    planned: Vec<(usize, usize, bool)>,
+    /// The batch that is being computed: (index in `running`, tokens, of how many of the last logits are wanted).
+    planned: Vec<(usize, usize, usize)>,
     counters: Counters,
+    /// Seconds that a token took in the last steps.
+    pace: f64,
 }
 
 impl Scheduler {
@@ -171,51 +71,41 @@ impl Scheduler {
         Self {
             limits,
             pool,
-            waiting: VecDeque::new(),
+            residency: Residency::default(),
+            queue: Queue::default(),
             running: Vec::new(),
             planned: Vec::new(),
             counters: Counters::default(),
+            pace: 0.0,
         }
     }
 
     /// Queues a request; one that breaks the limits fails at once.
     pub fn add(&mut self, request: Request) {
-        let Request { prompt, sampling, constraint, adapter, decoder, mut sink, urgent } = request;
-        if let Err(error) = self.limits.check(&prompt, &sampling) {
+        if let Err(error) = self.limits.check(&request.prompt, &request.sampling) {
             self.counters.failed += 1;
+            let mut sink = request.sink;
             sink.send(Event::Failed(error));
             return;
         }
-        let answer = Answer::new(decoder, &sampling.stop);
-        let room = self.limits.longest() - prompt.len();
-        let longest = prompt.len() + sampling.max_tokens.unwrap_or(room).min(room);
-        let sequence = Sequence {
-            prompt: prompt.len(),
-            computed: 0,
-            longest,
-            table: BlockTable::default(),
-            sampler: Sampler::new(sampling, &prompt, constraint),
-            answer,
-            adapter,
-            sink,
-            ended: None,
-            tokens: prompt,
-        };
-        if urgent {
-            self.waiting.push_front(sequence);
-        } else {
-            self.waiting.push_back(sequence);
+        if self.residency.gone(request.adapter) {
+            self.counters.failed += 1;
+            let mut sink = request.sink;
+            sink.send(Event::Failed(Error::input("model: expected one that is there, got one just removed")));
+            return;
         }
+        let root = request.root.or_else(|| self.residency.root(request.adapter));
+        self.queue.add(Sequence::new(Request { root, ..request }, &self.limits));
     }
 
     /// Whether there is nothing to do.
     pub fn idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.queue.len() == 0 && self.running.is_empty()
     }
 
     /// Number of waiting requests.
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
     }
 
     /// Number of running sequences.
@@ -233,65 +123,228 @@ impl Scheduler {
         self.counters
     }
 
+    /// The adapters that live in the pool.
+    pub fn residency(&mut self) -> &mut Residency {
+        &mut self.residency
+    }
+
+    /// What the model has to do before the next step.
+    pub fn moves(&mut self) -> Moves {
+        self.residency.moves(&mut self.pool)
+    }
+
+    /// An adapter was read from disk, or could not be: then those who wait for it fail.
+    pub fn fetched(&mut self, adapter: i32, outcome: Result<Fetched>) {
+        self.residency.fetched(adapter, &outcome);
+        match outcome {
+            Ok(fetched) => self.queue.rooted(adapter, fetched.root, self.limits.block_tokens),
+            Err(error) => {
+                for mut sequence in self.queue.remove(|sequence| sequence.adapter == adapter) {
+                    sequence.fail(error.clone());
+                    self.counters.failed += 1;
+                }
+            }
+        }
+    }
+
+    /// The weights of an adapter could not be written to its pages: the planned batch fails.
+    pub fn lost(&mut self, adapter: i32, error: &Error) {
+        self.fail(error);
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.adapter == adapter) {
+            sequence.fail(error.clone());
+        }
+        self.retire();
+        self.residency.lost(adapter, &mut self.pool);
+    }
+
+    /// Holds the adapter in the pool for something else than a sequence; `false` when it is not there yet.
+    pub fn borrow(&mut self, adapter: i32) -> bool {
+        self.residency.sync(&mut self.pool);
+        self.residency.ready(adapter) && self.residency.enter(adapter, &mut self.pool)
+    }
+
+    /// Ends what [`Scheduler::borrow`] began.
+    pub fn give_back(&mut self, adapter: i32) {
+        self.residency.leave(adapter, &mut self.pool);
+    }
+
     /// Whether a waiting or running request uses the adapter.
     pub fn uses(&self, adapter: i32) -> bool {
-        self.waiting.iter().chain(&self.running).any(|sequence| sequence.adapter == adapter)
+        self.queue.iter().chain(&self.running).any(|sequence| sequence.adapter == adapter)
     }
 
     /// Drops the requests whose callers have left, and frees their pages.
     pub fn drop_cancelled(&mut self) {
-        let before = self.waiting.len() + self.running.len();
-        self.waiting.retain(|sequence| !sequence.sink.closed());
-        let pool = &mut self.pool;
-        self.running.retain_mut(|sequence| {
-            let stays = !sequence.sink.closed();
-            if !stays {
-                sequence.table.release(pool);
-            }
-            stays
-        });
-        self.counters.cancelled += (before - self.waiting.len() - self.running.len()) as u64;
+        self.counters.cancelled += self.queue.remove(|sequence| sequence.sink.closed()).len() as u64;
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.sink.closed()) {
+            sequence.ended = Some(Outcome::Cancelled);
+        }
+        self.retire();
     }
 
-    /// The next batch, or none when there is nothing to compute.
+    /// Fails the requests whose first token cannot come in time any more, before more is spent on them.
+    pub fn drop_late(&mut self, now: Instant) {
+        let (pool, pace) = (&self.pool, self.pace);
+        let late = |sequence: &Sequence| {
+            let needed = Duration::try_from_secs_f64(pace * sequence.cost(pool) as f64).unwrap_or_default();
+            sequence.silent() && sequence.deadline.is_some_and(|deadline| now + needed > deadline)
+        };
+        let error = Error::busy("the first token is due before it can be there").hint("try again later");
+        for mut sequence in self.queue.remove(late) {
+            sequence.fail(error.clone());
+            self.counters.failed += 1;
+            self.counters.late += 1;
+        }
+        for sequence in self.running.iter_mut().filter(|sequence| late(sequence)) {
+            sequence.fail(error.clone());
+            self.counters.late += 1;
+        }
+        self.retire();
+    }
+
+    /// [`Scheduler::plan_with`] where only requests want adapters.
     pub fn plan(&mut self) -> Option<Batch> {
+        self.plan_with(&[])
+    }
+
+    /// A step of so many tokens took so long.
+    pub fn took(&mut self, tokens: usize, time: Duration) {
+        let pace = time.as_secs_f64() / tokens.max(1) as f64;
+        // the first says all that is known, later ones a third
+        self.pace = if self.pace == 0.0 { pace } else { 0.7 * self.pace + 0.3 * pace };
+    }
+
+    /// The next batch, or none when there is nothing to compute. `wanted`: adapters that others than requests wait for.
+    pub fn plan_with(&mut self, wanted: &[i32]) -> Option<Batch> {
         self.planned.clear();
+        self.running.iter_mut().for_each(|sequence| sequence.draft.clear());
+        let wanted: Vec<i32> =
+            self.queue.iter().map(|sequence| sequence.adapter).chain(wanted.iter().copied()).collect();
+        self.residency.wish(&wanted);
+        if self.residency.doomed() {
+            self.residency.bury(&mut self.pool, |adapter| wanted.contains(&adapter));
+        }
         let mut budget = self.limits.batch_tokens;
         // Sequences that generate.
         let mut index = 0;
         while index < self.running.len() && budget > 0 {
-            if self.running[index].tokens.len() - self.running[index].computed == 1 && self.reserve(index) {
-                self.planned.push((index, 1, true));
+            if self.running[index].left() == 1 && self.reserve(index) {
+                self.planned.push((index, 1, 1));
                 budget -= 1;
             }
             index += 1;
         }
         // Prompts under way; their pages were reserved when they were admitted.
         for (index, sequence) in self.running.iter().enumerate() {
-            let left = sequence.tokens.len() - sequence.computed;
+            let left = sequence.left();
             let count = left.min(budget);
             if left > 1 && count > 0 {
-                self.planned.push((index, count, count == left));
+                self.planned.push((index, count, usize::from(count == left)));
                 budget -= count;
             }
         }
-        // New ones, in order: nobody overtakes a request that waits for room.
+        // New ones. Who cannot begin is passed, but nobody overtakes a request that waits for room.
+        self.queue.again();
         while budget > 0 && self.running.len() < self.limits.sequences {
-            let Some(mut sequence) = self.waiting.pop_front() else { break };
-            let count = sequence.tokens.len();
-            // A page is left for each running answer, so that admission doesn't cause a preemption at once.
-            let room = self.pool.pages_for(count) + self.running.len() <= self.pool.free();
-            if !room && !self.running.is_empty() || !sequence.table.reserve(&mut self.pool, count) {
-                self.waiting.push_front(sequence);
-                break;
+            let Some(next) = self.queue.next() else { break };
+            if self.absent(next) || self.coming(next) {
+                continue;
             }
-            let chunk = count.min(budget);
-            self.planned.push((self.running.len(), chunk, chunk == count));
+            let sequence = match self.admit(next) {
+                Ok(Some(sequence)) => sequence,
+                Ok(None) => break,
+                Err(error) => {
+                    self.refuse(next, error);
+                    continue;
+                }
+            };
+            let left = sequence.left();
+            let chunk = left.min(budget);
+            self.planned.push((self.running.len(), chunk, usize::from(chunk == left)));
             budget -= chunk;
             self.running.push(sequence);
         }
-        self.planned.sort_unstable();
+        self.draft(budget);
+        // Rows under one adapter side by side, so that its matrices are read once.
+        let running = &self.running;
+        self.planned.sort_unstable_by_key(|&(index, _, _)| (running[index].adapter, index));
         (!self.planned.is_empty()).then(|| self.batch())
+    }
+
+    /// Adds drafts to sequences that generate, as long as the step stays small.
+    fn draft(&mut self, budget: usize) {
+        let rows: usize = self.planned.iter().map(|planned| planned.1).sum();
+        let mut room = budget.min(DRAFT_ROWS.saturating_sub(rows));
+        for (index, count, wanted) in &mut self.planned {
+            let sequence = &mut self.running[*index];
+            if room > 0 && (*count, *wanted) == (1, 1) && sequence.left() == 1 && self.limits.draft_tokens > 0 {
+                sequence.propose(room.min(self.limits.draft_tokens), &mut self.pool);
+                let more = sequence.draft.len();
+                (*count, *wanted, room) = (1 + more, 1 + more, room - more);
+            }
+        }
+    }
+
+    /// Whether a waiting sequence's adapter is not there yet; that one is then passed.
+    fn absent(&mut self, waiting: usize) -> bool {
+        self.residency.sync(&mut self.pool);
+        let Some(sequence) = self.queue.get(waiting) else { return false };
+        sequence.passed = !self.residency.ready(sequence.adapter);
+        sequence.passed
+    }
+
+    /// Whether a running sequence is computing the page that a waiting one needs next; that one is then passed.
+    fn coming(&mut self, waiting: usize) -> bool {
+        let Some(sequence) = self.queue.get(waiting) else { return false };
+        sequence.passed = sequence
+            .missing(&self.pool)
+            .is_some_and(|next| self.running.iter().any(|other| other.left() > 1 && other.computes(&next, &self.pool)));
+        sequence.passed
+    }
+
+    /// Takes a waiting sequence out and gives it the pages that it needs to begin, if it can stay until its end.
+    ///
+    /// # Errors
+    /// It would not have room even alone.
+    fn admit(&mut self, waiting: usize) -> Result<Option<Sequence>> {
+        let Some(sequence) = self.queue.get(waiting) else { return Ok(None) };
+        let own = self.residency.pages(sequence.adapter, &self.pool);
+        let most = self.pool.pages().saturating_sub(own);
+        // Even alone it would have no more, and nobody is to wait for what can't be.
+        let longest = most * self.pool.block_tokens();
+        if sequence.tokens.len() >= longest {
+            return Err(Residency::too_large(own, &self.pool));
+        }
+        sequence.longest = sequence.longest.min(longest);
+        let room = most.saturating_sub(self.residency.held_beside(sequence.adapter));
+        sequence.adopt(&mut self.pool);
+        let fits = self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= room;
+        let (tokens, adapter) = (sequence.tokens.len(), sequence.adapter);
+        if !fits || !self.residency.enter(adapter, &mut self.pool) {
+            sequence.release(&mut self.pool);
+            return Ok(None);
+        }
+        if !sequence.table.reserve(&mut self.pool, tokens) {
+            sequence.release(&mut self.pool);
+            self.residency.leave(adapter, &mut self.pool);
+            return Ok(None);
+        }
+        sequence.admitted();
+        Ok(self.queue.take(waiting).map(|mut sequence| {
+            sequence.first = false;
+            self.counters.cached_tokens += sequence.computed as u64;
+            self.queue.charge(sequence.flow, sequence.left(), 0);
+            sequence
+        }))
+    }
+
+    /// Ends a waiting sequence with an error.
+    fn refuse(&mut self, waiting: usize, error: Error) {
+        if let Some(mut sequence) = self.queue.take(waiting) {
+            self.queue.leave(sequence.flow);
+            self.counters.failed += 1;
+            sequence.fail(error);
+        }
     }
 
     /// Makes room for all tokens of a running sequence, if need be by preempting the youngest; `false` when that is itself.
@@ -303,10 +356,10 @@ impl Scheduler {
             }
             // `index` is in bounds, so there is a last one, and it comes no earlier than `index`: not planned yet.
             let Some(mut youngest) = self.running.pop() else { return false };
-            youngest.table.release(&mut self.pool);
-            youngest.computed = 0;
+            youngest.release(&mut self.pool);
+            self.residency.leave(youngest.adapter, &mut self.pool);
             self.counters.preempted += 1;
-            self.waiting.push_front(youngest);
+            self.queue.resume(youngest);
             if self.running.len() == index {
                 return false;
             }
@@ -317,12 +370,14 @@ impl Scheduler {
         let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
         // Pages that a sequence needs for what it has and gets now.
         let pages =
-            |&(index, count, _): &(usize, usize, bool)| self.pool.pages_for(self.running[index].computed + count);
+            |&(index, count, _): &(usize, usize, usize)| self.pool.pages_for(self.running[index].computed + count);
         batch.blocks = self.planned.iter().map(pages).max().unwrap_or(0);
         for planned @ &(index, count, wanted) in &self.planned {
             let sequence = &self.running[index];
             for position in sequence.computed..sequence.computed + count {
-                batch.tokens.push(sequence.tokens[position] as i32);
+                let known = sequence.tokens.get(position);
+                let token = known.unwrap_or_else(|| &sequence.draft[position - sequence.tokens.len()]);
+                batch.tokens.push(*token as i32);
                 batch.positions.push(position as i32);
             }
             batch.cu_seqlens.push(batch.tokens.len() as i32);
@@ -330,16 +385,15 @@ impl Scheduler {
             let row = batch.block_table.len();
             batch.block_table.extend(sequence.table.pages()[..pages(planned)].iter().map(|&page| page as i32));
             batch.block_table.resize(row + batch.blocks, 0);
-            if wanted {
-                batch.rows.push(batch.tokens.len() as i32 - 1);
-            }
+            let end = batch.tokens.len();
+            batch.rows.extend((end - wanted..end).map(|row| row as i32));
         }
         batch
     }
 
     /// Takes the logits of the planned batch: chooses tokens, sends events, retires what ended.
     pub fn apply(&mut self, logits: &[f32]) {
-        let wanted = self.planned.iter().filter(|planned| planned.2).count();
+        let wanted: usize = self.planned.iter().map(|planned| planned.2).sum();
         if logits.len() != wanted * self.limits.vocabulary {
             let expected = wanted * self.limits.vocabulary;
             let message = format!("the step: expected {wanted} rows, {expected} logits, got {} logits", logits.len());
@@ -348,18 +402,27 @@ impl Scheduler {
         let mut rows = logits.chunks_exact(self.limits.vocabulary);
         for (index, count, wanted) in std::mem::take(&mut self.planned) {
             let sequence = &mut self.running[index];
-            sequence.computed += count;
-            if sequence.computed <= sequence.prompt || count > 1 {
-                self.counters.prefilled_tokens += count as u64;
+            let drafted = sequence.draft.len();
+            let known = count - drafted;
+            sequence.computed += known;
+            if sequence.computed <= sequence.prompt || known > 1 {
+                self.counters.prefilled_tokens += known as u64;
             }
-            if let (true, Some(row)) = (wanted, rows.next()) {
+            if wanted > 0 {
                 let before = sequence.tokens.len();
-                sequence.advance(row, &self.limits.end_ids);
-                self.counters.generated_tokens += (sequence.tokens.len() - before) as u64;
-                if sequence.tokens.len() == sequence.prompt + 1 {
+                let right = sequence.follow(&rows.by_ref().take(wanted).collect::<Vec<_>>(), &self.limits.end_ids);
+                // what follows a wrong token was computed in vain, and is overwritten
+                sequence.computed += right;
+                self.counters.drafted_tokens += drafted as u64;
+                self.counters.accepted_tokens += right as u64;
+                let generated = sequence.tokens.len() - before;
+                self.counters.generated_tokens += generated as u64;
+                self.queue.charge(sequence.flow, 0, generated);
+                if before == sequence.prompt && sequence.tokens.len() > before {
                     self.counters.started += 1;
                 }
             }
+            sequence.learn(&mut self.pool);
         }
         self.retire();
     }
@@ -375,19 +438,22 @@ impl Scheduler {
     /// Ends every request with an error.
     pub fn fail_all(&mut self, error: &Error) {
         self.planned.clear();
-        for sequence in self.waiting.drain(..).chain(self.running.drain(..)) {
-            let mut sequence = sequence;
+        for mut sequence in self.queue.remove(|_| true) {
             sequence.fail(error.clone());
-            sequence.table.release(&mut self.pool);
             self.counters.failed += 1;
         }
+        self.running.iter_mut().for_each(|sequence| sequence.fail(error.clone()));
+        self.retire();
     }
 
     fn retire(&mut self) {
-        let (pool, counters) = (&mut self.pool, &mut self.counters);
+        let (pool, counters, queue) = (&mut self.pool, &mut self.counters, &mut self.queue);
+        let residency = &mut self.residency;
         self.running.retain_mut(|sequence| {
             let Some(outcome) = sequence.ended else { return true };
-            sequence.table.release(pool);
+            sequence.release(pool);
+            residency.leave(sequence.adapter, pool);
+            queue.leave(sequence.flow);
             match outcome {
                 Outcome::Finished => counters.finished += 1,
                 Outcome::Failed => counters.failed += 1,
@@ -398,186 +464,25 @@ impl Scheduler {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// Rows of a step up to which more rows cost little, since reading the weights takes most of the time.
+const DRAFT_ROWS: usize = 16;
 
-    use super::super::Sampling;
-    use super::super::fake::{FakeStep, Listener, VOCABULARY, request};
-    use super::super::step::Step;
-    use super::*;
-
-    fn limits(pages: usize, batch_tokens: usize, sequences: usize) -> Limits {
-        Limits {
-            batch_tokens,
-            sequences,
-            waiting: 100,
-            block_tokens: 3,
-            pages,
-            context_tokens: 60,
-            vocabulary: VOCABULARY,
-            end_ids: vec![0],
-        }
-    }
-
-    fn sampling(seed: u64, max_tokens: usize) -> Sampling {
-        Sampling { seed: Some(seed), max_tokens: Some(max_tokens), logprobs: Some(0), ..Sampling::default() }
-    }
-
-    /// Steps until nothing is left to do.
-    fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
-        let mut logits = Vec::new();
-        while let Some(batch) = scheduler.plan() {
-            logits.clear();
-            match step.run(&batch, &mut logits) {
-                Ok(()) => scheduler.apply(&logits),
-                Err(error) => scheduler.fail(&error),
-            }
-        }
-    }
-
-    fn alone(prompt: &[u32], sampling: &Sampling, adapter: i32) -> Listener {
-        let mut scheduler = Scheduler::new(limits(20, 64, 1));
-        let listener = Listener::default();
-        scheduler.add(request(prompt, sampling.clone(), adapter, &listener));
-        finish(&mut scheduler, &mut FakeStep::new(20, 3));
-        listener
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        /// The same request gives the same tokens, alone or in a crowd, whatever the budget, the pool and the arrivals;
-        /// and afterwards every page is free.
-        #[test]
-        fn a_crowd_changes_no_answer(
-            requests in prop::collection::vec(
-                (prop::collection::vec(1u32..VOCABULARY as u32, 1..30), 1usize..30, any::<u64>(), -1i32..3, 0usize..8), 1..12),
-            pages in 20usize..40,
-            batch_tokens in 4usize..40,
-            sequences in 1usize..4,
-        ) {
-            let mut scheduler = Scheduler::new(limits(pages, batch_tokens, sequences));
-            let mut step = FakeStep::new(pages, 3);
-            let mut logits = Vec::new();
-            let mut listeners = Vec::new();
-            for (prompt, max_tokens, seed, adapter, steps) in &requests {
-                let listener = Listener::default();
-                scheduler.add(request(prompt, sampling(*seed, *max_tokens), *adapter, &listener));
-                listeners.push(listener);
-                for _ in 0..*steps {
-                    if let Some(batch) = scheduler.plan() {
-                        prop_assert!(batch.tokens.len() <= batch_tokens && batch.sequences() <= sequences);
-                        logits.clear();
-                        step.run(&batch, &mut logits).unwrap();
-                        scheduler.apply(&logits);
-                    }
-                }
-            }
-            finish(&mut scheduler, &mut step);
-            for ((prompt, max_tokens, seed, adapter, _), listener) in requests.iter().zip(&listeners) {
-                let expected = alone(prompt, &sampling(*seed, *max_tokens), *adapter);
-                prop_assert_eq!(listener.tokens(), expected.tokens());
-                prop_assert_eq!(listener.text(), expected.text());
-                prop_assert_eq!(listener.ending(), expected.ending());
-            }
-            prop_assert!(scheduler.idle());
-            prop_assert_eq!(scheduler.pool().used(), 0);
-            prop_assert_eq!(scheduler.counters().finished, requests.len() as u64);
-        }
-
-        #[test]
-        fn who_leaves_frees_his_pages_and_disturbs_nobody(leaving in 0usize..5, after in 0usize..12) {
-            let mut scheduler = Scheduler::new(limits(24, 8, 4));
-            let mut step = FakeStep::new(24, 3);
-            let listeners: Vec<Listener> = (0..5).map(|_| Listener::default()).collect();
-            for (index, listener) in listeners.iter().enumerate() {
-                scheduler.add(request(&[1 + index as u32; 7], sampling(index as u64, 20), -1, listener));
-            }
-            let mut logits = Vec::new();
-            for _ in 0..after {
-                if let Some(batch) = scheduler.plan() {
-                    logits.clear();
-                    step.run(&batch, &mut logits).unwrap();
-                    scheduler.apply(&logits);
-                }
-            }
-            listeners[leaving].close();
-            scheduler.drop_cancelled();
-            finish(&mut scheduler, &mut step);
-            for (index, listener) in listeners.iter().enumerate().filter(|(index, _)| *index != leaving) {
-                prop_assert_eq!(listener.text(), alone(&[1 + index as u32; 7], &sampling(index as u64, 20), -1).text());
-            }
-            prop_assert_eq!(scheduler.pool().used(), 0);
-        }
-    }
-
-    #[test]
-    fn too_few_pages_preempt_the_youngest_and_its_answer_goes_on() {
-        // Each needs up to 10 pages of the 12; both fit at the beginning.
-        let mut scheduler = Scheduler::new(limits(12, 32, 4));
-        let long = Sampling { ignore_end: true, ..sampling(3, 25) };
-        let listeners = [Listener::default(), Listener::default()];
-        for listener in &listeners {
-            scheduler.add(request(&[5, 6, 7], long.clone(), -1, listener));
-        }
-        finish(&mut scheduler, &mut FakeStep::new(12, 3));
-        assert!(scheduler.counters().preempted > 0);
-        let expected = alone(&[5, 6, 7], &long, -1);
-        assert_eq!(expected.tokens().len(), 25);
-        assert!(listeners.iter().all(|listener| listener.tokens() == expected.tokens()));
-    }
-
-    #[test]
-    fn a_step_that_fails_takes_its_batch_and_nobody_else() {
-        let mut scheduler = Scheduler::new(limits(20, 8, 1));
-        let mut step = FakeStep::new(20, 3);
-        let listeners = [Listener::default(), Listener::default()];
-        for listener in &listeners {
-            scheduler.add(request(&[5, 6, 7], sampling(3, 5), -1, listener));
-        }
-        step.fail_next();
-        finish(&mut scheduler, &mut step);
-        assert_eq!(listeners[0].ending(), "failed: told to");
-        assert_eq!(listeners[1].text(), alone(&[5, 6, 7], &sampling(3, 5), -1).text());
-        assert_eq!((scheduler.pool().used(), scheduler.counters().failed, scheduler.counters().finished), (0, 1, 1));
-    }
-
-    #[test]
-    fn a_long_prompt_does_not_stall_a_running_answer() {
-        let mut scheduler = Scheduler::new(limits(40, 6, 4));
-        let mut step = FakeStep::new(40, 3);
-        let (short, long) = (Listener::default(), Listener::default());
-        scheduler.add(request(&[5], Sampling { ignore_end: true, ..sampling(3, 8) }, -1, &short));
-        scheduler.add(request(&[6; 50], sampling(3, 2), -1, &long));
-        let mut logits = Vec::new();
-        for expected in 1..=8 {
-            let batch = scheduler.plan().unwrap();
-            assert_eq!(batch.tokens.len(), 6, "the budget is used up");
-            logits.clear();
-            step.run(&batch, &mut logits).unwrap();
-            scheduler.apply(&logits);
-            assert_eq!(short.tokens().len(), expected, "every step brings a token");
-        }
-    }
-
-    #[test]
-    fn impossible_requests_are_refused_with_both_values() {
-        let mut scheduler = Scheduler::new(limits(10, 8, 1));
-        for (prompt, sampling, expected) in [
-            (vec![], sampling(1, 1), "prompt: expected at least one token, got none"),
-            (vec![1; 30], sampling(1, 1), "prompt: expected fewer than 30 tokens, got 30"),
-            (vec![VOCABULARY as u32], sampling(1, 1), "prompt: expected token ids below 31, got 31"),
-            (
-                vec![1],
-                Sampling { temperature: f32::NAN, ..sampling(1, 1) },
-                "temperature: expected a number from 0 to 100, got NaN",
-            ),
-        ] {
-            let listener = Listener::default();
-            scheduler.add(request(&prompt, sampling, -1, &listener));
-            assert_eq!(listener.ending().lines().next(), Some(format!("failed: {expected}").as_str()));
-        }
-        assert!(scheduler.idle());
-    }
+/// Pages that the running sequences and one more need at most, all together, until they have ended.
+fn need(limits: &Limits, pool: &BlockPool, running: &[Sequence], next: &Sequence) -> usize {
+    // Tokens of a step that prompts get whatever else runs.
+    let least = limits.batch_tokens - limits.sequences.min(limits.batch_tokens) + 1;
+    let (mut before, mut shared) = (0, HashSet::<u32>::new());
+    let mut load = |sequence: &Sequence| -> Load {
+        let pages = sequence.table.pages().iter();
+        shared.extend(pages.filter(|&&page| pool.holders(page) > 1));
+        // One that generates starts now. Prompts go one after the other, the first of them now.
+        let left = sequence.left();
+        before += if left > 1 { left } else { 0 };
+        sequence.load(if left > 1 { before.div_ceil(least) - 1 } else { 0 }, 1 + limits.draft_tokens, pool)
+    };
+    let loads: Vec<Load> = running.iter().chain([next]).map(&mut load).collect();
+    peak(&loads, shared.len(), pool.block_tokens())
 }
+
+#[cfg(test)]
+mod tests;

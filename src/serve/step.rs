@@ -1,5 +1,6 @@
 //! One step of the model over a ragged batch: the seam between scheduling (here) and the forward pass (elsewhere).
 
+use super::residency::Fetched;
 use crate::Result;
 
 /// What one step computes: a flat stream of tokens, cut in sequences. There is no padding and no batch dimension.
@@ -35,4 +36,16 @@ pub trait Step: Send {
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
     /// The last hidden state of a text, averaged over its tokens `[hidden]`; the pages stay as they are.
     fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>>;
+    /// Writes the weights of an adapter that was fetched to these pages of the pool; batches under it may follow.
+    fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()>;
+    /// The adapter's pages are another's from now on.
+    fn evict(&mut self, adapter: i32);
+}
+
+/// The adapters on disk.
+pub trait Shelf: Send {
+    /// Reads one and keeps it until it is installed; on a thread of its own, while steps go on.
+    fn fetch(&mut self, adapter: i32) -> Result<Fetched>;
+    /// Nobody will ask for it again.
+    fn forget(&mut self, adapter: i32);
 }

@@ -45,6 +45,12 @@ def ask(http: httpx.Client, body: Any, path: str = "/v1/messages") -> Any:
     return answer.json()
 
 
+def tokens(message: Any) -> int:
+    """Tokens of the prompt, those that were there already included."""
+    usage = message["usage"]
+    return int(usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"])
+
+
 def events(http: httpx.Client, body: Any) -> list[Any]:
     with http.stream("POST", "/v1/messages", json={**body, "stream": True}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -67,7 +73,7 @@ def test_a_message_is_the_answer_of_a_chat(http: httpx.Client) -> None:
     assert message["content"] == [{"type": "text", "text": answer["choices"][0]["message"]["content"]}]
     assert (message["type"], message["role"], message["model"]) == ("message", "assistant", "speaker")
     assert (message["stop_reason"], message["stop_sequence"]) == ("max_tokens", None)
-    assert message["usage"]["input_tokens"] == answer["usage"]["prompt_tokens"]
+    assert tokens(message) == answer["usage"]["prompt_tokens"]
     assert message["usage"]["output_tokens"] == 7
     counted = ask(http, {key: body[key] for key in ("model", "system", "messages")}, "/v1/messages/count_tokens")
     assert counted == {"input_tokens": answer["usage"]["prompt_tokens"]}
@@ -93,7 +99,7 @@ def test_a_call_and_what_it_returned(http: httpx.Client) -> None:
     body = {**CALL, "messages": turns, "tool_choice": {"type": "tool", "name": "weather"}}
     after = ask(http, body)
     assert after["stop_reason"] == "tool_use"
-    assert after["usage"]["input_tokens"] > message["usage"]["input_tokens"] + len("Let me see. sunny And?")
+    assert tokens(after) > tokens(message) + len("Let me see. sunny And?")
 
 
 def test_events_of_a_text(http: httpx.Client) -> None:
@@ -110,12 +116,14 @@ def test_events_of_a_text(http: httpx.Client) -> None:
         "message_stop",
     ]
     whole = ask(http, body)
-    assert found[0]["message"]["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+    assert found[0]["message"]["usage"]["input_tokens"] == tokens(whole)
     assert found[0]["message"]["content"] == []
     text = "".join(event["delta"]["text"] for event in found if event["type"] == "content_block_delta")
     assert [{"type": "text", "text": text}] == whole["content"]
     assert found[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
     assert found[-2]["usage"]["output_tokens"] == 12
+    # the second time all full pages but the last token are there
+    assert whole["usage"]["cache_read_input_tokens"] == (tokens(whole) - 1) // 16 * 16 > 0
 
 
 def test_events_of_a_call(http: httpx.Client) -> None:

@@ -27,6 +27,11 @@ def test_chat(client: openai.OpenAI, answer: str) -> None:
     assert whole.choices[0].message.role == "assistant"
     assert whole.usage is not None
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 30
+    again = client.chat.completions.create(messages=MESSAGES, service_tier="flex", **GREEDY)
+    assert again.choices[0].message.content == whole.choices[0].message.content
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == (whole.usage.prompt_tokens - 1) // 16 * 16 > 0
     short = client.chat.completions.create(messages=MESSAGES, model=BASE, temperature=0, max_completion_tokens=2)
     assert short.choices[0].finish_reason == "length"
     assert answer.startswith(short.choices[0].message.content or "?")

@@ -22,12 +22,25 @@ from torch import Tensor, nn
 
 from ftkit import plugins
 from ftkit.adapters import _files
-from ftkit.config.fields import Problem, read, table_of
+from ftkit.config import fields
+from ftkit.config.fields import Problem, table_of
 from ftkit.errors import InputError
 from ftkit.nn.decoder import Decoder
 from ftkit.nn.linear import Linear, Weight
 
-__all__ = ["Attached", "attach", "detach", "load", "merged", "merged_weights", "notices", "save", "trainable"]
+__all__ = [
+    "Attached",
+    "attach",
+    "content",
+    "detach",
+    "load",
+    "merged",
+    "merged_weights",
+    "notices",
+    "read",
+    "save",
+    "trainable",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +66,7 @@ def attach(model: Decoder, method: str, config: Mapping[str, Any], seed: int, ad
         raise InputError(f"adapter id: expected a free one, got {adapter_id}", "detach that adapter first")
     module = plugins.load("adapters", method)
     problems: list[Problem] = []
-    settings = read(module.Config, dict(config), (), problems)
+    settings = fields.read(module.Config, dict(config), (), problems)
     if settings is None:
         lines = [": ".join(filter(None, (".".join(problem.path), problem.message))) for problem in problems]
         raise InputError(f"method {method!r}: " + "\n  ".join(lines))
@@ -181,6 +194,24 @@ def load(model: Decoder, folder: Path, adapter_id: int = 0, *, trainable: bool =
         raise
     for parameter in _trainable(model, adapter_id).values():
         parameter.requires_grad_(trainable)
+
+
+def read(shell: Decoder, folder: Path) -> tuple[Attached, dict[str, nn.Module]]:
+    """An adapter from disk that is put on no model: what is known of it, and its part of each layer by name.
+
+    `shell` is a model's (`Decoder.shell`) and is as before afterwards. Raises InputError as `load` does.
+    """
+    load(shell, folder, 0)
+    key = "0"
+    found = {name: layer.adapters[key] for name, layer in shell.layers_by_name().items() if key in layer.adapters}
+    attached = _known(shell, 0)
+    detach(shell, 0)
+    return attached, found
+
+
+def content(folder: Path) -> str:
+    """A hash of what `load` reads of a directory: the same for the same adapter, wherever it stands."""
+    return _files.content(folder)
 
 
 def _trained_over(base: str, fingerprint: str) -> str | None:

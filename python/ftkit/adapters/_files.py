@@ -1,5 +1,6 @@
 """An adapter on disk: PEFT's two files, and ftkit.json with what PEFT has no place for."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,18 @@ def read(folder: Path) -> Files:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS}: expected a safetensors file, got: {str(error).lower()}") from None
     return Files(config=config, tensors=tensors, record=record)
+
+
+def content(folder: Path) -> str:
+    """The hash of a directory's files. Raises InputError when one cannot be read."""
+    digest = hashlib.sha256()
+    for path in (folder / name for name in (WEIGHTS, CONFIG, RECORD)):
+        try:
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise InputError(f"{path}: expected a file that can be read, got: {str(error).lower()}") from None
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Serve a model over OpenAI's API, with a web chat."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,10 @@ def command(
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests may ask for by name; repeatable."),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option("--adapters", metavar="DIR", help="Every adapter in this directory, by its folder's name."),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -31,6 +36,13 @@ def command(
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
+    draft_tokens: Annotated[
+        int, typer.Option(min=0, max=15, help="Most tokens guessed from what was said before, and checked in one step.")
+    ] = 0,
+    first_token_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Refuse what can't have its first token in this time.", show_default=False),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Processor threads.", show_default=False)
     ] = None,
@@ -68,6 +80,8 @@ def command(
         if not (name and equals and folder) or name in named:
             raise InputError(f"--adapter: expected NAME=DIR with names of their own, got {pair!r}")
         named[name] = folder
+    if adapters is not None and not adapters.is_dir():
+        raise InputError(f"--adapters: expected a directory, got {adapters}")
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
         raise InputError("--api-key: expected printable ASCII without spaces around it, got another or an empty one")
     # The port first: it fails at once, a model loads for a while.
@@ -82,6 +96,7 @@ def command(
     launched = engine.launch(
         model,
         named,
+        folder=adapters,
         runs_dir=runs_dir,
         quant=quant,
         fast_decode=fast_decode,
@@ -90,6 +105,7 @@ def command(
         max_sequences=max_sequences,
         max_batch_tokens=max(512, max_sequences),
         max_waiting=max_waiting,
+        draft_tokens=draft_tokens,
     )
 
     def ready() -> None:
@@ -102,4 +118,4 @@ def command(
             sys.stdout.flush()
 
     with launched:
-        launched.serve(listener, ready, api_key=api_key)
+        launched.serve(listener, ready, api_key=api_key, first_token_seconds=first_token_seconds)

@@ -5,6 +5,7 @@ import threading
 import torch
 from torch import Tensor
 
+from ftkit.engine._shelf import Shelf
 from ftkit.kernels.next_logits import next_logits
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder
@@ -17,9 +18,10 @@ class ModelStep:
     def __init__(self, model: Decoder, cache: PagedCache, *, tokens: int, sequences: int, blocks: int) -> None:
         """Room for `tokens` tokens in `sequences` sequences of up to `blocks` pages."""
         self.model, self.cache = model, cache
+        self.shelf = Shelf(model, cache)
         self.lock = threading.Lock()
         """Held during a step; whoever changes the model's adapters holds it too."""
-        sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, sequences)
+        sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, tokens)
         self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
 
     def __call__(
@@ -40,6 +42,24 @@ class ModelStep:
                 host_adapter=adapters,
             )
             return next_logits(batch, wanted[:rows], self.cache, self.model).float().cpu().contiguous()
+
+    def fetch(self, adapter: int) -> tuple[int, str]:
+        """`Shelf.fetch`, on another thread."""
+        return self.shelf.fetch(adapter)
+
+    def install(self, adapter: int, pages: list[int]) -> None:
+        """`Shelf.install`, between two steps."""
+        with self.lock, torch.inference_mode():
+            self.shelf.install(adapter, pages)
+
+    def evict(self, adapter: int) -> None:
+        """`Shelf.evict`, between two steps."""
+        with self.lock:
+            self.shelf.evict(adapter)
+
+    def forget(self, adapter: int) -> None:
+        """`Shelf.forget`, on another thread."""
+        self.shelf.forget(adapter)
 
     def embed(self, tokens: list[int], adapter: int) -> Tensor:
         """The hidden states after the final norm, averaged over the tokens, float32 [d] on the CPU; without a cache."""

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Self, TypeAlias
 
 import torch
 
-from ftkit import _core, adapters, models
+from ftkit import _core, models
 from ftkit.engine._step import ModelStep
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
@@ -46,8 +45,10 @@ class Delta:
     finish_reason: str | None = None
     """`stop` (an end token or a stop string) or `length`."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt: their keys and values were in the pool already."""
     completion_tokens: int = 0
-    """Generated, the end token included; both are in the last delta only."""
+    """Generated, the end token included; all three are in the last delta only."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Completion:
     """The ids that make the text: without an end token, and without tokens that a stop string took away."""
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt: their keys and values were in the pool already, from another request or an earlier turn."""
     completion_tokens: int
     logprobs: list[Token] | None = field(default=None, repr=False)
 
@@ -76,13 +79,15 @@ class Engine:
         max_sequences: int = 32,
         max_waiting: int = 256,
         context_tokens: int | None = None,
+        draft_tokens: int = 0,
         name: str | None = None,
     ) -> None:
         """An engine for `loaded`, known to requests as `name` (its file's name when not given).
 
         `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
         quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
-        bound a step, `max_waiting` the queue. Raises InputError when the pool is too small for anything.
+        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in what was
+        said before, and computes them in one step; answers stay the same, and come faster where they quote. Raises InputError when the pool is too small for anything.
         """
         model, config = loaded.model, loaded.config
         context = min(context_tokens or config.context_length, config.context_length)
@@ -116,17 +121,20 @@ class Engine:
             self._step,
             self._step.workspace,
             name=self.name,
+            content=model.fingerprint or self.name,
             batch_tokens=max_batch_tokens,
             sequences=max_sequences,
             waiting=max_waiting,
             block_tokens=block_tokens,
             pages=pages,
             context_tokens=context,
+            draft_tokens=draft_tokens,
             vocabulary=config.vocab_size,
         )
         # Also at the end of the program: the thread must be gone before the interpreter is.
-        self._end = weakref.finalize(self, self._core.close)
+        self._end = weakref.finalize(self, _close, self._core, self._step)
         self._own: set[int] = set()
+        self._next = -1
 
     @property
     def models(self) -> list[str]:
@@ -158,13 +166,17 @@ class Engine:
         *,
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> Iterator[Delta]:
         """An answer as it grows. Asked for at once; closing the iterator cancels it.
 
-        `model`: the name of an adapter; the base model answers when not given. Raises InputError for a prompt or
+        `model`: the name of an adapter; the base model answers when not given. `priority`: −8 to 8, each step doubles
+        the share among the requests that wait. `first_token_seconds`: the answer fails as soon as its first token
+        cannot be there by then. Raises InputError for a prompt or
         parameters that can't be answered, FtkitError when the queue is full or the step fails.
         """
-        return _deltas(self._submit(prompt, sampling, model, tools))
+        return _deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
 
     def generate(
         self,
@@ -173,9 +185,11 @@ class Engine:
         *,
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> Completion:
         """A whole answer; arguments and errors as for `stream`."""
-        return _whole(self._submit(prompt, sampling, model, tools), sampling)
+        return _whole(self._submit(prompt, sampling, model, tools, priority, first_token_seconds), sampling)
 
     def generate_many(
         self,
@@ -198,37 +212,47 @@ class Engine:
         answers.extend(_whole(*pair) for pair in window)
         return answers
 
-    def add_adapter(self, name: str, adapter: str | Path | int) -> None:
-        """Lets requests ask for an adapter by `name`: a directory to load, or the id of one that is on the model.
+    def add_adapter(self, name: str, adapter: str | Path | int, *, replace: bool = False, unread: bool = False) -> None:
+        """Lets requests ask for an adapter by `name`: a directory, or the id of one that is on the model.
 
-        Raises InputError when the name is in use, or the adapter is not for this model.
+        A directory's weights take pages of the pool while requests use them, and are read again when they are needed
+        again. `replace`: a name in use means this adapter from now on; requests under way keep the one that they began
+        with. `unread`: the directory is not looked at before a request needs it, so that thousands can be added at
+        once. Raises InputError when the name is in use, or the adapter is not for this model.
         """
         if isinstance(adapter, int):
             self._core.add_adapter(name, adapter)
             return
-        if name in self.models:
+        known = name in self.models
+        if known and not replace:
             raise InputError(f"adapter name: expected one not in use, got {name!r}")
-        model = self.loaded.model
         with self._step.lock:
-            free = max(model.attached, default=-1) + 1
-            adapters.load(model, Path(adapter), free)
+            # never one that was used before: pages of keys and values, and requests under way, go by it
+            number = self._next = max(self._next, *self.loaded.model.attached, -1) + 1
+        shelf = self._step.shelf
+        shelf.put(number, Path(adapter))
         try:
-            self._core.add_adapter(name, free)
+            if not unread:
+                shelf.check(number)
+            self._core.know(number)
+            before = self._core.replace_adapter(name, number) if known else None
+            if before is None:
+                self._core.add_adapter(name, number)
         except InputError:
-            with self._step.lock:
-                adapters.detach(model, free)
+            self._core.forget(number)
             raise
-        self._own.add(free)
+        self._own.add(number)
+        if before is not None:
+            self._let_go(before)
 
     def remove_adapter(self, name: str) -> None:
-        """Takes a name away, waits for its requests to end, and takes the adapter off the model if it came by name."""
-        adapter = self._core.remove_adapter(name)
+        """Takes a name away. Requests under way end with its adapter."""
+        self._let_go(self._core.remove_adapter(name))
+
+    def _let_go(self, adapter: int) -> None:
         if adapter in self._own:
-            while self._core.uses(adapter):
-                time.sleep(0.01)
-            with self._step.lock:
-                adapters.detach(self.loaded.model, adapter)
             self._own.remove(adapter)
+            self._core.forget(adapter)
 
     def serve(
         self,
@@ -237,10 +261,12 @@ class Engine:
         *,
         api_key: str | None = None,
         body_bytes: int | None = None,
+        first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
-        `ready` is called when requests are taken. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
+        `ready` is called when requests are taken. `first_token_seconds`: a request whose first token cannot come within
+        it is refused with 503, before it costs more. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
         of the context when not given, since texts are encoded before they are known to be too long. For the main
         thread.
         """
@@ -250,7 +276,14 @@ class Engine:
         signals = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
         try:
-            self._core.serve(listener, ready, self.default, api_key=api_key, body_bytes=body_bytes)
+            self._core.serve(
+                listener,
+                ready,
+                self.default,
+                api_key=api_key,
+                body_bytes=body_bytes,
+                first_token_seconds=first_token_seconds,
+            )
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -271,14 +304,18 @@ class Engine:
         sampling: Sampling,
         model: str | None,
         tools: Sequence[Mapping[str, Any]] | None,
+        priority: int = 0,
+        first_token_seconds: float | None = None,
     ) -> _core.Stream:
-        return self._core.submit(self.encode(prompt, tools=tools), sampling.to_json(), model)
+        tokens = self.encode(prompt, tools=tools)
+        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds)
 
 
 def launch(
     model: str | Path,
     with_adapters: Mapping[str, str | Path] | None = None,
     *,
+    folder: Path | None = None,
     runs_dir: str | Path = "runs",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -289,8 +326,9 @@ def launch(
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
     base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
-    which answers the same to the bit. `fast_decode`: activations are rounded to 8 bits where the matrices are whole
-    numbers, which is faster and answers a little otherwise. `options`: of `Engine`.
+    which answers the same to the bit. `folder`: every adapter in it is there under its directory's name, and is read
+    when a request needs it. `fast_decode`: activations are rounded to 8 bits where the matrices are whole numbers,
+    which is faster and answers a little otherwise. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
@@ -304,18 +342,26 @@ def launch(
         if source.adapter is not None:
             engine.add_adapter(source.name, source.adapter)
             engine.default = source.name
-        for name, folder in (with_adapters or {}).items():
-            engine.add_adapter(name, folder)
+        for name, path in (with_adapters or {}).items():
+            engine.add_adapter(name, path)
+        for path in sorted(folder.iterdir()) if folder is not None else ():
+            if path.is_dir() and path.name not in engine.models:
+                engine.add_adapter(path.name, path, unread=True)
     except BaseException:
         engine.close()
         raise
     return engine
 
 
+def _close(core: _core.Engine, step: ModelStep) -> None:
+    core.close()
+    step.shelf.clear()
+
+
 def _deltas(stream: _core.Stream) -> Iterator[Delta]:
     try:
         for text, tokens, reason, usage in stream:
-            yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0)))
+            yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0, 0)))
             if reason is not None:
                 return
     finally:
@@ -327,12 +373,13 @@ def _whole(stream: _core.Stream, sampling: Sampling) -> Completion:
         text, found, reason, usage = stream.rest()
     finally:
         stream.cancel()
-    tokens, (prompt_tokens, completion_tokens) = _tokens(found), usage or (0, 0)
+    tokens, (prompt_tokens, cached_tokens, completion_tokens) = _tokens(found), usage or (0, 0, 0)
     return Completion(
         text=text,
         tokens=[token.id for token in tokens],
         finish_reason=reason or "stop",
         prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
         completion_tokens=completion_tokens,
         logprobs=None if sampling.logprobs is None else list(tokens),
     )

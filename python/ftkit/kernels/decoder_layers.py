@@ -10,7 +10,7 @@ weights' own format, the sequences of each adapter are computed in a call of the
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,34 +38,73 @@ def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: 
     return x
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Fused:
     """The core's view of a model's layers, and what it was made of."""
 
     weights: list[tuple[dict[str, Any], Any]]
     adapters: dict[int, Any]
     layers: dict[int | None, _core.DecoderLayers | None]
-    """Under all adapters (None), or under one or the base alone; None where the core cannot compute them."""
+    """Under all adapters but those left out (None), or under one or the base alone; None where the core cannot."""
+    left_out: set[int]
+    """Adapters that the core cannot compute beside others."""
 
-    def current(self, attached: dict[int, Any]) -> bool:
-        """Whether the model still has these weights and adapters."""
-        same = len(attached) == len(self.adapters) and all(self.adapters.get(k) is v for k, v in attached.items())
-        return same and all(modules["weight"] is weight for modules, weight in self.weights)
+    def current(self) -> bool:
+        """Whether the model still has these weights."""
+        return all(modules["weight"] is weight for modules, weight in self.weights)
+
+    def follow(self, model: Any) -> None:
+        """Takes over which adapters are on the model; the view under all of them is changed, not made anew."""
+        before, now = self.adapters, dict(model.attached)
+        gone = [key for key, value in before.items() if now.get(key) is not value]
+        new = [key for key, value in now.items() if before.get(key) is not value]
+        if not gone and not new:
+            return
+        together = self.layers.get(None)
+        self.adapters, self.layers = now, {}
+        if together is not None:
+            self.layers[None] = together
+            for key in gone:
+                together.remove_adapter(key)
+                self.left_out.discard(key)
+            self.add(model, together, new)
+
+    def add(self, model: Any, together: _core.DecoderLayers, new: Iterable[int]) -> None:
+        """Puts adapters on the view under all."""
+        for key in new:
+            loras = _loras(model, key, with_head=together.has_head)
+            if loras is None:
+                self.left_out.add(key)
+            else:
+                together.add_adapter(key, loras)
 
 
 def fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLayers | None:
-    """The core's view of the layers under all adapters, or under one or the base alone; None where it has none."""
+    """The core's view of the layers under all adapters that it can compute beside others, or under one or the base
+    alone; None where it has none."""
     found: _Fused | None = getattr(model, "_fused", None)
-    if found is None or not found.current(model.attached):
+    if found is None or not found.current():
         found = _Fused(
             weights=[(linear._modules, linear.weight) for linear in model.linears().values()],
             adapters=dict(model.attached),
             layers={},
+            left_out=set(),
         )
         object.__setattr__(model, "_fused", found)  # no part of the module's state
+    found.follow(model)
     if adapter_id not in found.layers:
-        found.layers[adapter_id] = _build(model, adapter_id)
+        layers = found.layers[adapter_id] = _build(model, adapter_id)
+        if layers is not None and adapter_id is None:
+            found.left_out = set()
+            found.add(model, layers, found.adapters)
     return found.layers[adapter_id]
+
+
+def together(model: Any, batch: Any) -> _core.DecoderLayers | None:
+    """The core's view under all adapters of a batch; None where it has none."""
+    layers = fused_layers(model)
+    alone = model._fused.left_out
+    return None if alone and any(adapter_id in alone for adapter_id, _, _ in batch.routes.spans) else layers
 
 
 def supports(dtype: torch.dtype, device: torch.device, batch: Any, cache: Any, model: Any) -> bool:
@@ -79,7 +118,7 @@ def supports(dtype: torch.dtype, device: torch.device, batch: Any, cache: Any, m
 def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
     if not supports(x.dtype, x.device, batch, cache, model):
         return False
-    if fused_layers(model) is not None:
+    if together(model, batch) is not None:
         return True
     return all(fused_layers(model, adapter_id) is not None for adapter_id, _, _ in batch.routes.spans)
 
@@ -90,7 +129,7 @@ def _run(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model
     x = x.clone(memory_format=torch.contiguous_format)
     cos, sin = (angle.contiguous() for angle in angles)
     table = batch.block_table.contiguous()
-    layers, spans = fused_layers(model), list(batch.routes.spans)
+    layers, spans = together(model, batch), list(batch.routes.spans)
     if layers is not None:
         layers.forward(x, cos, sin, batch.positions, batch.cu_seqlens, table, cache.pages, spans)
         return x
@@ -114,46 +153,90 @@ def _run(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model
 
 def _build(model: Any, adapter_id: int | None) -> _core.DecoderLayers | None:
     config = model.config
-    layers = []
+    layers: list[Any] = []
+    merged: set[Any] = set()
     for layer in model.layers:
-        attention, feed_forward = layer.self_attn, layer.mlp
-        head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        modules = (*attention.linears(), *feed_forward.linears())
-        linears = [linear for module in modules if (linear := _linear(module, adapter_id)) is not None]
-        if len(linears) < len(modules) or any(norm.adapters for norm in (*norms, *head_norms)):
-            return None
-        window = config.window(attention.layer)
+        linears = []
+        for module in (*layer.self_attn.linears(), *layer.mlp.linears()):
+            linear = _linear(module, adapter_id, merged)
+            if linear is None:
+                return None
+            linears.append(linear)
+        window = config.window(layer.self_attn.layer)
+        norms, head_norms = _norms(layer)
         layers.append((_weights(norms), _weights(head_norms), window, linears))
-    last = None if model.norm.adapters else _linear(model.lm_head, adapter_id)
+    # one that changes the head or the last norm alone is left to these modules, where it is alone
+    alone = str(adapter_id) in model.norm.adapters
+    last = None if alone else _linear(model.lm_head, adapter_id, merged)
+    if adapter_id is not None and _lora(model.lm_head, adapter_id, merged) is _UNKNOWN:
+        last = None
     head = None if last is None else (model.norm.weight.detach(), last)
-    return _core.DecoderLayers(layers, head, config.heads, config.key_value_heads, config.head_dim, config.norm_epsilon)
+    sizes = (config.heads, config.key_value_heads, config.head_dim)
+    made = _core.DecoderLayers(layers, head, *sizes, config.norm_epsilon)
+    if adapter_id is not None and adapter_id in model.attached:
+        loras = _loras(model, adapter_id, with_head=head is not None, merged=merged)
+        if loras is None:
+            return None
+        made.add_adapter(adapter_id, loras)
+    return made
+
+
+def _norms(layer: Any) -> tuple[list[Any], list[Any]]:
+    """The norms before attention and feed-forward, and those of queries and keys."""
+    attention = layer.self_attn
+    head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
+    return [layer.input_layernorm, layer.post_attention_layernorm], head_norms
 
 
 def _weights(norms: Sequence[nn.Module]) -> list[Tensor]:
     return [norm.weight.detach() for norm in norms]  # type: ignore[operator]
 
 
-def _linear(module: Any, only: int | None) -> tuple[Any, ...] | None:
-    """(matrix, inputs, bias, LoRAs) of a linear layer under all adapters or `only` one; None for one that the core
-    doesn't know."""
+def _linear(module: Any, only: int | None, merged: set[Any]) -> tuple[Any, ...] | None:
+    """(matrix, inputs, bias) of a linear layer, merged with `only` one adapter where that can be, and then noted; None
+    for one that the core doesn't know."""
     weight = module.weight
-    under = {key: adapter for key, adapter in module.adapters.items() if only is None or key == str(only)}
-    for key, adapter in list(under.items()) if only is not None else ():
-        # what is still trained changes in place, and a merged weight would not
-        frozen = not any(parameter.requires_grad for parameter in adapter.parameters())
-        merged = adapter.merged_weight(weight) if frozen and adapter.bias is None else None
-        if merged is not None:
-            weight = merged
-            del under[key]
+    adapter = None if only is None else module.adapter(only)
+    # what is still trained changes in place, and a merged weight would not
+    if adapter is not None and adapter.bias is None and not any(p.requires_grad for p in adapter.parameters()):
+        found = adapter.merged_weight(weight)
+        if found is not None:
+            weight = found
+            merged.add(module)
     stored = weight.stored()
     if stored is None:
         return None
-    loras = []
-    for adapter_id, adapter in under.items():
-        lora = adapter.as_lora()
-        if lora is None or adapter.bias is not None or lora[0].dtype != torch.float32:
+    return (stored, module.shape[1], None if module.bias is None else module.bias.detach())
+
+
+_UNKNOWN = ()
+"""In place of a LoRA: what an adapter does to a layer is none."""
+
+
+def _lora(module: Any, adapter_id: int, merged: Set[Any] = frozenset()) -> tuple[Any, ...] | None:
+    """(A, B, scale) of an adapter on a linear layer; None where it adds nothing, empty where it is no LoRA."""
+    adapter = module.adapter(adapter_id)
+    if adapter is None or module in merged:
+        return None
+    lora = adapter.as_lora()
+    if lora is None or adapter.bias is not None or lora[0].dtype != torch.float32:
+        return _UNKNOWN
+    return (lora[0].detach(), lora[1].detach(), lora[2])
+
+
+def _loras(
+    model: Any, adapter_id: int, *, with_head: bool, merged: Set[Any] = frozenset()
+) -> list[tuple[Any, ...] | None] | None:
+    """What an adapter adds to each linear layer, the head's last; None where the core cannot compute it."""
+    found: list[tuple[Any, ...] | None] = []
+    for layer in model.layers:
+        norms, head_norms = _norms(layer)
+        if any(str(adapter_id) in norm.adapters for norm in (*norms, *head_norms)):
             return None
-        loras.append((int(adapter_id), lora[0].detach(), lora[1].detach(), lora[2]))
-    bias = None if module.bias is None else module.bias.detach()
-    return (stored, module.shape[1], bias, loras)
+        linears = (*layer.self_attn.linears(), *layer.mlp.linears())
+        found += [_lora(module, adapter_id, merged) for module in linears]
+    if with_head:
+        if str(adapter_id) in model.norm.adapters:
+            return None
+        found.append(_lora(model.lm_head, adapter_id, merged))
+    return None if any(lora is _UNKNOWN for lora in found) else found

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ftkit.kernels import operation
-from ftkit.kernels.decoder_layers import fused_layers, supports
+from ftkit.kernels.decoder_layers import supports, together
 
 
 @operation
@@ -25,7 +25,7 @@ def next_logits(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
 
 
 def _supports(batch: Any, rows: Tensor, cache: Any, model: Any) -> bool:  # noqa: ARG001
-    layers = fused_layers(model) if supports(model.dtype, model.device, batch, cache, model) else None
+    layers = together(model, batch) if supports(model.dtype, model.device, batch, cache, model) else None
     return layers is not None and layers.has_head
 
 

@@ -177,6 +177,22 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(hidden, routes)
         return logits
 
+    def shell(self) -> "Decoder":
+        """A decoder over the same weights that no adapter is on."""
+        own = self.layers_by_name()
+
+        def tensor(name: str, _shape: tuple[int, ...]) -> Tensor:
+            layer, _, inner = name.rpartition(".")
+            found: Tensor = getattr(own[layer], inner).detach()
+            return found
+
+        def stored(name: str) -> Weight:
+            return own[name.removesuffix(".weight")].weight  # type: ignore[return-value]
+
+        shell = Decoder(self.config, Maker(tensor, self.config.norm_epsilon, stored)).train(self.training)
+        shell.fingerprint = self.fingerprint
+        return shell
+
     def linears(self) -> dict[str, Linear]:
         """The linear layers by name, in the order of the forward pass, the head last."""
         return {module.name: module for module in self.modules() if isinstance(module, Linear)}

@@ -182,7 +182,7 @@ impl Dialect for Messages {
     }
 
     fn begin(&mut self, lines: &mut Vec<Bytes>) {
-        let usage = Usage { prompt_tokens: self.context.prompt_tokens, completion_tokens: 0 };
+        let usage = Usage { prompt_tokens: self.context.prompt_tokens, ..Usage::default() };
         lines.push(event(&json!({"type": "message_start", "message": self.message(Vec::new(), None, usage)})));
     }
 
@@ -229,10 +229,10 @@ fn reason(ending: &Ending) -> (Value, Value) {
     }
 }
 
-/// What an answer cost. No prompt is remembered for the next one.
+/// What an answer cost; tokens that were there already are not counted as input.
 fn cost(usage: Usage) -> Value {
     json!({
-        "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
-        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens, "output_tokens": usage.completion_tokens,
+        "cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached_tokens,
     })
 }

@@ -132,8 +132,12 @@ fn submit(
                 sampling,
                 constraint: constraint.cloned(),
                 adapter: model.adapter,
+                root: model.root,
                 decoder: app.language.decoder(asked.tools.is_some()),
                 sink: Box::new(Channel { sender: sender.clone(), index, first: Some((start, app.engine.clone())) }),
+                client: 0,
+                priority: asked.priority,
+                deadline: app.settings.first_token.map(|time| start + time),
                 urgent: false,
             });
         }

@@ -15,11 +15,13 @@ pub(super) struct ApiError {
     code: Option<&'static str>,
     param: Option<String>,
     message: String,
+    /// In how many seconds one may try again, for 429 and 503.
+    retry_after: u64,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
-        Self { status, kind, code, param: None, message: message.into() }
+        Self { status, kind, code, param: None, message: message.into(), retry_after: 1 }
     }
 
     /// 400: the request as a whole.
@@ -141,8 +143,10 @@ fn shortened(text: &str) -> String {
 
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
-        if error.kind == ErrorKind::Failure {
-            return Self::server(error.message);
+        match error.kind {
+            ErrorKind::Failure => return Self::server(error.message),
+            ErrorKind::Busy => return Self::unavailable(error.message),
+            ErrorKind::Input => {}
         }
         let mut api = Self::request(error.to_string().replace('\n', "; "));
         // The core's messages begin with the field's name.
@@ -158,9 +162,10 @@ impl From<Error> for ApiError {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::Full(_) => {
+            Refused::Full { retry_after, .. } => {
                 let message = Error::from(refused).message;
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), message)
+                let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), message);
+                Self { retry_after, ..error }
             }
             Refused::Stopped => Self::unavailable("the server is shutting down"),
             Refused::Invalid(error) => error.into(),
@@ -189,8 +194,8 @@ impl ApiError {
     fn answer(&self, body: Value) -> Response {
         let mut response = (self.status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
-        if self.status == StatusCode::TOO_MANY_REQUESTS {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -62,6 +62,8 @@ pub struct Settings {
     pub api_key: Option<String>,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
+    /// Time in which an answer's first token is due; a request that can't have it by then is refused.
+    pub first_token: Option<Duration>,
     /// The model that answers requests which name none, and that is listed first.
     pub model: String,
 }
@@ -290,8 +292,12 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
         sampling,
         constraint: None,
         adapter: super::models::NO_ADAPTER,
+        root: None,
         decoder: language.decoder(false),
         sink: Box::new(Probe(Some(sender))),
+        client: 0,
+        priority: 0,
+        deadline: None,
         urgent: true,
     };
     engine.submit(vec![request]).is_ok() && receiver.await.unwrap_or(false)

@@ -209,12 +209,12 @@ fn reason(ending: &Ending) -> &'static str {
     }
 }
 
-/// What an answer cost. No prompt is remembered for the next one.
+/// What an answer cost.
 fn cost(usage: Usage) -> Value {
     json!({
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     })
 }

@@ -20,11 +20,10 @@ const MAX_PROMPTS: usize = 64;
 const MAX_MESSAGES: usize = 4096;
 
 /// What OpenAI's clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 11] = [
+const IGNORED: [&str; 10] = [
     "user",
     "store",
     "metadata",
-    "service_tier",
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -64,6 +63,8 @@ pub(super) struct Asked {
     pub stream: bool,
     /// Whether the last piece says what it cost.
     pub include_usage: bool,
+    /// Among the requests of the same client.
+    pub priority: i8,
 }
 
 /// The body of `/v1/chat/completions`.
@@ -170,7 +171,18 @@ fn common(fields: &mut Fields, prompts: Vec<Prompt>) -> Result<Asked, ApiError> 
         choices: fields.integer("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize,
         stream,
         include_usage,
+        priority: priority(fields)?,
     })
+}
+
+/// OpenAI's tiers: `flex` may take longer, `priority` goes first. A quarter of the share, or four times as much.
+fn priority(fields: &mut Fields) -> Result<i8, ApiError> {
+    match fields.string("service_tier")?.as_deref() {
+        None | Some("auto" | "default") => Ok(0),
+        Some("flex") => Ok(-2),
+        Some("priority") => Ok(2),
+        Some(other) => Err(ApiError::field("service_tier", "auto, default, flex or priority", &format!("{other:?}"))),
+    }
 }
 
 /// A message with the content parts of text joined, for templates know strings only.
