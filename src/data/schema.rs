@@ -25,6 +25,8 @@ pub enum Schema {
     Text,
     /// `prompt`, `chosen`, `rejected`, as text or as messages.
     Preference,
+    /// The same in the words of OpenAI's fine-tuning: `input`, `preferred_output`, `non_preferred_output`.
+    PreferredOutput,
 }
 
 /// What a row says.
@@ -73,7 +75,8 @@ type Columns = Map<String, Value>;
 
 impl Schema {
     /// Every schema, with its name and the columns that it needs.
-    pub const ALL: [(Self, &'static str, &'static [&'static str]); 7] = [
+    pub const ALL: [(Self, &'static str, &'static [&'static str]); 8] = [
+        (Self::PreferredOutput, "preferred_output", &["input", "preferred_output", "non_preferred_output"]),
         (Self::Preference, "preference", &["chosen", "rejected"]),
         (Self::Messages, "messages", &["messages"]),
         (Self::ShareGpt, "sharegpt", &["conversations"]),
@@ -102,7 +105,8 @@ impl Schema {
             })
     }
 
-    fn name(self) -> &'static str {
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(schema, _, _)| *schema == self).map_or("", |(_, name, _)| name)
     }
 
@@ -114,6 +118,7 @@ impl Schema {
         let words = Words::of(mapping);
         let tools = tools(columns.get("tools"))?;
         match self {
+            Self::PreferredOutput => Self::Preference.read(&preferred_output(columns)?, mapping),
             Self::Messages => {
                 conversation(messages(required(columns, "messages")?, "messages", &words)?, 0, tools, columns)
             }
@@ -191,6 +196,21 @@ pub fn renamed(mut columns: Columns, mapping: &Mapping) -> Columns {
         }
     }
     columns
+}
+
+/// OpenAI's columns of a preference in ours.
+fn preferred_output(columns: &Columns) -> Result<Columns, String> {
+    let Value::Object(input) = required(columns, "input")? else {
+        return Err(format!("input: expected an object with messages, got {}", kind(&columns["input"])));
+    };
+    let mut ours = Columns::new();
+    ours.insert("prompt".to_owned(), required(input, "messages")?.clone());
+    ours.insert("chosen".to_owned(), required(columns, "preferred_output")?.clone());
+    ours.insert("rejected".to_owned(), required(columns, "non_preferred_output")?.clone());
+    if let Some(tools) = input.get("tools") {
+        ours.insert("tools".to_owned(), tools.clone());
+    }
+    Ok(ours)
 }
 
 /// The names of a message's fields in the data.

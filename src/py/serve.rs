@@ -1,6 +1,7 @@
 //! Bindings of the `serve` room: the engine whose step is a Python function, the server, and CPU attention over pages.
 
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,18 +9,24 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use serde_json::Value;
 
 use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::serve::models::Models;
-use crate::serve::{Batch, Delta, Event, Language, Limits, Request, Sampler, Sampling, Sink, Step, Text, http};
+use crate::serve::names::Names;
+use crate::serve::{
+    Batch, Delta, Desk, Event, Language, Limits, Refusal, Request, Sampler, Sampling, Sink, Step, Text, Traffic, http,
+};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
     module.add_class::<Stream>()?;
     module.add_class::<Listener>()?;
     module.add_function(wrap_pyfunction!(sampling_probabilities, module)?)?;
+    module.add_function(wrap_pyfunction!(hashed_key, module)?)?;
+    module.add_function(wrap_pyfunction!(content_hash, module)?)?;
     Ok(())
 }
 
@@ -29,6 +36,8 @@ struct Engine {
     engine: crate::serve::Engine,
     language: Arc<dyn Language>,
     models: Arc<Models>,
+    names: Arc<Names>,
+    traffic: Arc<Traffic>,
 }
 
 #[pymethods]
@@ -59,7 +68,9 @@ impl Engine {
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
         let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace })?;
-        Ok(Self { engine, language: Arc::new(Text::new(tokenizer, template)), models: Arc::new(Models::new(name)) })
+        let language = Arc::new(Text::new(tokenizer, template));
+        let (models, names, traffic) = (Arc::new(Models::new(name)), Arc::default(), Arc::default());
+        Ok(Self { engine, language, models, names, traffic })
     }
 
     /// The names that requests may ask for.
@@ -77,7 +88,24 @@ impl Engine {
     }
 
     fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
-        py.detach(|| self.engine.uses(adapter))
+        self.models.held(adapter) || py.detach(|| self.engine.uses(adapter))
+    }
+
+    fn set_alias(&self, name: &str, targets: Vec<(String, u32)>) -> PyResult<()> {
+        Ok(self.names.set(name, targets)?)
+    }
+
+    fn remove_alias(&self, name: &str) -> bool {
+        self.names.remove(name)
+    }
+
+    #[pyo3(signature = (model, fingerprint))]
+    fn describe(&self, model: &str, fingerprint: Option<&str>) {
+        self.names.describe(model, fingerprint);
+    }
+
+    fn traffic(&self, model: &str) -> (u64, u64, u64) {
+        self.traffic.model(model)
     }
 
     #[pyo3(signature = (prompt, sampling, model = None))]
@@ -102,7 +130,9 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None))]
+    #[pyo3(signature = (listener, ready, model, *, body_bytes, upload_bytes, stuck_seconds, api_key = None,
+        keys = None, desk = None, access_log = None))]
+    #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
         py: Python<'_>,
@@ -110,17 +140,35 @@ impl Engine {
         ready: Py<PyAny>,
         model: String,
         body_bytes: usize,
+        upload_bytes: u64,
+        stuck_seconds: f64,
         api_key: Option<String>,
+        keys: Option<String>,
+        desk: Option<Py<PyAny>>,
+        access_log: Option<PathBuf>,
     ) -> PyResult<()> {
         let Some(socket) = listener.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::failure("listener: expected one that is not in use").into());
         };
         let (engine, language, models) = (self.engine.clone(), Arc::clone(&self.language), Arc::clone(&self.models));
-        let settings =
-            http::Settings { host: listener.host.clone(), loopback: listener.loopback, api_key, body_bytes, model };
+        let settings = http::Settings {
+            host: listener.host.clone(),
+            loopback: listener.loopback,
+            api_key,
+            keys,
+            body_bytes,
+            upload_bytes,
+            model,
+            names: Arc::clone(&self.names),
+            traffic: Arc::clone(&self.traffic),
+            desk: desk.map(|desk| Arc::new(PythonDesk(desk)) as Arc<dyn Desk>),
+            access_log,
+            stuck_after: Duration::try_from_secs_f64(stuck_seconds)
+                .map_err(|_| Error::input(format!("stuck_seconds: expected a time, got {stuck_seconds}")))?,
+        };
         py.detach(|| {
             let mut called = Ok(());
-            http::Server::new(socket, engine, language, models, settings).run(|| {
+            http::Server::new(socket, engine, language, models, settings)?.run(|| {
                 called = Python::attach(|py| ready.call0(py).map(drop));
             })?;
             called
@@ -129,6 +177,33 @@ impl Engine {
 
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.engine.stop());
+    }
+}
+
+/// A desk that is a Python function: `(what, arguments as JSON) -> answer as JSON`.
+struct PythonDesk(Py<PyAny>);
+
+impl Desk for PythonDesk {
+    fn call(&self, what: &str, arguments: &Value) -> Result<Value, Refusal> {
+        let failed = || Refusal {
+            status: 500,
+            message: format!("{what}: the server failed; its log says how"),
+            param: None,
+            code: None,
+        };
+        let text = Python::attach(|py| {
+            let answer = self.0.call1(py, (what, arguments.to_string()))?;
+            answer.extract::<String>(py)
+        });
+        let mut answer: Value = text.ok().and_then(|text| serde_json::from_str(&text).ok()).ok_or_else(failed)?;
+        let Some(refused) = answer.get_mut("refused") else { return Ok(answer["done"].take()) };
+        let text = |name: &str| refused[name].as_str().map(str::to_owned);
+        Err(Refusal {
+            status: refused["status"].as_u64().and_then(|status| u16::try_from(status).ok()).unwrap_or(500),
+            message: text("message").unwrap_or_default(),
+            param: text("param"),
+            code: text("code"),
+        })
     }
 }
 
@@ -338,6 +413,19 @@ impl PythonStep {
         py.detach(|| logits.extend_from_slice(values));
         Ok(())
     }
+}
+
+#[pyfunction]
+fn hashed_key(key: &str) -> String {
+    http::keys::hashed(key)
+}
+
+/// The hash of a file's content.
+#[pyfunction]
+fn content_hash(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    let mut hasher = blake3::Hasher::new();
+    py.detach(|| hasher.update_mmap(&path).map(|hasher| hasher.finalize().to_hex().to_string()))
+        .map_err(|error| Error::io(&path, &error).into())
 }
 
 #[pyfunction]

@@ -8,6 +8,7 @@
 mod answer;
 pub mod calls;
 pub mod constraint;
+mod desk;
 mod engine;
 #[cfg(test)]
 mod fake;
@@ -15,6 +16,7 @@ pub mod http;
 mod language;
 mod metrics;
 pub mod models;
+pub mod names;
 mod pool;
 mod request;
 mod sampler;
@@ -22,7 +24,9 @@ pub mod sampling;
 mod scheduler;
 mod step;
 mod stop;
+mod traffic;
 
+pub use desk::{Desk, Refusal};
 pub use engine::{Engine, Refused};
 pub use language::{Language, Text};
 pub use metrics::Metrics;
@@ -33,3 +37,4 @@ pub use sampling::Sampling;
 pub use scheduler::{Counters, Limits, Scheduler};
 pub use step::{Batch, Step};
 pub use stop::{Shown, StopStrings};
+pub use traffic::Traffic;

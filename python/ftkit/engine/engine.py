@@ -230,19 +230,48 @@ class Engine:
                 adapters.detach(self.loaded.model, adapter)
             self._own.remove(adapter)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        found = self._core.metrics()
+        return found["requests_running"] + found["requests_waiting"] > 0
+
+    def set_alias(self, name: str, targets: Sequence[tuple[str, int]]) -> None:
+        """Lets requests over HTTP ask for `name`, which leads to models, each with its weight."""
+        self._core.set_alias(name, list(targets))
+
+    def remove_alias(self, name: str) -> bool:
+        """Takes an alias away; whether there was one."""
+        return self._core.remove_alias(name)
+
+    def describe(self, model: str, fingerprint: str | None) -> None:
+        """Notes what a model is made of; answers over HTTP carry it."""
+        self._core.describe(model, fingerprint)
+
+    def traffic(self, model: str) -> tuple[int, int, int]:
+        """What was asked of a model over HTTP: requests, tokens of prompts, tokens of answers."""
+        return self._core.traffic(model)
+
     def serve(
         self,
         listener: _core.Listener,
         ready: Callable[[], object],
         *,
         api_key: str | None = None,
+        keys: str | None = None,
+        desk: Callable[[str, str], str] | None = None,
+        access_log: str | Path | None = None,
         body_bytes: int | None = None,
+        upload_bytes: int = 512 << 20,
+        stuck_seconds: float = 60,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
-        `ready` is called when requests are taken. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
-        of the context when not given, since texts are encoded before they are known to be too long. For the main
-        thread.
+        `ready` is called when requests are taken. `keys`: more keys, as `ftkit.serve.keys` reads them. `desk` does what
+        is asked besides answers; see `ftkit.serve`. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
+        of the context when not given, since texts are encoded before they are known to be too long. `upload_bytes`
+        bounds a file. After `stuck_seconds` without the end of a step the server says that it is not well. For the
+        main thread.
         """
         if body_bytes is None:
             body_bytes = (256 << 10) + 32 * self.context_tokens
@@ -250,7 +279,18 @@ class Engine:
         signals = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
         try:
-            self._core.serve(listener, ready, self.default, api_key=api_key, body_bytes=body_bytes)
+            self._core.serve(
+                listener,
+                ready,
+                self.default,
+                api_key=api_key,
+                keys=keys,
+                desk=desk,
+                access_log=access_log,
+                body_bytes=body_bytes,
+                upload_bytes=upload_bytes,
+                stuck_seconds=stuck_seconds,
+            )
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
