@@ -31,7 +31,13 @@ pub struct Checked {
 pub fn check(path: &Path) -> Result<Checked> {
     let mut checked = Checked::default();
     let (mut schema, mapping) = (None, Mapping::new());
-    for source in source::open(path)? {
+    // The file's place is no business of who sent it.
+    let unnamed = |error: Error| Error {
+        message: error.message.replace(&path.display().to_string(), "file"),
+        hint: None,
+        ..error
+    };
+    for source in source::open(path).map_err(unnamed)? {
         if source.format != Format::JsonLines {
             return Err(Error::input("file: expected JSONL, one JSON object a line, got another format"));
         }
@@ -59,7 +65,8 @@ pub fn check(path: &Path) -> Result<Checked> {
                 }
             }
             Ok(())
-        })?;
+        })
+        .map_err(unnamed)?;
     }
     if checked.rows + checked.bad_rows == 0 {
         return Err(Error::input("file: expected rows, got none"));

@@ -81,7 +81,7 @@ class Server:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 def start(*arguments: str) -> Server:

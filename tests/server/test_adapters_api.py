@@ -15,6 +15,7 @@ from serving import KEY, Answer, Http, Server, start, stop
 from speakers import speaker
 
 from ftkit import adapters, models
+from ftkit.data import feedback
 
 pytestmark = pytest.mark.server
 
@@ -233,3 +234,44 @@ def test_a_restarted_server_finds_its_adapters(managed: Managed, tmp_path: Path)
     assert again.answer("kept") == again.answer("alias") == expected
     assert again.http.post("/v1/adapters/kept/rollback").json()["generation"] == 3
     assert stop(other) == 0
+
+
+def test_feedback_is_kept_with_what_answered(managed: Managed) -> None:
+    hash_now = managed.load("rated", "v3").json()["hash"]
+    whole = managed.client.chat.completions.create(model="rated", **GREEDY)
+    answer = whole.choices[0].message.content
+    rated = {"model": "rated", "messages": QUESTION, "answer": answer, "id": whole.id}
+    before = managed.http.get("/v1/feedback").json()
+    kept = managed.http.post("/v1/feedback", rated | {"rating": "up"}).json()
+    assert (kept["object"], kept["kind"], kept["adapter"]) == ("feedback", "rating", hash_now)
+    assert managed.http.post("/v1/feedback", rated | {"rating": -1}).status_code == 200
+    other = {"rejected": "worse", "rejected_model": "speaker"}
+    assert managed.http.post("/v1/feedback", rated | other).json()["kind"] == "pair"
+    after = managed.http.get("/v1/feedback").json()
+    assert {name: after[name] - before[name] for name in ("pairs", "up", "down")} == {"pairs": 1, "up": 1, "down": 1}
+    rows = Path(feedback.rows_file(f"feedback:{managed.state}", pairs=True, labelled=True)).read_text().splitlines()
+    assert {"prompt": QUESTION, "completion": "worse", "label": False} in map(json.loads, rows)
+    for bad in (
+        rated,
+        rated | {"rating": "up"} | other,
+        rated | {"rating": 7},
+        rated | {"rating": True},
+        rated | {"rejected": answer},
+        {"answer": "x", "rating": "up"},
+        rated | {"messages": [], "rating": "up"},
+        rated | {"messages": [{"role": "king", "content": "x"}], "rating": "up"},
+        rated | {"rating": "up", "path": "/etc/passwd"},
+    ):
+        assert managed.http.post("/v1/feedback", bad).status_code == 400, bad
+    assert managed.http.get("/v1/feedback").json() == after
+
+
+def test_a_line_that_a_kill_cut_off_spoils_no_other(managed: Managed) -> None:
+    path = managed.state / "feedback" / "feedback.jsonl"
+    managed.http.post("/v1/feedback", {"prompt": "a", "answer": "b", "rating": "up"})
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"prompt": "ha')
+    managed.http.post("/v1/feedback", {"prompt": "c", "answer": "d", "rating": "down"})
+    after = path.read_bytes()
+    assert after.startswith(before)
+    assert json.loads(after[len(before) :])["prompt"] == "c"

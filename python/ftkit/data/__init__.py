@@ -4,6 +4,7 @@ A dataset is read, encoded and cached once; packing it into rows, holding a part
 are decided by the seed alone, so that a run can be stopped and continued at any batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ftkit import _core
 from ftkit.config import DataConfig
 from ftkit.config.cache import cache_directory
+from ftkit.data import feedback
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 
@@ -119,7 +121,7 @@ def prepare(
     that follow one another in the files and stay in one group, so that every group has those of several rows. Raises
     InputError for data that cannot be used, or too little to hold any out.
     """
-    prepared = encode(config, tokenizer, template, progress=progress)
+    prepared = encode(_with_feedback(config, pairs, labelled), tokenizer, template, progress=progress)
     if pairs is not None:
         _check_answers(prepared.statistics, pairs, labelled)
     training, held_out = prepared.split(config.max_tokens, seed, split, together)
@@ -145,6 +147,16 @@ def prepare(
         )
 
     return dataset(training), None if held_out is None else dataset(held_out)
+
+
+def _with_feedback(config: DataConfig, pairs: bool | None, labelled: bool) -> DataConfig:
+    """The configuration with files in place of feedback."""
+
+    def rows(path: str) -> str:
+        return feedback.rows_file(path, pairs=pairs, labelled=labelled) if feedback.is_feedback(path) else path
+
+    path = rows(config.path) if isinstance(config.path, str) else tuple(map(rows, config.path))
+    return dataclasses.replace(config, path=path)
 
 
 def _check_answers(counts: Mapping[str, int], pairs: bool, labelled: bool) -> None:

@@ -55,7 +55,7 @@ pub(super) async fn file(
     let form = Temporary(folder.join(&name));
     let received = tokio::time::timeout(WHOLE, receive(&form.0, body, limit)).await;
     received.map_err(|_| ApiError::slow(WHOLE.as_secs()))??;
-    let content = Temporary(folder.join(format!("{name}-content")));
+    let content = Temporary(folder.join(format!("{name}-content.jsonl")));
     let paths = (form.0.clone(), content.0.clone());
     let taken = tokio::task::spawn_blocking(move || take(&paths.0, &paths.1, &boundary, limit)).await;
     let mut file = taken.map_err(|_| ApiError::server("the file could not be read"))??;
