@@ -25,7 +25,13 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         adapters.detach(loaded.model, 0)
     del loaded
     named = [f"--adapter={name}={folder / name}" for name in ("one", "two")]
-    limits = [f"--state-dir={folder / 'state'}", "--pool-mib=64", "--max-sequences=4", "--max-waiting=12", "--context=1024"]
+    limits = [
+        f"--state-dir={folder / 'state'}",
+        "--pool-mib=64",
+        "--max-sequences=4",
+        "--max-waiting=12",
+        "--context=1024",
+    ]
     server = start(str(smollm2), "--port=0", f"--api-key={KEY}", *named, *limits)
     yield server
     assert stop(server) == 0
