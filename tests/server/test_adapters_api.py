@@ -4,75 +4,17 @@ import concurrent.futures
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
-from serving import KEY, Answer, Http, Server, start, stop
-from speakers import speaker
+from managing import GREEDY, QUESTION, Managed
+from serving import KEY, start, stop
 
-from ftkit import adapters, models
 from ftkit.data import feedback
 
 pytestmark = pytest.mark.server
-
-QUESTION: list[Any] = [{"role": "user", "content": "What now?"}]
-GREEDY: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 8}
-
-
-def adapter(base: Path, folder: Path, seed: int) -> Path:
-    """A random adapter on the base, large enough to change answers."""
-    loaded = models.load(base)
-    adapters.attach(loaded.model, "lora", {"rank": 3}, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters.trainable(loaded.model).values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    adapters.save(loaded.model, 0, folder, loaded.fingerprint, "speaker")
-    return folder
-
-
-class Managed:
-    """A server with a directory of adapters, and how to ask it."""
-
-    def __init__(self, server: Server, folder: Path, base: Path, state: Path) -> None:
-        self.server, self.folder, self.base, self.state = server, folder, base, state
-        self.http = Http(server.url)
-        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-
-    def answer(self, model: str, **how: Any) -> str:
-        return self.client.chat.completions.create(model=model, **(GREEDY | how)).choices[0].message.content or ""
-
-    def load(self, name: str, path: str) -> Answer:
-        return self.http.post("/v1/adapters", json={"name": name, "path": path})
-
-
-@pytest.fixture(scope="module")
-def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
-    home = tmp_path_factory.mktemp("managed")
-    base = speaker(home / "speaker", "chatml")
-    folder = home / "allowed"
-    folder.mkdir()
-    for number, name in enumerate(("v3", "v4", "v5")):
-        adapter(base, folder / name, number)
-    adapter(base, home / "outside", 9)
-    (folder / "link").symlink_to(home / "outside")
-    shutil.copytree(folder / "v3", folder / "linked-weights")
-    (folder / "linked-weights" / "adapter_model.safetensors").unlink()
-    (folder / "linked-weights" / "adapter_model.safetensors").symlink_to(folder / "v3" / "adapter_model.safetensors")
-    server = start(
-        str(base),
-        "--port=0",
-        f"--api-key={KEY}",
-        f"--adapter=given={folder / 'v5'}",
-        f"--adapter-dir={folder}",
-        f"--state-dir={home / 'state'}",
-    )
-    yield Managed(server, folder, base, home / "state")
-    assert stop(server) == 0
 
 
 def test_an_adapter_is_loaded_and_answers(managed: Managed) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import openai
 import pytest
+from managing import adapter
 from serving import Http, Server, start, stop
 from speakers import speaker
-from test_adapters_api import adapter
 
 from ftkit import _core
 from ftkit.errors import InputError

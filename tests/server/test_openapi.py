@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from managing import adapter
 from schemas import problems
 from serving import KEY, Answer, Http, start, stop
 from speakers import speaker
-from test_adapters_api import adapter
 
 pytestmark = pytest.mark.server
 
