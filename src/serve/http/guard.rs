@@ -18,7 +18,7 @@ use super::log::Record;
 use super::meter::Caller;
 
 /// Routes that need no key: the page itself, which then asks for it, and the health checks.
-const OPEN: [&str; 6] = ["/", "/chat.js", "/chat.css", "/health", "/ready", "/openapi.json"];
+const OPEN: [&str; 7] = ["/", "/chat.js", "/studio.js", "/chat.css", "/health", "/ready", "/openapi.json"];
 /// Where a key that manages is needed; reading the first two needs any key.
 const MANAGED: [&str; 5] = ["/v1/adapters", "/v1/aliases", "/v1/files", "/v1/fine_tuning", "/metrics"];
 

@@ -240,6 +240,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/markdown", post(markdown))
         .route("/", get(page::page))
         .route("/chat.js", get(page::script))
+        .route("/studio.js", get(page::studio))
         .route("/chat.css", get(page::style))
         .fallback(|request: Request| async move { ApiError::no_route(request.uri().path()) })
         .method_not_allowed_fallback(|| async { ApiError::method() })
@@ -293,12 +294,16 @@ async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     tokio::time::timeout(BODY, collect).await.unwrap_or_else(|_| Err(ApiError::slow(BODY.as_secs())))
 }
 
-fn shown(model: &Model) -> Value {
-    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "ftkit"})
+/// A model as clients list it; what has an adapter has a parent.
+fn shown(app: &App, model: &Model) -> Value {
+    let base = app.models.find(None).filter(|base| base.adapter != model.adapter).map(|base| base.name);
+    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "ftkit", "parent": base})
 }
 
 async fn models(State(app): State<Arc<App>>, caller: Asking) -> Json<Value> {
-    Json(json!({"object": "list", "data": app.sorted(&caller.key).iter().map(shown).collect::<Vec<_>>()}))
+    Json(
+        json!({"object": "list", "data": app.sorted(&caller.key).iter().map(|model| shown(&app, model)).collect::<Vec<_>>()}),
+    )
 }
 
 async fn model(
@@ -308,7 +313,7 @@ async fn model(
 ) -> Result<Json<Value>, ApiError> {
     let Path(name) = name.map_err(|_| ApiError::no_model("?", "the names of /v1/models"))?;
     let (found, _) = app.model(&caller.key, Some(&name))?;
-    Ok(Json(shown(&Model { name, ..found })))
+    Ok(Json(shown(&app, &Model { name, ..found })))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
