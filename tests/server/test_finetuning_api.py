@@ -52,7 +52,7 @@ class Studio:
         file = self.upload(rows)
         return self.client.fine_tuning.jobs.create(model="speaker", training_file=file, **(how | arguments)).id
 
-    def until(self, job: str, what: Callable[[Any], bool], seconds: float = 60) -> Any:
+    def until(self, job: str, what: Callable[[Any], bool], seconds: float = 240) -> Any:
         end = time.monotonic() + seconds
         while not what(found := self.client.fine_tuning.jobs.retrieve(job)):
             assert found.status != "failed", found.error
@@ -218,7 +218,7 @@ def test_a_job_from_upload_to_answer(studio: Studio) -> None:
 def test_a_job_whose_training_fails_says_why(studio: Studio) -> None:
     rows = [chat("x" * 3000, "y")]  # longer than a row may be, and nothing of it is left to train on
     job = studio.job(rows)
-    studio.server.until(lambda: studio.client.fine_tuning.jobs.retrieve(job).status == "failed")
+    studio.server.until(lambda: studio.client.fine_tuning.jobs.retrieve(job).status == "failed", seconds=240)
     error = studio.client.fine_tuning.jobs.retrieve(job).error
     assert error is not None
     assert "expected" in error.message
@@ -243,7 +243,7 @@ def test_a_job_waits_for_requests_and_outlives_its_server(base: Path, tmp_path: 
     how: dict[str, Any] = {"model": "speaker", "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
     stream = studio.client.completions.create(prompt="Once", stream=True, **how)
     next(stream)
-    studio.server.until(lambda: held(pid), seconds=2)
+    studio.server.until(lambda: held(pid), seconds=10)
     still = studio.step(job)
     for _ in zip(range(200), stream, strict=False):
         pass
@@ -255,11 +255,11 @@ def test_a_job_waits_for_requests_and_outlives_its_server(base: Path, tmp_path: 
     studio.until(job, lambda _: studio.step(job) > 20)
     os.kill(studio.server.process.pid, signal.SIGKILL)
     studio.server.process.communicate()
-    studio.server.until(lambda: not Path(f"/proc/{pid}").exists(), seconds=5)
+    studio.server.until(lambda: not Path(f"/proc/{pid}").exists(), seconds=30)
     studio = Studio(start(*arguments), tmp_path / "state")
     studio.until(job, lambda _: "Fine-tuning goes on" in studio.told(job))
     events = studio.state / "runs" / job / "events.jsonl"
-    studio.server.until(lambda: '"resumed"' in events.read_text())
+    studio.server.until(lambda: '"resumed"' in events.read_text(), seconds=240)
     resumed = [event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "resumed"]
     assert resumed[0]["step"] >= 10
     config = (studio.state / "runs" / job / "config.toml").read_text()
@@ -269,7 +269,7 @@ def test_a_job_waits_for_requests_and_outlives_its_server(base: Path, tmp_path: 
     assert studio.http.post(f"/v1/fine_tuning/jobs/{job}/pause").json()["status"] == "paused"
     assert studio.http.post(f"/v1/fine_tuning/jobs/{job}/pause").status_code == 409
     pid = json.loads((studio.state / "jobs" / job / "job.json").read_text())["pid"]
-    studio.server.until(lambda: not Path(f"/proc/{pid}").exists(), seconds=20)
+    studio.server.until(lambda: not Path(f"/proc/{pid}").exists(), seconds=60)
     assert studio.http.post(f"/v1/fine_tuning/jobs/{job}/resume").json()["status"] in ("queued", "running")
     assert studio.client.fine_tuning.jobs.cancel(job).status == "cancelled"
     with pytest.raises(openai.ConflictError):

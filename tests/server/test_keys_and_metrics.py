@@ -166,13 +166,12 @@ def test_the_log_has_every_answer_and_no_contents(guarded: Guarded) -> None:
     whole = ask(guarded.client("guest"), max_tokens=4, extra_body={"ignore_eos": True})
     guarded.http("guest").get(f"/v1/models/nobody?secret={'x' * 20}")
     Http(guarded.server.url, "wrong").get("/v1/models")
-    guarded.server.until(lambda: guarded.log()[-1]["status"] == 401)
-    lines = guarded.log()
-    mine = next(line for line in lines if line["id"] == whole._request_id)
+    guarded.server.until(lambda: whole._request_id in (guarded.home / "access.log").read_text())
+    guarded.server.until(lambda: {401, 404} <= {line["status"] for line in guarded.log()[-3:]})
+    mine = next(line for line in guarded.log() if line["id"] == whole._request_id)
     assert (mine["method"], mine["path"], mine["status"], mine["key"]) == ("POST", "/v1/chat/completions", 200, "guest")
     assert (mine["model"], mine["generated_tokens"]) == ("one", 4)
     assert mine["prompt_tokens"] == whole.usage.prompt_tokens
-    assert [line["status"] for line in lines[-2:]] == [404, 401]
     text = (guarded.home / "access.log").read_text()
     assert SECRET not in text
     assert "secret" not in text

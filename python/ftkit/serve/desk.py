@@ -64,6 +64,7 @@ class Desk:
             "jobs.resume": lambda asked: self.jobs.resume(asked["name"]),
             "jobs.events": lambda asked: self.jobs.events(asked["name"], asked["query"]),
             "jobs.checkpoints": lambda asked: self.jobs.checkpoints(asked["name"], asked["query"]),
+            "server.leaving": lambda _: self.jobs.leave(),
             "feedback.create": lambda asked: self.feedback.create(asked["body"], asked["caller"]),
             "feedback.count": lambda _: self.feedback.count(),
         }

@@ -120,14 +120,17 @@ class Jobs:
             if any(job.status in UNDER_WAY for job in self._jobs.values()):
                 self._begin()
 
-    def close(self) -> None:
-        """Stops the job under way after its step, with a checkpoint. It stays under way for the next server."""
+    def leave(self) -> None:
+        """Has the job under way stop after its step, with a checkpoint. It stays under way for the next server."""
         with self._change:
             self._closing = True
             self._change.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+
+    def close(self) -> None:
+        """As `leave`, and waits for it."""
+        self.leave()
+        if self._thread is not None:
+            self._thread.join()
 
     def _opened(self, place: Path) -> Job:
         return Job(place, self._state.path / "runs")

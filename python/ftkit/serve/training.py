@@ -14,7 +14,7 @@ POLL_SECONDS = 0.02
 QUIET_SECONDS = 0.5
 """How long nobody must have asked before it goes on: a conversation is not a row of small gaps."""
 _LOG_BYTES = 1 << 20
-_GRACE_SECONDS = 20
+_GRACE_SECONDS = 10
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""A job's own process: `ftkit`, that ends with the server whatever happens to it, and gives way to everything else.
+"""A job's own process: `ftkit`, that ends with the server whatever happens to it.
 
     python -m ftkit.serve.worker PARENT train --model …
 
@@ -22,7 +22,6 @@ def main() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could be watched
         sys.exit(1)
-    os.nice(10)
     sys.argv = ["ftkit", *sys.argv[2:]]
     runpy.run_module("ftkit", run_name="__main__", alter_sys=True)
 

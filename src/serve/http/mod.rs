@@ -195,6 +195,15 @@ impl Server {
         let outcome = runtime.block_on(async {
             let (stop, stopped) = watch::channel(0);
             signals(stop).map_err(failed)?;
+            if let Some(desk) = self.app.settings.desk.clone() {
+                let mut leaving = stopped.clone();
+                tokio::spawn(async move {
+                    // A job ends while answers do, and not after them.
+                    if leaving.changed().await.is_ok() {
+                        let _ = tokio::task::spawn_blocking(move || desk.call("server.leaving", &json!({}))).await;
+                    }
+                });
+            }
             let serving = tokio::spawn(listen::serve(self.listener, router(self.app), stopped));
             ready();
             serving.await.map_err(|error| Error::failure(format!("the server: {error}")))?
