@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import KEY, Http, Server, start, stop
 from speakers import speaker
 
@@ -222,6 +224,48 @@ def test_a_models_template_reaches_nothing_and_ends(source: str) -> None:
     assert len(text) < 1 << 20
     assert not any(word in text for word in ("class", "root:", "uid=", "posix"))
     assert time.monotonic() - began < 10
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+MANAGED: dict[str, dict[str, Any]] = {
+    "/v1/adapters": {"name": "x", "path": "y", "checkpoint": "z"},
+    "/v1/adapters/x/rollback": {"generation": 1},
+    "/v1/aliases": {"name": "x", "targets": [{"model": "speaker", "weight": 1}]},
+    "/v1/fine_tuning/jobs": {
+        "model": "speaker",
+        "training_file": "file-1",
+        "method": {},
+        "hyperparameters": {},
+        "seed": 1,
+    },
+    "/v1/feedback": {"messages": MESSAGES, "answer": "a", "rating": "up", "rejected": "b", "model": "m", "id": "i"},
+    "/v1/files": {},
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(list(MANAGED)), st.data())
+def test_any_body_of_what_is_managed_is_done_or_refused(target: Server, path: str, data: st.DataObject) -> None:
+    fields = MANAGED[path]
+    changed = data.draw(st.dictionaries(st.sampled_from([*fields, "other"]), JSON, max_size=3))
+    body = json.dumps(fields | changed).encode("utf-8", "surrogatepass")
+    if data.draw(st.booleans()):
+        body = data.draw(st.binary(max_size=60))
+    answer = Http(target.url).send("POST", path, body, {"content-type": "application/json"})
+    assert answer.status_code in (200, 400, 404, 409), answer.text
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["x", "a'b", "-", "--"]))
+def test_any_form_is_refused(target: Server, body: bytes, boundary: str) -> None:
+    head = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    assert Http(target.url).send("POST", "/v1/files", body, head).status_code == 400
 
 
 def test_callers_that_dawdle_hold_nobody_up(target: Server) -> None:

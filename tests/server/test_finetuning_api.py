@@ -135,6 +135,11 @@ def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(studio: Studio) 
     "name", ["..", "../state", "file-" + "0" * 24, "file-zz", "file-%2e%2e%2f%2e%2e", "file-" + "0" * 23 + "%00", "%ff"]
 )
 def test_ids_are_no_paths(studio: Studio, name: str) -> None:
+    real = studio.upload(CHATS[:1])
+    for trick in (f"{real}%2f..%2f{real}", f"{real}%2f.", f"{real}%2f", f"{real}%00", real.upper()):
+        assert studio.http.get(f"/v1/files/{trick}").status_code in (400, 404), trick
+        assert studio.http.delete(f"/v1/files/{trick}").status_code in (400, 404), trick
+    assert studio.http.get(f"/v1/files/{real}").status_code == 200
     for path in (f"/v1/files/{name}", f"/v1/files/{name}/content", f"/v1/fine_tuning/jobs/{name}"):
         assert studio.http.get(path).status_code in (400, 404), path
 
