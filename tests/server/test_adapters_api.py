@@ -89,6 +89,7 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(managed: Manage
         refused = managed.load("fits", f"bad-{name}")
         assert refused.status_code == 400, (name, refused.text)
         assert "NaN" in refused.text or name != "nan"
+        assert str(managed.state) not in refused.text
     assert managed.answer("fits") == before
     assert managed.http.get("/v1/adapters/fits").json()["generation"] == 1
 

@@ -76,7 +76,9 @@ class Desk:
         except Refused as error:
             refused = {"status": error.status, "message": error.message, "param": error.param, "code": error.code}
         except InputError as error:
-            refused = {"status": 400, "message": str(error).replace("\n", "; ")}
+            # Where things lie here is no business of whoever asks.
+            told = str(error).replace(f"{self._state.path}/", "").replace("\n", "; ")
+            refused = {"status": 400, "message": told}
         except Exception as error:  # the server goes on; whoever runs it reads why
             if not isinstance(error, FtkitError):
                 traceback.print_exc(file=sys.stderr)

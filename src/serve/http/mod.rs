@@ -26,6 +26,7 @@ mod openai;
 mod openapi;
 mod page;
 mod parse;
+mod patient;
 mod responses;
 mod stream;
 mod tools;
