@@ -514,11 +514,21 @@ mod tests {
     }
 
     #[test]
+    fn preferences_in_openais_words_are_preferences() {
+        let (asked, good) = (json!([{"role": "user", "content": "q"}]), json!([{"role": "assistant", "content": "a"}]));
+        let bad = json!([{"role": "assistant", "content": "b"}]);
+        let theirs = json!({"input": {"messages": asked}, "preferred_output": good, "non_preferred_output": bad});
+        assert_eq!(read(theirs), read(json!({"prompt": asked, "chosen": good, "rejected": bad})));
+        let wrong = json!({"input": "q", "preferred_output": good, "non_preferred_output": bad});
+        assert_eq!(read(wrong), Err("input: expected an object with messages, got a string".to_owned()));
+    }
+
+    #[test]
     fn problems_say_where_and_what() {
         for (row, expected) in [
             (
                 json!({"question": "?"}),
-                "expected the columns of a schema (chosen+rejected, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
+                "expected the columns of a schema (input+preferred_output+non_preferred_output, chosen+rejected, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
             ),
             (json!({"messages": "hi"}), "messages: expected a list of messages, got a string"),
             (json!({"messages": []}), "messages: expected at least one message, got an empty list"),
