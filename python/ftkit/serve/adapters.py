@@ -40,7 +40,7 @@ class Adapters:
         self._given = dict(given)
         self._leaving: list[threading.Thread] = []
         base = engine.loaded.fingerprint
-        engine.describe(engine.name, None if base is None else f"base-{base[:16]}")
+        engine.describe(engine.name, None if base is None else f"base-{base.rpartition(':')[2][:16]}")
         for name, place in given.items():
             generation = _generation(contents.of(place), contents.lineage(place), model=name)
             self._known[name] = [generation]
