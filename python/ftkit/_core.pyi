@@ -405,6 +405,12 @@ def sampling_probabilities(
 ) -> list[tuple[int, float]]:
     """(token, probability) of the tokens that may be drawn after `generated`, by id. `sampling` is JSON."""
 
+def hashed_key(key: str) -> str:
+    """The hash of an API key, as files of keys hold it."""
+
+def content_hash(path: str | PathLike[str]) -> str:
+    """BLAKE3 of a file's content, in hexadecimal."""
+
 @final
 class Listener:
     """A port of this machine, taken for a server that starts later. Raises InputError when it is in use."""
@@ -480,6 +486,8 @@ class Engine:
         """No request will name the adapter any more; `step.forget` is called when the last that did has ended."""
     def remove_adapter(self, name: str) -> int:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
+    def held(self, adapter: int) -> bool:
+        """Whether a request over HTTP still holds an adapter whose name was taken away."""
     def uses(self, adapter: int) -> bool:
         """Whether a request under way uses the adapter."""
     def submit(
@@ -497,6 +505,14 @@ class Engine:
         """
     def metrics(self) -> dict[str, int]:
         """What the engine has counted, by name."""
+    def set_alias(self, name: str, targets: Sequence[tuple[str, int]]) -> None:
+        """Lets requests over HTTP ask for `name`: each of the targets gets its weight's share of them."""
+    def remove_alias(self, name: str) -> bool:
+        """Takes an alias away; whether there was one."""
+    def describe(self, model: str, fingerprint: str | None) -> None:
+        """Notes what a model is made of, None: forgets it."""
+    def traffic(self, model: str) -> tuple[int, int, int]:
+        """Requests, prompt tokens and generated tokens of a model over HTTP."""
     def serve(
         self,
         listener: Listener,
@@ -504,13 +520,19 @@ class Engine:
         model: str,
         *,
         body_bytes: int,
+        upload_bytes: int,
+        stuck_seconds: float,
         api_key: str | None = None,
+        keys: str | None = None,
+        desk: Callable[[str, str], str] | None = None,
+        access_log: str | PathLike[str] | None = None,
         first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
-        `model`: the name that answers requests which give none. `first_token_seconds`: requests whose first token
-        cannot come within it are refused.
+        `model`: the name that answers requests which give none. `keys`: JSON, a list of keys. `desk(what, arguments)`
+        takes and gives JSON: `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
+        `first_token_seconds`: requests whose first token cannot come within it are refused.
         """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

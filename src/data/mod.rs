@@ -6,6 +6,7 @@
 
 mod batch;
 mod cache;
+mod check;
 mod encode;
 mod pack;
 mod prepare;
@@ -17,6 +18,7 @@ mod statistics;
 
 pub use batch::{Arrays, Part};
 pub use cache::{Cache, Sequence};
+pub use check::{Checked, check};
 pub use encode::{Encoder, LongRows};
 pub use pack::pack;
 pub use prepare::{Prepared, Settings, prepare};

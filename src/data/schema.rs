@@ -27,6 +27,8 @@ pub enum Schema {
     Preference,
     /// `prompt`, `label` and `rationale`: an answer, and why it is the right one.
     Explained,
+    /// The same in the words of OpenAI's fine-tuning: `input`, `preferred_output`, `non_preferred_output`.
+    PreferredOutput,
 }
 
 /// What a row says.
@@ -82,7 +84,8 @@ type Columns = Map<String, Value>;
 
 impl Schema {
     /// Every schema, with its name and the columns that it needs.
-    pub const ALL: [(Self, &'static str, &'static [&'static str]); 8] = [
+    pub const ALL: [(Self, &'static str, &'static [&'static str]); 9] = [
+        (Self::PreferredOutput, "preferred_output", &["input", "preferred_output", "non_preferred_output"]),
         (Self::Preference, "preference", &["chosen", "rejected"]),
         (Self::Explained, "explained", &["prompt", "label", "rationale"]),
         (Self::Messages, "messages", &["messages"]),
@@ -116,7 +119,8 @@ impl Schema {
             })
     }
 
-    fn name(self) -> &'static str {
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(schema, _, _)| *schema == self).map_or("", |(_, name, _)| name)
     }
 
@@ -128,6 +132,7 @@ impl Schema {
         let words = Words::of(mapping);
         let tools = tools(columns.get("tools"))?;
         match self {
+            Self::PreferredOutput => Self::Preference.read(&preferred_output(columns)?, mapping),
             Self::Messages => {
                 conversation(messages(required(columns, "messages")?, "messages", &words)?, 0, tools, columns)
             }
@@ -226,6 +231,21 @@ pub fn renamed(mut columns: Columns, mapping: &Mapping) -> Columns {
         }
     }
     columns
+}
+
+/// OpenAI's columns of a preference in ours.
+fn preferred_output(columns: &Columns) -> Result<Columns, String> {
+    let Value::Object(input) = required(columns, "input")? else {
+        return Err(format!("input: expected an object with messages, got {}", kind(&columns["input"])));
+    };
+    let mut ours = Columns::new();
+    ours.insert("prompt".to_owned(), required(input, "messages")?.clone());
+    ours.insert("chosen".to_owned(), required(columns, "preferred_output")?.clone());
+    ours.insert("rejected".to_owned(), required(columns, "non_preferred_output")?.clone());
+    if let Some(tools) = input.get("tools") {
+        ours.insert("tools".to_owned(), tools.clone());
+    }
+    Ok(ours)
 }
 
 /// The names of a message's fields in the data.
@@ -564,11 +584,21 @@ mod tests {
     }
 
     #[test]
+    fn preferences_in_openais_words_are_preferences() {
+        let (asked, good) = (json!([{"role": "user", "content": "q"}]), json!([{"role": "assistant", "content": "a"}]));
+        let bad = json!([{"role": "assistant", "content": "b"}]);
+        let theirs = json!({"input": {"messages": asked}, "preferred_output": good, "non_preferred_output": bad});
+        assert_eq!(read(theirs), read(json!({"prompt": asked, "chosen": good, "rejected": bad})));
+        let wrong = json!({"input": "q", "preferred_output": good, "non_preferred_output": bad});
+        assert_eq!(read(wrong), Err("input: expected an object with messages, got a string".to_owned()));
+    }
+
+    #[test]
     fn problems_say_where_and_what() {
         for (row, expected) in [
             (
                 json!({"question": "?"}),
-                "expected the columns of a schema (chosen+rejected, prompt+label+rationale, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
+                "expected the columns of a schema (input+preferred_output+non_preferred_output, chosen+rejected, prompt+label+rationale, messages, conversations, instruction+output, prompt+completion+label, prompt+completion, text), got question",
             ),
             (json!({"messages": "hi"}), "messages: expected a list of messages, got a string"),
             (json!({"messages": []}), "messages: expected at least one message, got an empty list"),

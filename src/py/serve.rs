@@ -1,6 +1,7 @@
 //! Bindings of the `serve` room: the engine whose step is a Python function, the server, and CPU attention over pages.
 
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,15 +9,18 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use serde_json::Value;
 
 use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::serve::fairness::MAX_PRIORITY;
 use crate::serve::models::Models;
+use crate::serve::names::Names;
 use crate::serve::prefix::root;
 use crate::serve::{
-    Batch, Delta, Event, Fetched, Language, Limits, Request, Sampler, Sampling, Shelf, Sink, Step, Text, http,
+    Batch, Delta, Desk, Event, Fetched, Language, Limits, Refusal, Request, Sampler, Sampling, Shelf, Sink, Step, Text,
+    Traffic, http,
 };
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -24,6 +28,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Stream>()?;
     module.add_class::<Listener>()?;
     module.add_function(wrap_pyfunction!(sampling_probabilities, module)?)?;
+    module.add_function(wrap_pyfunction!(hashed_key, module)?)?;
+    module.add_function(wrap_pyfunction!(content_hash, module)?)?;
     Ok(())
 }
 
@@ -33,6 +39,8 @@ struct Engine {
     engine: crate::serve::Engine,
     language: Arc<dyn Language>,
     models: Arc<Models>,
+    names: Arc<Names>,
+    traffic: Arc<Traffic>,
 }
 
 #[pymethods]
@@ -75,11 +83,9 @@ impl Engine {
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
         let shelf = PythonShelf { step: Python::attach(|py| step.clone_ref(py)), base: content.to_owned() };
         let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace }, shelf)?;
-        Ok(Self {
-            engine,
-            language: Arc::new(Text::new(tokenizer, template)),
-            models: Arc::new(Models::new(name, content)),
-        })
+        let language = Arc::new(Text::new(tokenizer, template));
+        let (models, names, traffic) = (Arc::new(Models::new(name, content)), Arc::default(), Arc::default());
+        Ok(Self { engine, language, models, names, traffic })
     }
 
     /// The names that requests may ask for.
@@ -108,8 +114,29 @@ impl Engine {
         self.engine.forget(adapter);
     }
 
+    fn held(&self, adapter: i32) -> bool {
+        self.models.held(adapter)
+    }
+
     fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
-        py.detach(|| self.engine.uses(adapter))
+        self.models.held(adapter) || py.detach(|| self.engine.uses(adapter))
+    }
+
+    fn set_alias(&self, name: &str, targets: Vec<(String, u32)>) -> PyResult<()> {
+        Ok(self.names.set(name, targets)?)
+    }
+
+    fn remove_alias(&self, name: &str) -> bool {
+        self.names.remove(name)
+    }
+
+    #[pyo3(signature = (model, fingerprint))]
+    fn describe(&self, model: &str, fingerprint: Option<&str>) {
+        self.names.describe(model, fingerprint);
+    }
+
+    fn traffic(&self, model: &str) -> (u64, u64, u64) {
+        self.traffic.model(model)
     }
 
     #[pyo3(signature = (prompt, sampling, model = None, priority = 0, first_token_seconds = None))]
@@ -159,7 +186,8 @@ impl Engine {
         self.engine.metrics().snapshot().into_iter().collect()
     }
 
-    #[pyo3(signature = (listener, ready, model, *, body_bytes, api_key = None, first_token_seconds = None))]
+    #[pyo3(signature = (listener, ready, model, *, body_bytes, upload_bytes, stuck_seconds, api_key = None,
+        keys = None, desk = None, access_log = None, first_token_seconds = None))]
     #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
@@ -168,7 +196,12 @@ impl Engine {
         ready: Py<PyAny>,
         model: String,
         body_bytes: usize,
+        upload_bytes: u64,
+        stuck_seconds: f64,
         api_key: Option<String>,
+        keys: Option<String>,
+        desk: Option<Py<PyAny>>,
+        access_log: Option<PathBuf>,
         first_token_seconds: Option<f64>,
     ) -> PyResult<()> {
         let first_token = first_token_seconds.map(seconds).transpose()?;
@@ -180,13 +213,21 @@ impl Engine {
             host: listener.host.clone(),
             loopback: listener.loopback,
             api_key,
+            keys,
             body_bytes,
+            upload_bytes,
             first_token,
             model,
+            names: Arc::clone(&self.names),
+            traffic: Arc::clone(&self.traffic),
+            desk: desk.map(|desk| Arc::new(PythonDesk(desk)) as Arc<dyn Desk>),
+            access_log,
+            stuck_after: Duration::try_from_secs_f64(stuck_seconds)
+                .map_err(|_| Error::input(format!("stuck_seconds: expected a time, got {stuck_seconds}")))?,
         };
         py.detach(|| {
             let mut called = Ok(());
-            http::Server::new(socket, engine, language, models, settings).run(|| {
+            http::Server::new(socket, engine, language, models, settings)?.run(|| {
                 called = Python::attach(|py| ready.call0(py).map(drop));
             })?;
             called
@@ -195,6 +236,33 @@ impl Engine {
 
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.engine.stop());
+    }
+}
+
+/// A desk that is a Python function: `(what, arguments as JSON) -> answer as JSON`.
+struct PythonDesk(Py<PyAny>);
+
+impl Desk for PythonDesk {
+    fn call(&self, what: &str, arguments: &Value) -> Result<Value, Refusal> {
+        let failed = || Refusal {
+            status: 500,
+            message: format!("{what}: the server failed; its log says how"),
+            param: None,
+            code: None,
+        };
+        let text = Python::attach(|py| {
+            let answer = self.0.call1(py, (what, arguments.to_string()))?;
+            answer.extract::<String>(py)
+        });
+        let mut answer: Value = text.ok().and_then(|text| serde_json::from_str(&text).ok()).ok_or_else(failed)?;
+        let Some(refused) = answer.get_mut("refused") else { return Ok(answer["done"].take()) };
+        let text = |name: &str| refused[name].as_str().map(str::to_owned);
+        Err(Refusal {
+            status: refused["status"].as_u64().and_then(|status| u16::try_from(status).ok()).unwrap_or(500),
+            message: text("message").unwrap_or_default(),
+            param: text("param"),
+            code: text("code"),
+        })
     }
 }
 
@@ -451,6 +519,19 @@ impl PythonStep {
         py.detach(|| logits.extend_from_slice(values));
         Ok(())
     }
+}
+
+#[pyfunction]
+fn hashed_key(key: &str) -> String {
+    http::keys::hashed(key)
+}
+
+/// The hash of a file's content.
+#[pyfunction]
+fn content_hash(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    let mut hasher = blake3::Hasher::new();
+    py.detach(|| hasher.update_mmap(&path).map(|hasher| hasher.finalize().to_hex().to_string()))
+        .map_err(|error| Error::io(&path, &error).into())
 }
 
 #[pyfunction]

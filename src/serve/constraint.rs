@@ -154,9 +154,10 @@ impl Constraint {
     }
 }
 
+/// Some formats show only on the way that they are too large to be followed: theirs is the fault, not the server's.
 fn failed(error: &anyhow::Error) -> Error {
     let reason: String = error.to_string().lines().next().unwrap_or_default().chars().take(400).collect();
-    Error::failure(format!("response_format: {reason}"))
+    Error::input(format!("response_format: expected one that can be followed, got: {reason}"))
 }
 
 #[cfg(test)]

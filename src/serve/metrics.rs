@@ -51,7 +51,13 @@ impl Durations {
         self.microseconds.add(microseconds);
     }
 
-    fn write(&self, text: &mut String, name: &str, help: &str) {
+    /// How many there were.
+    pub(super) fn count(&self) -> u64 {
+        self.count.get()
+    }
+
+    /// Prometheus' text format.
+    pub(super) fn write(&self, text: &mut String, name: &str, help: &str) {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
         let mut sum = 0;
         for (bucket, &bound) in self.buckets.iter().zip(&BOUNDS) {

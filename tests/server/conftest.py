@@ -1,12 +1,15 @@
 """One real server for all tests of this folder: a process of its own, with two adapters, a key and a small pool."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 import torch
+from managing import Managed, adapter
 from serving import KEY, Server, start, stop
+from speakers import speaker
 
 from ftkit import adapters, models
 
@@ -25,7 +28,13 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         adapters.detach(loaded.model, 0)
     del loaded
     named = [f"--adapter={name}={folder / name}" for name in ("one", "two")]
-    limits = ["--pool-mib=64", "--max-sequences=4", "--max-waiting=12", "--context=1024"]
+    limits = [
+        f"--state-dir={folder / 'state'}",
+        "--pool-mib=64",
+        "--max-sequences=4",
+        "--max-waiting=12",
+        "--context=1024",
+    ]
     server = start(str(smollm2), "--port=0", f"--api-key={KEY}", *named, *limits)
     yield server
     assert stop(server) == 0
@@ -34,3 +43,28 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
+    home = tmp_path_factory.mktemp("managed")
+    base = speaker(home / "speaker", "chatml")
+    folder = home / "allowed"
+    folder.mkdir()
+    for number, name in enumerate(("v3", "v4", "v5")):
+        adapter(base, folder / name, number)
+    adapter(base, home / "outside", 9)
+    (folder / "link").symlink_to(home / "outside")
+    shutil.copytree(folder / "v3", folder / "linked-weights")
+    (folder / "linked-weights" / "adapter_model.safetensors").unlink()
+    (folder / "linked-weights" / "adapter_model.safetensors").symlink_to(folder / "v3" / "adapter_model.safetensors")
+    server = start(
+        str(base),
+        "--port=0",
+        f"--api-key={KEY}",
+        f"--adapter=given={folder / 'v5'}",
+        f"--adapter-dir={folder}",
+        f"--state-dir={home / 'state'}",
+    )
+    yield Managed(server, folder, base, home / "state")
+    assert stop(server) == 0

@@ -1,16 +1,65 @@
 """A server as a process of its own, for tests."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 KEY = "a-key-for-tests"
 BASE = "SmolLM2-135M-Instruct.Q4_1"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status_code: int
+    content: bytes
+    headers: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+class Http:
+    """Requests that are no business of the official client."""
+
+    def __init__(self, url: str, key: str | None = KEY) -> None:
+        self.url, self.key = url, key
+
+    def send(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        given = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(self.url + path, body, given | (headers or {}), method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return Answer(response.status, response.read(), {k.lower(): v for k, v in response.headers.items()})
+        except urllib.error.HTTPError as error:
+            return Answer(error.code, error.read(), {k.lower(): v for k, v in error.headers.items()})
+
+    def get(self, path: str) -> Answer:
+        return self.send("GET", path)
+
+    def delete(self, path: str) -> Answer:
+        return self.send("DELETE", path)
+
+    def post(self, path: str, json: Any = None) -> Answer:
+        body = b"" if json is None else _json(json)
+        return self.send("POST", path, body, {"content-type": "application/json"})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 @dataclass(frozen=True)
@@ -32,7 +81,7 @@ class Server:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 def start(*arguments: str) -> Server:

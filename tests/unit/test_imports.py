@@ -17,7 +17,7 @@ STAIR = [
     {"kernels"},
     {"nn"},
     {"models", "quant", "adapters", "objectives", "optim"},
-    {"train", "engine", "merge", "export", "eval", "recipes", "data", "plan"},
+    {"train", "engine", "serve", "merge", "export", "eval", "recipes", "data", "plan"},
     {"cli"},
 ]
 MAY_MEET = [{"_core", "config", "errors", "plugins"}, STAIR[5], {"cli"}]

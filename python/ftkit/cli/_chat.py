@@ -1,5 +1,6 @@
 """The chat's terminal: reads lines, prints answers as they come, and knows the commands."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import NestedCompleter
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.console import Console
 
+from ftkit.cli import _side_by_side
 from ftkit.engine import Sampling
 from ftkit.engine.conversation import Conversation
 from ftkit.errors import FtkitError
@@ -21,6 +24,9 @@ _HELP = """\
 /undo             takes the last question and its answer back
 /retry            asks the last question again
 /save FILE        appends the conversation to a JSONL file to train on
+/compare [A B]    two adapters answer side by side, as `base` the base model; without names: one again
+/rate up|down     rates the last answer; after two of them: /rate 1 or /rate 2, which is better
+/logprobs         shows how likely each token was, or no longer
 /stats            tokens and speed so far
 /clear            begins anew
 /help             this
@@ -33,14 +39,26 @@ class Chat:
     """A conversation with an engine in a terminal."""
 
     def __init__(
-        self, engine: Any, sampling: Sampling, *, system: str | None, model: str | None, names: list[str]
+        self,
+        engine: Any,
+        sampling: Sampling,
+        *,
+        system: str | None,
+        model: str | None,
+        names: list[str],
+        rate: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        """`names`: the adapters that may be asked; `model`: the one that is asked first, None for the base model."""
+        """`names`: the adapters that may be asked; `model`: the one that is asked first, None for the base model;
+        `rate` takes ratings, in the words of `/v1/feedback`."""
         self._engine = engine
         self._sampling = sampling
         self._conversation = Conversation(system=system)
         self._model = model
         self._names = names
+        self._rate_with = rate
+        self._pair: tuple[str | None, str | None] | None = None
+        self._both: tuple[tuple[str | None, str | None], list[str]] | None = None
+        """The last answers, when there were two: whose they are, and their texts."""
         self._generated = 0
         self._seconds = 0.0
         self._commands: dict[str, Callable[[str], bool]] = {
@@ -48,6 +66,9 @@ class Chat:
             "/system": self._system,
             "/undo": self._undo,
             "/retry": self._retry,
+            "/compare": self._compare,
+            "/rate": self._rate,
+            "/logprobs": self._logprobs,
             "/save": self._save,
             "/stats": self._stats,
             "/clear": self._clear,
@@ -57,7 +78,9 @@ class Chat:
 
     def run(self, history: Path | None) -> None:
         """Until the user leaves."""
-        completions = dict.fromkeys(self._commands) | {"/adapter": dict.fromkeys(self._names)}
+        names = dict.fromkeys(self._names)
+        completions: dict[str, Any] = dict.fromkeys(self._commands)
+        completions |= {"/adapter": names, "/compare": {name: names | {"base": None} for name in [*names, "base"]}}
         session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else FileHistory(str(history)),
             completer=NestedCompleter.from_nested_dict(completions),
@@ -92,22 +115,89 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         self._conversation.ask(text)
-        began, answer, generated = time.perf_counter(), "", 0
+        began = time.perf_counter()
         try:
-            for delta in self._engine.stream(self._conversation.messages, self._sampling, model=self._model):
-                answer += delta.text
-                generated += len(delta.tokens) or bool(delta.text)
-                print(delta.text, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" … stopped", end="")
+            answer, generated = self._two() if self._pair is not None else self._one()
         except FtkitError as error:
             print(f"error: {error}")
             self._conversation.undo()
             return
-        print()
         self._conversation.answer(answer)
         self._generated += generated
         self._seconds += time.perf_counter() - began
+
+    def _one(self) -> tuple[str, int]:
+        """An answer as it grows, and its tokens."""
+        answer, generated, tokens = "", 0, []
+        self._both = None
+        try:
+            for delta in self._engine.stream(self._conversation.messages, self._sampling, model=self._model):
+                answer += delta.text
+                generated += len(delta.tokens) or bool(delta.text)
+                tokens += delta.tokens
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" … stopped", end="")
+        print()
+        if self._sampling.logprobs is not None and tokens:
+            Console().print(_side_by_side.probabilities(self._engine, tokens))
+        return answer, generated
+
+    def _two(self) -> tuple[str, int]:
+        """Two answers side by side; the conversation goes on with the first, until /rate says otherwise."""
+        assert self._pair is not None
+        found = _side_by_side.answers(self._engine, self._conversation.messages, self._sampling, self._pair)
+        texts, generated = found
+        self._both = (self._pair, texts)
+        print("/rate 1 or /rate 2 says which is better, and goes on with it")
+        return texts[0], generated
+
+    def _compare(self, text: str) -> bool:
+        names = text.split()
+        unknown = [name for name in names if name != "base" and name not in self._names]
+        if unknown or len(names) not in (0, 2):
+            known = ", ".join([*self._names, "base"])
+            print(f"expected two of {known}, got {text or 'nothing'}")
+        elif not names:
+            self._pair = None
+            print("one answer")
+        else:
+            first, second = (None if name == "base" else name for name in names)
+            self._pair = (first, second)
+            print(f"{names[0]} and {names[1]} answer side by side")
+        return True
+
+    def _rate(self, word: str) -> bool:
+        turns = self._conversation.turns
+        expected = "1 or 2" if self._both is not None else "up or down"
+        if self._rate_with is None or len(turns) < 2 or turns[-1]["role"] != "assistant":
+            print("there is no answer to rate")
+            return True
+        if word not in expected.split(" or "):
+            print(f"expected /rate {expected}, got {word or 'nothing'}")
+            return True
+        feedback: dict[str, Any] = {"messages": self._conversation.messages[:-1]}
+        if self._both is None:
+            feedback |= {"model": self._model, "answer": turns[-1]["content"], "rating": word}
+        else:
+            names, texts = self._both
+            better = int(word) - 1
+            feedback |= {"model": names[better], "answer": texts[better]}
+            feedback |= {"rejected": texts[1 - better], "rejected_model": names[1 - better]}
+        try:
+            self._rate_with({name: value for name, value in feedback.items() if value is not None})
+        except FtkitError as error:
+            print(f"error: {error}")
+            return True
+        turns[-1]["content"] = feedback["answer"]
+        print("kept; `ftkit train --data feedback:` learns from it")
+        return True
+
+    def _logprobs(self, _: str) -> bool:
+        on = self._sampling.logprobs is None
+        self._sampling = dataclasses.replace(self._sampling, logprobs=4 if on else None)
+        print("the next answers show how likely their tokens were" if on else "answers are text again")
+        return True
 
     def _adapter(self, name: str) -> bool:
         if name and name not in self._names:

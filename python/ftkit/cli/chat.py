@@ -11,7 +11,10 @@ from ftkit.cli import print_json
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory of safetensors, .gguf file, hub name, or a run's name.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Directory of safetensors, .gguf file, hub name, a run's name, or a server's address."
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -37,6 +40,10 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="FTKIT_API_KEY", help="The server's key, with an address.", show_envvar=True),
+    ] = None,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One question on standard input, one JSON document.")] = False,
 ) -> None:
@@ -47,6 +54,8 @@ def command(
       ftkit chat my-run
 
       ftkit chat model.gguf --adapter chef=runs/chef/adapter --system "Be brief."
+
+      ftkit chat http://127.0.0.1:8000
 
       echo "What is a ragged batch?" | ftkit chat model.gguf --temperature 0
     """
@@ -64,13 +73,18 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-    answering, names = _engine(model, adapter or [], engine, runs_dir=runs_dir, quant=quant, fast_decode=fast_decode)
-    first = names[0] if names else None
+    if model.startswith(("http://", "https://")):
+        answering, names = _remote(model, api_key, adapter or [])
+        first, rate = None, answering.rate
+    else:
+        options: dict[str, Any] = {"runs_dir": runs_dir, "quant": quant, "fast_decode": fast_decode}
+        answering, names, rate = _engine(model, adapter or [], engine, **options)
+        first = names[0] if names else None
     try:
         from ftkit.cli._chat import Chat, one_shot
 
         if question is None:
-            Chat(answering, sampling, system=system, model=first, names=names).run(_history())
+            Chat(answering, sampling, system=system, model=first, names=names, rate=rate).run(_history())
             return
         document = one_shot(answering, question, sampling, system=system, model=first, show=not json)
     finally:
@@ -92,8 +106,19 @@ def _question() -> str:
     return text
 
 
-def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tuple[Any, list[str]]:
-    """The engine, and the names of its adapters; the first is the one that answers."""
+def _remote(url: str, api_key: str | None, adapters: list[str]) -> tuple[Any, list[str]]:
+    """A server, and the names that it may be asked by."""
+    from ftkit.engine.remote import Remote
+    from ftkit.errors import InputError
+
+    if adapters:
+        raise InputError("--adapter: expected none with a server's address, got some", "the server loads its own")
+    answering = Remote(url, api_key)
+    return answering, answering.models
+
+
+def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tuple[Any, list[str], Any]:
+    """The engine, the names of its adapters, the first of which answers, and who takes ratings."""
     from ftkit.errors import InputError
 
     if engine == "llama-cpp":
@@ -101,7 +126,7 @@ def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tup
 
         if adapters:
             raise InputError("--engine llama-cpp: expected no adapters, got some", "ftkit export merges them first")
-        return LlamaCpp(Path(model)), []
+        return LlamaCpp(Path(model)), [], None
     from ftkit.engine import launch
 
     named: dict[str, str | Path] = {}
@@ -113,7 +138,21 @@ def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tup
     print("loading …", file=sys.stderr, flush=True)
     answering = launch(model, named, **options)
     own = [answering.default] if answering.default != answering.name else []
-    return answering, [*named, *own]
+    return answering, [*named, *own], _rater(answering, named, options["runs_dir"])
+
+
+def _rater(answering: Any, named: dict[str, str | Path], runs_dir: str) -> Any:
+    """Keeps ratings where a server of these runs keeps them."""
+    from ftkit.serve import contents, feedback
+
+    def hash_of(name: str) -> str | None:
+        return contents.of(Path(named[name])).hash if name in named else None
+
+    def rate(body: dict[str, Any]) -> None:
+        row = feedback.row_of(body, answering.default, hash_of) | {"caller": "chat"}
+        feedback.keep(Path(runs_dir) / ".serve" / "feedback" / feedback.FILE, row)
+
+    return rate
 
 
 def _history() -> Path | None:

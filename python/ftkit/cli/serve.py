@@ -27,6 +27,26 @@ def command(
         str | None,
         typer.Option("--api-key", envvar="FTKIT_API_KEY", help="Key that requests must bring.", show_envvar=True),
     ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option("--api-keys", help="A file of keys with their limits; see `ftkit keys`.", show_default=False),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option("--state-dir", help="Where files, jobs and adapters are kept (default: RUNS_DIR/.serve)."),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None,
+        typer.Option("--adapter-dir", help="Where requests may load adapters from (default: RUNS_DIR)."),
+    ] = None,
+    upload_mib: Annotated[int, typer.Option("--upload-mib", min=1, max=65536, help="Largest uploaded file.")] = 512,
+    access_log: Annotated[
+        Path | None,
+        typer.Option("--access-log", help="A file that gets a line for each answer, without contents; -: stderr."),
+    ] = None,
+    stuck_seconds: Annotated[
+        float, typer.Option("--stuck-seconds", min=0.1, help="A step that takes longer: /health and /ready say 503.")
+    ] = 60,
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Most tokens of a prompt and its answer.", show_default=False)
     ] = None,
@@ -84,12 +104,16 @@ def command(
         raise InputError(f"--adapters: expected a directory, got {adapters}")
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
         raise InputError("--api-key: expected printable ASCII without spaces around it, got another or an empty one")
-    # The port first: it fails at once, a model loads for a while.
+    # Keys and port first: they fail at once, a model loads for a while.
+    from ftkit.serve import keys as key_file
+
+    keys = None if api_keys is None else key_file.read(api_keys)
     listener = _core.Listener(host, port)
 
     import torch
 
-    from ftkit import engine
+    from ftkit import engine, models
+    from ftkit.serve import Desk
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -109,13 +133,41 @@ def command(
     )
 
     def ready() -> None:
+        names = [launched.name, *(adapter["id"] for adapter in desk.adapters.every()["data"])]
         print(listener.url, file=sys.stderr, flush=True)
-        print(f"models: {', '.join(launched.models)}; chat in the browser at {listener.url}/", file=sys.stderr)
-        if not listener.loopback and api_key is None:
+        print(f"models: {', '.join(names)}; chat in the browser at {listener.url}/", file=sys.stderr)
+        for problem in desk.adapters.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+        if not listener.loopback and api_key is None and keys is None:
             print("warning: other machines can reach this server, and it has no --api-key", file=sys.stderr)
         if json:
-            print_json({"url": listener.url, "models": launched.models})
+            print_json({"url": listener.url, "models": names})
             sys.stdout.flush()
+        desk.start()
 
     with launched:
-        launched.serve(listener, ready, api_key=api_key, first_token_seconds=first_token_seconds)
+        source = models.resolve(model, runs_dir)
+        given = {name: Path(folder) for name, folder in named.items()}
+        if source.adapter is not None:
+            given[source.name] = source.adapter
+        desk = Desk(
+            launched,
+            state_dir or Path(runs_dir) / ".serve",
+            adapter_dir=adapter_dir or Path(runs_dir),
+            given=given,
+            quant=models.scheme_at_rest(source, "cpu", torch.float32) if quant == "auto" else quant,
+        )
+        try:
+            launched.serve(
+                listener,
+                ready,
+                api_key=api_key,
+                keys=keys,
+                desk=desk,
+                access_log=access_log,
+                upload_bytes=upload_mib << 20,
+                stuck_seconds=stuck_seconds,
+                first_token_seconds=first_token_seconds,
+            )
+        finally:
+            desk.close()

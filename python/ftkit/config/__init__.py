@@ -68,7 +68,7 @@ class DataConfig:
     """What is trained on, and how rows become tokens."""
 
     path: str | tuple[str, ...] = option(
-        meaning="a file (JSONL, JSON, CSV, Parquet, text), a directory, or a list of these"
+        meaning="a file (JSONL, JSON, CSV, Parquet, text), a directory, feedback:DIR, or a list of these"
     )
     schema: str = option("auto", "how rows are laid out; auto looks at them")
     columns: dict[str, str] = field(default_factory=dict, metadata={"meaning": "names that the data uses for ours"})

@@ -14,6 +14,7 @@ import torch
 from ftkit import _core
 from ftkit.config import DataConfig
 from ftkit.config.cache import cache_directory
+from ftkit.data import feedback
 from ftkit.errors import InputError, did_you_mean
 from ftkit.nn.batch import RaggedBatch
 
@@ -153,6 +154,7 @@ def prepare(
     answers of a pair begin with is in the batch once. Raises InputError for data that cannot be used, or too little to
     hold any out.
     """
+    config = _with_feedback(config, pairs, labelled)
     prepared = encode(config, tokenizer, template, tasks=tasks, progress=progress)
     if pairs is not None:
         _check_answers(prepared.statistics, pairs, labelled)
@@ -196,6 +198,16 @@ def _check_explained(counts: Mapping[str, int], explained: bool) -> None:
             f"data: expected one answer a row, got {counts['explained']:,} labels with a rationale",
             'the objective step_by_step learns from both; data.columns = { completion = "label" } takes the labels',
         )
+
+
+def _with_feedback(config: DataConfig, pairs: bool | None, labelled: bool) -> DataConfig:
+    """The configuration with files in place of feedback."""
+
+    def rows(path: str) -> str:
+        return feedback.rows_file(path, pairs=pairs, labelled=labelled) if feedback.is_feedback(path) else path
+
+    path = rows(config.path) if isinstance(config.path, str) else tuple(map(rows, config.path))
+    return replace(config, path=path)
 
 
 def _check_answers(counts: Mapping[str, int], pairs: bool, labelled: bool) -> None:

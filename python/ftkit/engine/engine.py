@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,8 +87,9 @@ class Engine:
 
         `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
         quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
-        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in what was
-        said before, and computes them in one step; answers stay the same, and come faster where they quote. Raises InputError when the pool is too small for anything.
+        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in what
+        was said before, and computes them in one step; answers stay the same, and come faster where they quote. Raises
+        InputError when the pool is too small for anything.
         """
         model, config = loaded.model, loaded.config
         context = min(context_tokens or config.context_length, config.context_length)
@@ -251,8 +253,32 @@ class Engine:
 
     def _let_go(self, adapter: int) -> None:
         if adapter in self._own:
+            while self._core.held(adapter):  # who found it may not have asked the engine for it yet
+                time.sleep(0.01)
             self._own.remove(adapter)
             self._core.forget(adapter)
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        found = self._core.metrics()
+        return found["requests_running"] + found["requests_waiting"] > 0
+
+    def set_alias(self, name: str, targets: Sequence[tuple[str, int]]) -> None:
+        """Lets requests over HTTP ask for `name`, which leads to models, each with its weight."""
+        self._core.set_alias(name, list(targets))
+
+    def remove_alias(self, name: str) -> bool:
+        """Takes an alias away; whether there was one."""
+        return self._core.remove_alias(name)
+
+    def describe(self, model: str, fingerprint: str | None) -> None:
+        """Notes what a model is made of; answers over HTTP carry it."""
+        self._core.describe(model, fingerprint)
+
+    def traffic(self, model: str) -> tuple[int, int, int]:
+        """What was asked of a model over HTTP: requests, tokens of prompts, tokens of answers."""
+        return self._core.traffic(model)
 
     def serve(
         self,
@@ -260,15 +286,22 @@ class Engine:
         ready: Callable[[], object],
         *,
         api_key: str | None = None,
+        keys: str | None = None,
+        desk: Callable[[str, str], str] | None = None,
+        access_log: str | Path | None = None,
         body_bytes: int | None = None,
         first_token_seconds: float | None = None,
+        upload_bytes: int = 512 << 20,
+        stuck_seconds: float = 60,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
-        `ready` is called when requests are taken. `first_token_seconds`: a request whose first token cannot come within
-        it is refused with 503, before it costs more. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
-        of the context when not given, since texts are encoded before they are known to be too long. For the main
-        thread.
+        `ready` is called when requests are taken. `keys`: more keys, as `ftkit.serve.keys` reads them. `desk` does what
+        is asked besides answers; see `ftkit.serve`. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
+        of the context when not given, since texts are encoded before they are known to be too long. `upload_bytes`
+        bounds a file. `first_token_seconds`: a request whose first token cannot come within it is refused with 503,
+        before it costs more. After `stuck_seconds` without the end of a step the server says that it is not well. For
+        the main thread.
         """
         if body_bytes is None:
             body_bytes = (256 << 10) + 32 * self.context_tokens
@@ -281,8 +314,13 @@ class Engine:
                 ready,
                 self.default,
                 api_key=api_key,
+                keys=keys,
+                desk=desk,
+                access_log=access_log,
                 body_bytes=body_bytes,
                 first_token_seconds=first_token_seconds,
+                upload_bytes=upload_bytes,
+                stuck_seconds=stuck_seconds,
             )
         finally:
             for number, handler in before.items():

@@ -121,6 +121,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with the paths of model and data written out, so that it holds from everywhere."""
 
     def absolute(path: str) -> str:
+        if path.startswith("feedback:"):
+            from ftkit.data import feedback  # which brings torch along
+
+            return feedback.absolute(path)
         return os.path.abspath(path) if path != "-" and os.path.exists(path) else path
 
     def each(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:

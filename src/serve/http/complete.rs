@@ -14,6 +14,8 @@ use super::App;
 use super::anthropic;
 use super::dialect::{Answered, Context, Maker, Parts};
 use super::errors::ApiError;
+use super::keys::Key;
+use super::meter::{Caller, Meter};
 use super::parse::{Asked, Prompt};
 use super::stream::Chunks;
 use crate::serve::calls::{Choice, Reader};
@@ -25,19 +27,27 @@ use crate::serve::{Event, Request, Sink, Usage};
 pub(super) type Parse = fn(&[u8]) -> Result<(Asked, Maker), ApiError>;
 
 /// Answers a request.
-pub(super) async fn complete(app: Arc<App>, body: Bytes, parse: Parse) -> Result<Response, ApiError> {
+pub(super) async fn complete(app: Arc<App>, caller: Caller, body: Bytes, parse: Parse) -> Result<Response, ApiError> {
     let start = Instant::now();
+    tokens_left(&app, &caller)?;
     // Long texts take a while to parse and encode: not on the threads that serve everybody.
-    let shared = Arc::clone(&app);
-    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, parse, &body)).await;
-    let Prepared { asked, maker, model, prompts, constraint, reader } =
+    let (shared, key) = (Arc::clone(&app), Arc::clone(&caller.key));
+    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, &key, parse, &body)).await;
+    let Prepared { asked, maker, model, fingerprint, prompts, constraint, reader } =
         prepared.map_err(|_| ApiError::server("the request could not be read"))??;
+    caller.record.model(&model.name);
     let count = prompts.len() * asked.choices;
-    let receiver = submit(&app, &asked, &model, &prompts, constraint.as_ref(), start)?;
+    let meter = |prompt: &Vec<u32>, pays| {
+        Meter::new(Arc::clone(&app), caller.clone(), model.clone(), prompt.len(), pays, start)
+    };
+    let due = app.settings.first_token.map(|time| start + time);
+    let who = (caller.key.client(), due);
+    let receiver = submit(&app, &asked, &model, &prompts, constraint.as_ref(), who, meter)?;
     let mut dialect = maker(Context {
         id: format!("{:032x}", rand::rng().random::<u128>()),
         created: now(),
         model: model.name,
+        fingerprint,
         choices: count,
         prompt_tokens: prompts.iter().map(Vec::len).sum(),
         language: Arc::clone(&app.language),
@@ -56,29 +66,38 @@ pub(super) async fn complete(app: Arc<App>, body: Bytes, parse: Parse) -> Result
     Ok(axum::Json(dialect.whole(answers, usage)).into_response())
 }
 
+/// Fails when the caller's key has no tokens left.
+pub(super) fn tokens_left(app: &App, caller: &Caller) -> Result<(), ApiError> {
+    caller.key.tokens().map_err(|wait| {
+        app.traffic.limited.add(1);
+        ApiError::limited(wait, "tokens")
+    })
+}
+
 struct Prepared {
     asked: Asked,
     maker: Maker,
     model: Model,
+    fingerprint: Option<String>,
     prompts: Vec<Vec<u32>>,
     constraint: Option<Constraint>,
     reader: Option<Reader>,
 }
 
 /// The number of tokens of what is asked.
-pub(super) async fn count(app: Arc<App>, body: Bytes) -> Result<axum::Json<Value>, ApiError> {
+pub(super) async fn count(app: Arc<App>, caller: Caller, body: Bytes) -> Result<axum::Json<Value>, ApiError> {
     let counted = tokio::task::spawn_blocking(move || {
         let asked = anthropic::count(&body)?;
-        app.model(asked.model.as_deref())?;
+        app.model(&caller.key, asked.model.as_deref())?;
         Ok(encode(&app, &asked)?.iter().map(Vec::len).sum::<usize>())
     });
     let tokens = counted.await.map_err(|_| ApiError::server("the request could not be read"))?;
     tokens.map(|tokens| axum::Json(json!({"input_tokens": tokens})))
 }
 
-fn prepare(app: &App, parse: Parse, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare(app: &App, key: &Key, parse: Parse, body: &[u8]) -> Result<Prepared, ApiError> {
     let (asked, maker) = parse(body)?;
-    let model = app.model(asked.model.as_deref())?;
+    let (model, fingerprint) = app.model(key, asked.model.as_deref())?;
     let reader = match (&asked.tools, app.language.syntax()) {
         (None, _) => None,
         (Some(tools), Some(syntax)) => Some(Reader::new(syntax, tools)),
@@ -98,7 +117,7 @@ fn prepare(app: &App, parse: Parse, body: &[u8]) -> Result<Prepared, ApiError> {
         (_, Some(format)) => Some(app.language.constraint(format)?),
         (_, None) => None,
     };
-    Ok(Prepared { asked, maker, model, prompts, constraint, reader })
+    Ok(Prepared { asked, maker, model, fingerprint, prompts, constraint, reader })
 }
 
 /// The tokens of each prompt.
@@ -117,7 +136,8 @@ fn submit(
     model: &Model,
     prompts: &[Vec<u32>],
     constraint: Option<&Constraint>,
-    start: Instant,
+    (client, deadline): (u64, Option<Instant>),
+    meter: impl Fn(&Vec<u32>, bool) -> Meter,
 ) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
     let (sender, receiver) = unbounded_channel();
     let mut requests = Vec::with_capacity(prompts.len() * asked.choices);
@@ -134,10 +154,10 @@ fn submit(
                 adapter: model.adapter,
                 root: model.root,
                 decoder: app.language.decoder(asked.tools.is_some()),
-                sink: Box::new(Channel { sender: sender.clone(), index, first: Some((start, app.engine.clone())) }),
-                client: 0,
+                sink: Box::new(Channel { sender: sender.clone(), index, meter: meter(prompt, choice == 0) }),
+                client,
                 priority: asked.priority,
-                deadline: app.settings.first_token.map(|time| start + time),
+                deadline,
                 urgent: false,
             });
         }
@@ -150,15 +170,12 @@ fn submit(
 struct Channel {
     sender: UnboundedSender<(usize, Event)>,
     index: usize,
-    /// Until the first event: when the request came, and where to note how long that took.
-    first: Option<(Instant, crate::serve::Engine)>,
+    meter: Meter,
 }
 
 impl Sink for Channel {
     fn send(&mut self, event: Event) -> bool {
-        if let Some((start, engine)) = self.first.take() {
-            engine.metrics().first_token_seconds.record(start.elapsed());
-        }
+        self.meter.event(&event);
         self.sender.send((self.index, event)).is_ok()
     }
 

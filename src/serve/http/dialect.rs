@@ -17,6 +17,8 @@ pub(super) struct Context {
     pub created: u64,
     /// The name of the model that answers.
     pub model: String,
+    /// What that model is made of, where it is known.
+    pub fingerprint: Option<String>,
     /// Number of choices.
     pub choices: usize,
     /// Tokens of all prompts.

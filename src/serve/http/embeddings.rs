@@ -7,8 +7,11 @@ use axum::body::Bytes;
 use serde_json::{Value, json};
 
 use super::App;
+use super::complete::tokens_left;
 use super::errors::ApiError;
 use super::fields::{Fields, kind};
+use super::keys::Key;
+use super::meter::Caller;
 use super::parse::{Prompt, prompts};
 use crate::serve::Sampling;
 use crate::serve::models::Model;
@@ -24,11 +27,16 @@ struct Wanted {
 }
 
 /// Answers a request. Texts are computed one after the other, between the steps of answers under way.
-pub(super) async fn embeddings(app: Arc<App>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    let shared = Arc::clone(&app);
-    let wanted = tokio::task::spawn_blocking(move || parse(&shared, &body)).await;
+pub(super) async fn embeddings(app: Arc<App>, caller: Caller, body: Bytes) -> Result<Json<Value>, ApiError> {
+    tokens_left(&app, &caller)?;
+    let (shared, key) = (Arc::clone(&app), Arc::clone(&caller.key));
+    let wanted = tokio::task::spawn_blocking(move || parse(&shared, &key, &body)).await;
     let wanted = wanted.map_err(|_| ApiError::server("the request could not be read"))??;
     let tokens: usize = wanted.texts.iter().map(Vec::len).sum();
+    caller.record.model(&wanted.model.name);
+    caller.record.tokens(tokens as u64, 0);
+    caller.key.spend(tokens);
+    app.traffic.of(&caller.key.name, &wanted.model.name).prompt_tokens.add(tokens as u64);
     let mut data = Vec::with_capacity(wanted.texts.len());
     for (index, text) in wanted.texts.into_iter().enumerate() {
         let (sender, receiver) = tokio::sync::oneshot::channel();
@@ -48,7 +56,7 @@ pub(super) async fn embeddings(app: Arc<App>, body: Bytes) -> Result<Json<Value>
     Ok(Json(json!({"object": "list", "data": data, "model": wanted.model.name, "usage": usage})))
 }
 
-fn parse(app: &App, body: &[u8]) -> Result<Wanted, ApiError> {
+fn parse(app: &App, key: &Key, body: &[u8]) -> Result<Wanted, ApiError> {
     let mut fields = Fields::parse(body)?;
     let texts = match fields.take("input") {
         Some(value) => prompts("input", value, MAX_TEXTS)?,
@@ -61,7 +69,7 @@ fn parse(app: &App, body: &[u8]) -> Result<Wanted, ApiError> {
         Some(other) => return Err(ApiError::field("encoding_format", "\"float\" or \"base64\"", kind(&other))),
     };
     let dimensions = fields.integer("dimensions", 1, i64::from(u32::MAX))?.map(|count| count as usize);
-    let model = app.model(fields.string("model")?.as_deref())?;
+    let (model, _) = app.model(key, fields.string("model")?.as_deref())?;
     fields.finish(&["user"])?;
     let encode = |text: Prompt| match text {
         Prompt::Text(text) => Ok(app.language.text(&text)?),

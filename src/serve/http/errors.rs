@@ -1,10 +1,12 @@
 //! Errors, in the shape that each API's clients read.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::serve::Refused;
+use crate::serve::{Refusal, Refused};
 use crate::{Error, ErrorKind};
 
 /// An answer that is an error.
@@ -12,16 +14,16 @@ use crate::{Error, ErrorKind};
 pub(super) struct ApiError {
     status: StatusCode,
     kind: &'static str,
-    code: Option<&'static str>,
+    code: Option<String>,
     param: Option<String>,
     message: String,
     /// In how many seconds one may try again, for 429 and 503.
-    retry_after: u64,
+    retry: u64,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
-        Self { status, kind, code, param: None, message: message.into(), retry_after: 1 }
+        Self { status, kind, code: code.map(str::to_owned), param: None, message: message.into(), retry: 1 }
     }
 
     /// 400: the request as a whole.
@@ -32,19 +34,19 @@ impl ApiError {
     /// 400: one field, with what it must be and what it is.
     pub fn field(name: &str, expected: &str, got: &str) -> Self {
         let error = Self::request(format!("{name}: expected {expected}, got {got}"));
-        Self { param: Some(name.to_owned()), code: Some("invalid_value"), ..error }
+        Self { param: Some(name.to_owned()), code: Some("invalid_value".to_owned()), ..error }
     }
 
     /// 400: a field of the API that this server does not have.
     pub fn unsupported(name: &str, message: impl Into<String>) -> Self {
         let error = Self::request(message);
-        Self { param: Some(name.to_owned()), code: Some("unsupported_value"), ..error }
+        Self { param: Some(name.to_owned()), code: Some("unsupported_value".to_owned()), ..error }
     }
 
     /// 400: a field that the API does not have.
     pub fn unknown(name: &str) -> Self {
         let error = Self::request(format!("expected fields of the API, got {:?}", shortened(name)));
-        Self { param: Some(shortened(name)), code: Some("unknown_parameter"), ..error }
+        Self { param: Some(shortened(name)), code: Some("unknown_parameter".to_owned()), ..error }
     }
 
     /// 401.
@@ -56,6 +58,32 @@ impl ApiError {
     /// 403: a request that a page of another site made a browser send.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "permission_error", None, message)
+    }
+
+    /// 429: this key has had what it may have.
+    pub fn limited(wait: Duration, what: &str) -> Self {
+        let seconds = (wait.as_secs_f64().ceil() as u64).max(1);
+        let message = format!("expected fewer {what} a minute with this key, got one more; try again in {seconds} s");
+        let code = Some("rate_limit_exceeded");
+        Self { retry: seconds, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", code, message) }
+    }
+
+    /// 429: too many at the same time.
+    pub fn busy(seconds: u64, message: &str) -> Self {
+        Self { retry: seconds, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", None, message) }
+    }
+
+    /// 400: a file with rows that cannot be trained on.
+    pub fn invalid_file(message: String) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_file_format"), message);
+        Self { param: Some("file".to_owned()), ..error }
+    }
+
+    /// Any status.
+    pub fn of_status(status: u16, message: impl Into<String>) -> Self {
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let kind = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
+        Self::new(status, kind, None, message)
     }
 
     /// 404: no such route.
@@ -153,7 +181,7 @@ impl From<Error> for ApiError {
         let name = error.message.split_once(':').map(|(name, _)| name);
         api.param = name.filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c == '_')).map(str::to_owned);
         if api.message.starts_with("prompt: expected fewer than") {
-            api.code = Some("context_length_exceeded");
+            api.code = Some("context_length_exceeded".to_owned());
         }
         api
     }
@@ -165,11 +193,18 @@ impl From<Refused> for ApiError {
             Refused::Full { retry_after, .. } => {
                 let message = Error::from(refused).message;
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), message);
-                Self { retry_after, ..error }
+                Self { retry: retry_after, ..error }
             }
             Refused::Stopped => Self::unavailable("the server is shutting down"),
             Refused::Invalid(error) => error.into(),
         }
+    }
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { status, message, param, code } = refusal;
+        Self { param, code, ..Self::of_status(status, message) }
     }
 }
 
@@ -195,7 +230,7 @@ impl ApiError {
         let mut response = (self.status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -75,6 +75,11 @@ impl Fields {
         }
     }
 
+    /// What is left, as it came.
+    pub fn rest(self) -> Value {
+        Value::Object(self.0)
+    }
+
     /// Every field must have been read, but for those that clients send and that change nothing here.
     pub fn finish(self, ignored: &[&str]) -> Result<(), ApiError> {
         match self.0.keys().find(|name| !ignored.contains(&name.as_str())) {

@@ -7,34 +7,50 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header, uri::Authority};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header, uri::Authority};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::errors::ApiError;
+use super::keys::Key;
+use super::log::Record;
+use super::meter::Caller;
 
-/// Routes that need no key: the page itself, which then asks for it, and the health check.
-const OPEN: [&str; 4] = ["/", "/chat.js", "/chat.css", "/health"];
+/// Routes that need no key: the page itself, which then asks for it, and the health checks.
+const OPEN: [&str; 7] = ["/", "/chat.js", "/studio.js", "/chat.css", "/health", "/ready", "/openapi.json"];
+/// Where a key that manages is needed; reading the first two needs any key.
+const MANAGED: [&str; 5] = ["/v1/adapters", "/v1/aliases", "/v1/files", "/v1/fine_tuning", "/metrics"];
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Checks a request, passes it on, counts the answer.
-pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let checked = check(&app, &request);
+pub(super) async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let response = match checked {
-        Ok(()) => next.run(request).await,
+    let id = format!("req_{:032x}", rand::random::<u128>());
+    let record = Arc::new(Record::new(app.log.as_ref(), id, request.method().as_str(), &path));
+    let response = match check(&app, &request) {
+        Ok(key) => {
+            record.key(&key.name);
+            request.extensions_mut().insert(Caller { key, record: Arc::clone(&record) });
+            next.run(request).await
+        }
         Err(error) => error.into_response(),
     };
     let mut response = ApiError::worded(response, &path);
+    record.status(response.status().as_u16());
+    if let Ok(id) = HeaderValue::from_str(&record.id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
     let nosniff = HeaderValue::from_static("nosniff");
     response.headers_mut().insert(HeaderName::from_static("x-content-type-options"), nosniff);
     app.engine.metrics().answered(response.status().as_u16());
     response
 }
 
-fn check(app: &App, request: &Request) -> Result<(), ApiError> {
+/// Who asks, if he may.
+fn check(app: &App, request: &Request) -> Result<Arc<Key>, ApiError> {
     let headers = request.headers();
     let host = host(request);
     if app.settings.loopback {
@@ -52,18 +68,35 @@ fn check(app: &App, request: &Request) -> Result<(), ApiError> {
             return Err(ApiError::forbidden("origin: expected this server's own page, got another"));
         }
     }
-    if let (Some(key), false) = (&app.key, OPEN.contains(&request.uri().path())) {
-        // Anthropic's clients have a header of their own.
-        let own = if request.uri().path().starts_with("/v1/messages") { single(headers, &API_KEY)? } else { None };
-        let given = single(headers, &header::AUTHORIZATION)?.unwrap_or_default();
-        let (scheme, token) = own.map_or_else(|| given.split_once(' ').unwrap_or_default(), |key| ("bearer", key));
-        // Hashes compare in constant time, and say nothing about the key's length.
-        let same = blake3::hash(token.trim().as_bytes()) == *key;
-        if !scheme.eq_ignore_ascii_case("bearer") || !same {
-            return Err(ApiError::unauthorized());
+    let path = request.uri().path();
+    let managed = MANAGED
+        .iter()
+        .position(|room| path.strip_prefix(room).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
+    let managed = managed.is_some_and(|room| room > 1 || request.method() != Method::GET);
+    if app.keys.is_empty() || OPEN.contains(&path) {
+        // Without keys, whoever reaches this machine may ask; only whoever sits at it may manage.
+        if managed && !app.anonymous.admin && path != "/metrics" {
+            return Err(ApiError::forbidden(
+                "expected a server with keys, since other machines can reach it; start it with --api-key",
+            ));
         }
+        return Ok(Arc::clone(&app.anonymous));
     }
-    Ok(())
+    // Anthropic's clients have a header of their own.
+    let own = if path.starts_with("/v1/messages") { single(headers, &API_KEY)? } else { None };
+    let given = single(headers, &header::AUTHORIZATION)?.unwrap_or_default();
+    let (scheme, token) = own.map_or_else(|| given.split_once(' ').unwrap_or_default(), |key| ("bearer", key));
+    let Some(key) = app.keys.find(token.trim()).filter(|_| scheme.eq_ignore_ascii_case("bearer")) else {
+        return Err(ApiError::unauthorized());
+    };
+    if managed && !key.admin {
+        return Err(ApiError::forbidden(format!("expected a key that may manage, got {}", key.name)));
+    }
+    key.request().map_err(|wait| {
+        app.traffic.limited.add(1);
+        ApiError::limited(wait, "requests")
+    })?;
+    Ok(key)
 }
 
 /// The server's name as the client calls it.

@@ -9,12 +9,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::{Semaphore, watch};
 
+use super::patient::Patient;
 use crate::{Error, Result};
 
 /// Most connections at the same time; more wait in the kernel's queue.
 const CONNECTIONS: u32 = 1024;
 /// A request's head must come within this time, also on a connection that is kept.
 const HEAD: Duration = Duration::from_secs(30);
+/// A client must read something of its answer within this time.
+const WRITE: Duration = Duration::from_secs(60);
 /// Most bytes of a request's head.
 const HEAD_BYTES: usize = 64 * 1024;
 /// Answers under way at the end may take this long.
@@ -79,7 +82,7 @@ pub(super) async fn serve(listener: TcpListener, router: axum::Router, mut stop:
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD)
                 .max_buf_size(HEAD_BYTES)
-                .serve_connection(TokioIo::new(stream), service);
+                .serve_connection(TokioIo::new(Patient::new(stream, WRITE)), service);
             tokio::pin!(connection);
             // A broken connection is the client's matter.
             tokio::select! {

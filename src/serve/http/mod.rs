@@ -1,4 +1,5 @@
-//! The HTTP side: routes that generate in the words of several APIs, models, health, metrics, and a page to chat with.
+//! The HTTP side: routes that generate in the words of several APIs, models, what is managed (`manage`), health, metrics,
+//! and a page to chat with.
 //!
 //! ```text
 //! connection (listen) → who may ask (guard) → route → body (here) → an API's words → parse → engine → parts
@@ -13,18 +14,28 @@ mod embeddings;
 mod errors;
 mod fields;
 mod guard;
+mod health;
+pub mod keys;
 mod listen;
+mod log;
+mod manage;
+mod meter;
+mod multipart;
 mod ollama;
 mod openai;
+mod openapi;
 mod page;
 mod parse;
+mod patient;
 mod responses;
 mod stream;
 mod tools;
+mod upload;
 
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::PathRejection;
@@ -32,27 +43,28 @@ use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use rand::Rng;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_stream::StreamExt;
 
 pub use self::listen::{bind, url};
 
 use self::errors::ApiError;
+use self::keys::{Key, Keys};
+use self::meter::Caller;
 use super::models::{Model, Models};
-use super::{Engine, Event, Language, Sampling, Sink};
+use super::names::Names;
+use super::{Desk, Engine, Language, Traffic};
 use crate::{Error, Result};
 
 /// A request's body must come within this time.
 const BODY: Duration = Duration::from_secs(60);
-/// A health check's token must come within this time.
-const HEALTH: Duration = Duration::from_secs(30);
-/// A health check that is no older answers the next one too.
-const HEALTH_AGE: Duration = Duration::from_secs(1);
+/// Uploads at the same time.
+const UPLOADS: usize = 4;
 
 /// How to serve.
-#[derive(Clone, Debug)]
 pub struct Settings {
     /// The name that the server was told to bind to.
     pub host: String,
@@ -60,12 +72,26 @@ pub struct Settings {
     pub loopback: bool,
     /// The key that requests must bring.
     pub api_key: Option<String>,
+    /// More keys, as JSON; see [`keys`].
+    pub keys: Option<String>,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
     /// Time in which an answer's first token is due; a request that can't have it by then is refused.
     pub first_token: Option<Duration>,
+    /// Most bytes of a file.
+    pub upload_bytes: u64,
     /// The model that answers requests which name none, and that is listed first.
     pub model: String,
+    /// Names for names.
+    pub names: Arc<Names>,
+    /// Answers and tokens by key and model.
+    pub traffic: Arc<Traffic>,
+    /// Who manages adapters, files and jobs.
+    pub desk: Option<Arc<dyn Desk>>,
+    /// A file that gets a line for each answer; `-` is standard error.
+    pub access_log: Option<PathBuf>,
+    /// The engine is stuck when a step takes longer.
+    pub stuck_after: Duration,
 }
 
 /// What the routes share.
@@ -73,26 +99,49 @@ struct App {
     engine: Engine,
     language: Arc<dyn Language>,
     models: Arc<Models>,
+    names: Arc<Names>,
+    traffic: Arc<Traffic>,
     settings: Settings,
-    /// The key's hash.
-    key: Option<blake3::Hash>,
-    health: tokio::sync::Mutex<Option<(Instant, bool)>>,
+    keys: Keys,
+    /// Who asks where there are no keys.
+    anonymous: Arc<Key>,
+    log: Option<log::Log>,
+    uploads: Arc<Semaphore>,
+    checks: health::Checks,
 }
 
 impl App {
-    /// All models, the one that answers where none is named first.
-    fn sorted(&self) -> Vec<Model> {
+    /// All models that a key may ask for, the one that answers where none is named first. Generations of an adapter go
+    /// by the adapter's name.
+    fn sorted(&self, key: &Key) -> Vec<Model> {
         let mut models = self.models.list();
+        let aliases = self.names.list();
+        models.retain(|model| !model.name.contains('@') && !aliases.contains(&model.name));
+        for name in aliases {
+            let target = self.models.find(Some(&self.names.resolve(&name, |_| 0).model));
+            models.extend(target.map(|target| Model { name, ..target }));
+        }
+        models.retain(|model| key.may(&model.name));
         models.sort_by_key(|model| model.name != self.settings.model);
         models
     }
 
-    /// The model of a name, or the one that answers where none is given. Ollama's clients may add a tag to the name.
-    fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
+    /// The model of a name, or the one that answers where none is given, and what it is made of. Its name is what the
+    /// answer calls it. Ollama's clients may add a tag to the name.
+    fn model(&self, key: &Key, name: Option<&str>) -> Result<(Model, Option<String>), ApiError> {
         let name = name.unwrap_or(&self.settings.model);
-        let found = self.models.find(Some(name));
-        found.or_else(|| self.models.find(Some(name.strip_suffix(":latest")?))).ok_or_else(|| {
-            let known: Vec<String> = self.models.list().into_iter().map(|model| model.name).collect();
+        let find = |name: &str| {
+            // An adapter may be replaced between the two look-ups: its name then leads to the next one.
+            let found = (0..3).find_map(|_| {
+                let resolved = self.names.resolve(name, |below| rand::rng().random_range(0..below.max(1)));
+                let model = self.models.find(Some(&resolved.model))?;
+                let fingerprint = self.names.fingerprint(&resolved.model);
+                Some((Model { name: resolved.shown, ..model }, fingerprint))
+            });
+            found.filter(|_| key.may(name))
+        };
+        find(name).or_else(|| find(name.strip_suffix(":latest")?)).ok_or_else(|| {
+            let known: Vec<String> = self.sorted(key).into_iter().map(|model| model.name).collect();
             ApiError::no_model(name, &known.join(", "))
         })
     }
@@ -112,10 +161,26 @@ impl Server {
         language: Arc<dyn Language>,
         models: Arc<Models>,
         settings: Settings,
-    ) -> Self {
-        let key = settings.api_key.as_ref().map(|key| blake3::hash(key.as_bytes()));
-        let app = App { engine, language, models, settings, key, health: tokio::sync::Mutex::new(None) };
-        Self { listener, app: Arc::new(app) }
+    ) -> Result<Self> {
+        let mut keys = settings.keys.as_deref().map_or_else(|| Ok(Keys::default()), Keys::parse)?;
+        if let Some(text) = &settings.api_key {
+            keys.add(Key::only(text));
+        }
+        let log = settings.access_log.as_deref().map(log::open).transpose()?;
+        let app = App {
+            engine,
+            language,
+            models,
+            names: Arc::clone(&settings.names),
+            traffic: Arc::clone(&settings.traffic),
+            keys,
+            anonymous: Arc::new(Key::anonymous(settings.loopback)),
+            log,
+            uploads: Arc::new(Semaphore::new(UPLOADS)),
+            checks: health::Checks::default(),
+            settings,
+        };
+        Ok(Self { listener, app: Arc::new(app) })
     }
 
     /// Serves on threads of its own until SIGINT or SIGTERM, then until answers under way are done. `ready` is called
@@ -133,6 +198,15 @@ impl Server {
         let outcome = runtime.block_on(async {
             let (stop, stopped) = watch::channel(0);
             signals(stop).map_err(failed)?;
+            if let Some(desk) = self.app.settings.desk.clone() {
+                let mut leaving = stopped.clone();
+                tokio::spawn(async move {
+                    // A job ends while answers do, and not after them.
+                    if leaving.changed().await.is_ok() {
+                        let _ = tokio::task::spawn_blocking(move || desk.call("server.leaving", &json!({}))).await;
+                    }
+                });
+            }
             let serving = tokio::spawn(listen::serve(self.listener, router(self.app), stopped));
             ready();
             serving.await.map_err(|error| Error::failure(format!("the server: {error}")))?
@@ -165,16 +239,20 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/embeddings", post(embeddings))
         .route("/api/chat", generates(ollama::chat))
         .route("/api/generate", generates(ollama::generate))
-        .route("/api/tags", get(|State(app): State<Arc<App>>| async move { ollama::tags(&app) }))
+        .route("/api/tags", get(tags))
         .route("/api/show", post(show))
         .route("/api/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
-        .route("/health", get(health))
+        .merge(manage::routes())
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/openapi.json", get(openapi::document))
         .route("/metrics", get(metrics))
         .route("/markdown", post(markdown))
         .route("/", get(page::page))
         .route("/chat.js", get(page::script))
+        .route("/studio.js", get(page::studio))
         .route("/chat.css", get(page::style))
         .fallback(|request: Request| async move { ApiError::no_route(request.uri().path()) })
         .method_not_allowed_fallback(|| async { ApiError::method() })
@@ -184,25 +262,31 @@ fn router(app: Arc<App>) -> Router {
 
 /// A route that generates: its API reads the body, and words the answer.
 fn generates(parse: complete::Parse) -> axum::routing::MethodRouter<Arc<App>> {
-    post(move |State(app): State<Arc<App>>, body: Body| async move {
+    post(move |State(app): State<Arc<App>>, Extension(caller): Extension<Caller>, body: Body| async move {
         let body = read(body, app.settings.body_bytes).await?;
-        complete::complete(app, body, parse).await
+        complete::complete(app, caller, body, parse).await
     })
 }
 
-async fn count(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+type Asking = Extension<Caller>;
+
+async fn count(State(app): State<Arc<App>>, caller: Asking, body: Body) -> Result<Json<Value>, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    complete::count(app, body).await
+    complete::count(app, caller.0, body).await
 }
 
-async fn embeddings(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+async fn embeddings(State(app): State<Arc<App>>, caller: Asking, body: Body) -> Result<Json<Value>, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    embeddings::embeddings(app, body).await
+    embeddings::embeddings(app, caller.0, body).await
 }
 
-async fn show(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
+async fn show(State(app): State<Arc<App>>, caller: Asking, body: Body) -> Result<Json<Value>, ApiError> {
     let body = read(body, app.settings.body_bytes).await?;
-    ollama::show(&app, &body)
+    ollama::show(&app, &caller, &body)
+}
+
+async fn tags(State(app): State<Arc<App>>, caller: Asking) -> Json<Value> {
+    ollama::tags(&app, &caller)
 }
 
 /// A whole body, within the limits of size and time.
@@ -222,27 +306,32 @@ async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     tokio::time::timeout(BODY, collect).await.unwrap_or_else(|_| Err(ApiError::slow(BODY.as_secs())))
 }
 
-fn shown(model: &Model) -> Value {
-    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "ftkit"})
+/// A model as clients list it; what has an adapter has a parent.
+fn shown(app: &App, model: &Model) -> Value {
+    let base = app.models.find(None).filter(|base| base.adapter != model.adapter).map(|base| base.name);
+    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "ftkit", "parent": base})
 }
 
-async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"object": "list", "data": app.sorted().iter().map(shown).collect::<Vec<_>>()}))
+async fn models(State(app): State<Arc<App>>, caller: Asking) -> Json<Value> {
+    Json(
+        json!({"object": "list", "data": app.sorted(&caller.key).iter().map(|model| shown(&app, model)).collect::<Vec<_>>()}),
+    )
 }
 
 async fn model(
     State(app): State<Arc<App>>,
+    caller: Asking,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(name) = name.map_err(|_| ApiError::no_model("?", "the names of /v1/models"))?;
-    match app.models.find(Some(&name)) {
-        Some(model) => Ok(Json(shown(&model))),
-        None => Err(ApiError::no_model(&name, "the names of /v1/models")),
-    }
+    let (found, _) = app.model(&caller.key, Some(&name))?;
+    Ok(Json(shown(&app, &Model { name, ..found })))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let mut response = app.engine.metrics().prometheus().into_response();
+    let mut text = app.engine.metrics().prometheus();
+    text.push_str(&app.traffic.prometheus());
+    let mut response = text.into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
@@ -255,50 +344,4 @@ async fn markdown(body: Body) -> Result<Response, ApiError> {
     let html = tokio::task::spawn_blocking(move || page::markdown(&text)).await;
     let html = html.map_err(|_| ApiError::server("the markdown could not be rendered"))?;
     Ok(axum::response::Html(html).into_response())
-}
-
-/// Decodes a token, past the queue. Checks that come together share one.
-async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
-    let mut last = app.health.lock().await;
-    let healthy = match *last {
-        Some((at, healthy)) if at.elapsed() < HEALTH_AGE => healthy,
-        _ => {
-            let healthy = tokio::time::timeout(HEALTH, decodes(&app.engine, &app.language)).await.unwrap_or(false);
-            *last = Some((Instant::now(), healthy));
-            healthy
-        }
-    };
-    if healthy { Ok(Json(json!({"status": "ok"}))) } else { Err(ApiError::unavailable("the engine decodes no token")) }
-}
-
-async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
-    struct Probe(Option<tokio::sync::oneshot::Sender<bool>>);
-    impl Sink for Probe {
-        fn send(&mut self, event: Event) -> bool {
-            match event {
-                Event::Delta(_) => true,
-                Event::Finished { .. } => self.0.take().is_some_and(|sender| sender.send(true).is_ok()),
-                Event::Failed(_) => self.0.take().is_some_and(|sender| sender.send(false).is_ok()),
-            }
-        }
-        fn closed(&self) -> bool {
-            self.0.as_ref().is_none_or(tokio::sync::oneshot::Sender::is_closed)
-        }
-    }
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    let sampling = Sampling { max_tokens: Some(1), temperature: 0.0, ignore_end: true, ..Sampling::default() };
-    let request = super::Request {
-        prompt: vec![0],
-        sampling,
-        constraint: None,
-        adapter: super::models::NO_ADAPTER,
-        root: None,
-        decoder: language.decoder(false),
-        sink: Box::new(Probe(Some(sender))),
-        client: 0,
-        priority: 0,
-        deadline: None,
-        urgent: true,
-    };
-    engine.submit(vec![request]).is_ok() && receiver.await.unwrap_or(false)
 }

@@ -13,6 +13,7 @@ use super::App;
 use super::dialect::{Answered, Call, Context, Dialect, Ending, Maker, Part};
 use super::errors::ApiError;
 use super::fields::{Fields, kind};
+use super::meter::Caller;
 use super::parse::{self, Asked};
 use crate::serve::models::Model;
 use crate::serve::{Delta, Usage};
@@ -263,7 +264,7 @@ fn details() -> Value {
 }
 
 /// `/api/tags`: all models.
-pub(super) fn tags(app: &App) -> Json<Value> {
+pub(super) fn tags(app: &App, caller: &Caller) -> Json<Value> {
     let shown = |model: Model| {
         let at = i64::try_from(model.created).ok().and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok());
         json!({
@@ -271,15 +272,15 @@ pub(super) fn tags(app: &App) -> Json<Value> {
             "digest": "", "details": details(),
         })
     };
-    Json(json!({"models": app.sorted().into_iter().map(shown).collect::<Vec<_>>()}))
+    Json(json!({"models": app.sorted(&caller.key).into_iter().map(shown).collect::<Vec<_>>()}))
 }
 
 /// `/api/show`: one of them.
-pub(super) fn show(app: &Arc<App>, body: &[u8]) -> Result<Json<Value>, ApiError> {
+pub(super) fn show(app: &Arc<App>, caller: &Caller, body: &[u8]) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::parse(body)?;
     // The older name of the same.
     let name = fields.string("model")?.or(fields.string("name")?);
-    app.model(name.as_deref())?;
+    app.model(&caller.key, name.as_deref())?;
     fields.finish(&["verbose", "system", "template", "options"])?;
     let mut abilities = vec!["completion"];
     abilities.extend(app.language.syntax().map(|_| "tools"));

@@ -55,8 +55,11 @@ fn answered(route: Route, asked: Asked) -> (Asked, Maker) {
 impl OpenAi {
     fn head(&self, object: &str) -> Value {
         let prefix = if self.route == Route::Chat { "chatcmpl" } else { "cmpl" };
-        let Context { id, created, model, .. } = &self.context;
-        json!({"id": format!("{prefix}-{id}"), "object": object, "created": created, "model": model})
+        let Context { id, created, model, fingerprint, .. } = &self.context;
+        json!({
+            "id": format!("{prefix}-{id}"), "object": object, "created": created, "model": model,
+            "system_fingerprint": fingerprint,
+        })
     }
 
     /// A piece of an answer. `usage`: null in all pieces but the last, where it was asked for.

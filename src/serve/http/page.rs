@@ -1,4 +1,4 @@
-//! The web chat: three files in the binary, and markdown made safe on the server.
+//! The web page, four files in the binary (chat, and `studio` for training and adapters), and markdown made safe on the server.
 
 use std::collections::HashSet;
 
@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 
 const PAGE: &str = include_str!("page/chat.html");
 const SCRIPT: &str = include_str!("page/chat.js");
+const STUDIO: &str = include_str!("page/studio.js");
 const STYLE: &str = include_str!("page/chat.css");
 
 /// Nothing from elsewhere, no inline script, no frame around it.
@@ -31,6 +32,11 @@ pub(super) async fn page() -> Response {
 /// `/chat.js`
 pub(super) async fn script() -> Response {
     file("text/javascript; charset=utf-8", SCRIPT)
+}
+
+/// `/studio.js`
+pub(super) async fn studio() -> Response {
+    file("text/javascript; charset=utf-8", STUDIO)
 }
 
 /// `/chat.css`
