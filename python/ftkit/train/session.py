@@ -144,7 +144,9 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         mapped_bytes=_mapped_bytes(loaded),
         formats=models.formats(loaded.path, config.model.quant),
     )
-    room = memory.room(training.budget, device)
+    room = min(processes.exchange(memory.room(training.budget, device)))
+    if device.type == "cpu":
+        room //= processes.size  # they share the machine's memory
     plan = fitting.fastest(case, room)
     if plan.way.streamed:
         stream(linear.weight for linear in loaded.model.linears().values())

@@ -72,8 +72,9 @@ def batches() -> tuple[RaggedBatch, RaggedBatch]:
             short.append(row[alike:])
             short_targets.append(target[alike:])
             shared.append(alike)
-    whole = RaggedBatch.pack(rows, targets=targets, adapter=0)
-    return whole, RaggedBatch.pack(short, targets=short_targets, adapter=0, shared=shared)
+    group = [0, 0, 1, 1, 2, 2]
+    whole = RaggedBatch.pack(rows, targets=targets, adapter=0, group=group)
+    return whole, RaggedBatch.pack(short, targets=short_targets, adapter=0, group=group, shared=shared)
 
 
 def disturb(model: Decoder) -> None:
@@ -95,9 +96,12 @@ def test_losses_and_gradients_are_those_of_both_answers_apart(tmp_path: Path, va
     assert once.tokens.numel() == whole.tokens.numel() - 20 - 2 - 0
     found = []
     for batch, recompute in ((whole, False), (once, False), (once, True)):
-        model.activation_checkpointing = recompute
+        model.recomputed_layers = len(model.layers) if recompute else 0
         parts = objective.loss(model, batch, objective.Config())
         found.append((parts, torch.autograd.grad(parts.sum.sum(), list(adapters.trainable(model).values()))))
+    cut = [objective.loss(model, part, objective.Config()).sum for part in once.cut(2)]
+    assert len(cut) == 2
+    torch.testing.assert_close(sum(cut), found[0][0].sum, rtol=1e-11, atol=0)
     (expected, slopes), *others = found
     for parts, ours in others:
         torch.testing.assert_close(parts.sum, expected.sum, rtol=1e-11, atol=0)
