@@ -1,4 +1,5 @@
-//! What an answer costs, and how fast it comes: noted while it is made, settled when nobody works on it any more.
+//! What an answer costs, and how fast it comes: noted while it is made, settled before its end is told, or when its
+//! caller leaves.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -6,8 +7,8 @@ use std::time::Instant;
 use super::App;
 use super::keys::Key;
 use super::log::Record;
+use crate::serve::Event;
 use crate::serve::models::Model;
-use crate::serve::{Event, Usage};
 
 /// Who asks, in the extensions of a request.
 #[derive(Clone)]
@@ -29,15 +30,15 @@ pub(super) struct Meter {
     pays: bool,
     start: Instant,
     last: Option<Instant>,
-    /// Tokens that came, until the engine says how many there were.
+    /// Tokens that came.
     seen: usize,
-    usage: Option<Usage>,
+    settled: bool,
 }
 
 impl Meter {
     /// A meter for a choice of a request that came at `start`.
     pub fn new(app: Arc<App>, caller: Caller, model: Model, prompt_tokens: usize, pays: bool, start: Instant) -> Self {
-        Self { app, caller, model, prompt_tokens, pays, start, last: None, seen: 0, usage: None }
+        Self { app, caller, model, prompt_tokens, pays, start, last: None, seen: 0, settled: false }
     }
 
     /// Notes an event.
@@ -49,16 +50,16 @@ impl Meter {
         }
         match event {
             Event::Delta(delta) => self.seen += delta.tokens.len(),
-            Event::Finished { usage, .. } => self.usage = Some(*usage),
-            Event::Failed(_) => {}
+            // Whoever asks again as soon as he has his answer has paid for it.
+            Event::Finished { usage, .. } => self.settle(usage.completion_tokens),
+            Event::Failed(_) => self.settle(self.seen),
         }
     }
-}
 
-impl Drop for Meter {
-    fn drop(&mut self) {
-        // An answer that nobody waited for costs what was made of it.
-        let generated = self.usage.map_or(self.seen, |usage| usage.completion_tokens);
+    fn settle(&mut self, generated: usize) {
+        if std::mem::replace(&mut self.settled, true) {
+            return;
+        }
         let prompt = if self.pays && self.last.is_some() { self.prompt_tokens } else { 0 };
         let counts = self.app.traffic.of(&self.caller.key.name, &self.model.name);
         counts.requests.add(1);
@@ -66,5 +67,12 @@ impl Drop for Meter {
         counts.generated_tokens.add(generated as u64);
         self.caller.key.spend(prompt + generated);
         self.caller.record.tokens(prompt as u64, generated as u64);
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        // An answer that nobody waited for costs what was made of it.
+        self.settle(self.seen);
     }
 }
