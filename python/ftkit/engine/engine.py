@@ -85,17 +85,11 @@ class Engine:
     ) -> None:
         """An engine for `loaded`, known to requests as `name` (its file's name when not given).
 
-                `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
-                quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
-        <<<<<<< HEAD
-                bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in what
-                was said before, and computes them in one step; answers stay the same, and come faster where they quote. Raises
-                InputError when the pool is too small for anything.
-        =======
-                bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in
-                what was said before, and computes them in one step; answers stay the same, and come faster where they quote.
-                Raises InputError when the pool is too small for anything.
-        >>>>>>> w-b
+        `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
+        quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
+        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in
+        what was said before, and computes them in one step; answers stay the same, and come faster where they quote.
+        Raises InputError when the pool is too small for anything.
         """
         model, config = loaded.model, loaded.config
         context = min(context_tokens or config.context_length, config.context_length)
