@@ -31,8 +31,7 @@ _ROWS, _INNER, _OUTER = 1024, 768, 1024
 _BYTES = 64 << 20
 """Beyond the caches of most processors."""
 _CALLS = 32
-_FILE = "machine.json"
-_MEASURE_SECONDS = 0.4
+_MEASURE_SECONDS = 0.3
 """For each figure."""
 
 
@@ -63,16 +62,20 @@ class Speeds:
 
 def speeds(*, anew: bool = False) -> Speeds:
     """This machine's, as they were measured before with as many threads, or else (or `anew`) measured now and kept."""
-    folder = cache_directory()
+    threads, folder = torch.get_num_threads(), cache_directory()
     if anew:
-        (folder / _FILE).unlink(missing_ok=True)
+        _file(threads, folder).unlink(missing_ok=True)
         _speeds.cache_clear()
-    return _speeds(torch.get_num_threads(), folder)
+    return _speeds(threads, folder)
+
+
+def _file(threads: int, folder: Path) -> Path:
+    return folder / f"machine-{threads}.json"
 
 
 @functools.cache
 def _speeds(threads: int, folder: Path) -> Speeds:
-    path = folder / _FILE
+    path = _file(threads, folder)
     machine = {"processor": processor()[0], "threads": threads, "torch": torch.__version__, "ftkit": _core.__version__}
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +86,7 @@ def _speeds(threads: int, folder: Path) -> Speeds:
     found = measured()
     with contextlib.suppress(OSError):  # it is measured again then
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".tmp-{os.getpid()}-machine.json"
+        temporary = folder / f".tmp-{os.getpid()}-{path.name}"
         temporary.write_text(json.dumps({"machine": machine, "speeds": dataclasses.asdict(found)}, indent=2) + "\n")
         temporary.replace(path)
     return found

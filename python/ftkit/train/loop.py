@@ -50,6 +50,7 @@ class Loop:
         self._watchdog.bad_steps, self._watchdog.bad_in_a_row = progress.bad_steps, progress.bad_in_a_row
         self._preferences = watchdog.Preferences()
         self._measured: tuple[int, ...] = (0, 0, 0, 0)  # of steps whose memory was counted, as `_most` says
+        self._evaluated = False
         self._started = (progress.step, progress.seconds)
         self._feed = session.feed(progress.batches)
         self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
@@ -234,8 +235,15 @@ class Loop:
         session.loaded.model.eval()
         try:
             mine = session.evaluation[session.processes.rank :: session.processes.size]
-            parts = (part for batch in mine for part in batch.cut(self.progress.parts))
-            return means(session.loss, parts, session.processes)
+            parts = [part for batch in mine for part in batch.cut(self.progress.parts)]
+            if self._evaluated:
+                return means(session.loss, parts, session.processes)
+            self._evaluated = True  # the others take as much
+            found, peak = memory.peak_bytes_of(
+                lambda: means(session.loss, parts, session.processes), session.tensors(), session.device
+            )
+            self.progress.peak_bytes = max(self.progress.peak_bytes, peak)
+            return found
         finally:
             session.loaded.model.train()
 

@@ -25,7 +25,7 @@ from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
 from ftkit.train.step import each_gradient
 
-OTHER_RESIDENT_BYTES = 1152 << 20
+OTHER_RESIDENT_BYTES = 1280 << 20
 """Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
 
 RETAINED_SHARE = 0.25
@@ -183,7 +183,7 @@ class Case:
         """The peak of a training step, exactly as the real one would count it."""
         plans = []
         for step in dict.fromkeys(self._cut(step, way.parts) for step in self.steps):
-            recorder, of_batches, of_step = _trace(self, step, way)
+            recorder, of_batches, of_step, kept = _trace(self, step, way)
             peak = recorder.peak()
             batches = self.config.training.gradient_accumulation_steps * min(way.parts, self.most_parts)
             seconds = None
@@ -191,7 +191,7 @@ class Case:
                 seconds = speeds().seconds(of_batches) / len(step) * batches + speeds().seconds(of_step)
             found = Plan(
                 way=way,
-                peak_bytes=peak.bytes,
+                peak_bytes=peak.bytes + (batches - len(step)) * kept,
                 by_category=peak.by_category,
                 mapped_bytes=self._streamed_bytes if way.streamed else self.mapped_bytes,
                 shape=max(step, key=lambda shape: shape.tokens),
@@ -227,8 +227,9 @@ class Case:
         return cut if cut == step or len(cut) > 1 else (*cut, *cut)
 
 
-def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
-    """What an optimizer step and an evaluation allocate; the work of the step's batches, and its other work."""
+def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]:
+    """What an optimizer step and an evaluation allocate; the work of the step's batches, and its other work; the bytes
+    that a batch keeps until the step is done."""
     recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
@@ -286,7 +287,10 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work]:
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
                     objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
-        return recorder, of_batches, of_step
+        given = {field.name for field in dataclasses.fields(RaggedBatch)}
+        made = [value for name, value in vars(batches[-1]).items() if name not in given]
+        kept = sum(value.nbytes for value in made if isinstance(value, torch.Tensor))
+        return recorder, of_batches, of_step, kept
 
 
 def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:

@@ -57,10 +57,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_speeds_are_measured_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = speed.speeds()
-    kept = json.loads((folder / "machine.json").read_text())
+    kept = json.loads((folder / f"machine-{torch.get_num_threads()}.json").read_text())
     assert kept["speeds"]["bandwidth"] == found.bandwidth
     kept["speeds"]["bandwidth"] = 7.0
-    (folder / "machine.json").write_text(json.dumps(kept))
+    (folder / f"machine-{torch.get_num_threads()}.json").write_text(json.dumps(kept))
     speed._speeds.cache_clear()
     assert speed.speeds().bandwidth == 7.0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # another machine, as it were
@@ -69,9 +69,9 @@ def test_speeds_are_measured_once_and_kept(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": {}}', "null"])
 def test_a_damaged_file_is_measured_anew(folder: Path, text: str) -> None:
-    (folder / "machine.json").write_text(text)
+    (folder / f"machine-{torch.get_num_threads()}.json").write_text(text)
     assert speed.speeds().float32 > 0
-    assert json.loads((folder / "machine.json").read_text())["speeds"]["float32"] > 0
+    assert json.loads((folder / f"machine-{torch.get_num_threads()}.json").read_text())["speeds"]["float32"] > 0
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_a_run_that_is_made_to_fit_says_how(settings: Settings, monkeypatch: pyt
     monkeypatch.setattr(planned, "OTHER_RESIDENT_BYTES", 0)
     monkeypatch.setattr(memory, "rss_bytes", lambda: 0)
     assert need is not None
-    room = need - (1152 << 20) - 1
+    room = need - (1280 << 20) - 1
     again = config.changed({"training.budget": str(room), "output.name": "fitted"})
     after = train.run(again, told.append)
     notices = [event["message"] for event in told if event["event"] == "notice"]
