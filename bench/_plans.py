@@ -7,6 +7,7 @@ Nothing is measured: `ftkit plan` traces a step of a model of these sizes. A tes
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 from ftkit.config import RunConfig
 from ftkit.models import config_of_file, formats_of
-from ftkit.nn.decoder import DecoderConfig
+from ftkit.nn.decoder import DecoderConfig, shapes
 from ftkit.plan.budget import Gpu
 from ftkit.train.planned import Case, Way
 
@@ -91,6 +92,9 @@ def needed(model: DecoderConfig, method: Mapping[str, Any], tokens: int) -> int:
 def longest(model: DecoderConfig, method: Mapping[str, Any]) -> list[int]:
     """The longest row of TOKENS on each GPU of GIBIBYTES; 0 where none fits."""
     found = [0] * len(GIBIBYTES)
+    weights = 2 * sum(math.prod(shape) for _, shape in shapes(model))
+    if "model.quant" not in method and weights > GIBIBYTES[-1] << 30:
+        return found  # they alone are too much
     for tokens in TOKENS:
         size = needed(model, method, tokens)
         found = [tokens if size <= room << 30 else before for room, before in zip(GIBIBYTES, found, strict=True)]
