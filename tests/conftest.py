@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# how long an example takes says what else runs on the machine
+settings.register_profile("ftkit", deadline=None)
+settings.load_profile("ftkit")
 
 
 @pytest.fixture(scope="session", autouse=True)
