@@ -488,8 +488,6 @@ class Engine:
         """Takes the name away and returns the adapter's id; requests under way still use it."""
     def held(self, adapter: int) -> bool:
         """Whether a request over HTTP still holds an adapter whose name was taken away."""
-    def uses(self, adapter: int) -> bool:
-        """Whether a request under way uses the adapter."""
     def submit(
         self,
         prompt: Sequence[int],

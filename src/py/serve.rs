@@ -118,10 +118,6 @@ impl Engine {
         self.models.held(adapter)
     }
 
-    fn uses(&self, py: Python<'_>, adapter: i32) -> bool {
-        self.models.held(adapter) || py.detach(|| self.engine.uses(adapter))
-    }
-
     fn set_alias(&self, name: &str, targets: Vec<(String, u32)>) -> PyResult<()> {
         Ok(self.names.set(name, targets)?)
     }

@@ -14,6 +14,7 @@ import torch
 
 import ftkit
 from ftkit.errors import InputError
+from ftkit.plan.speed import processor
 from ftkit.train import files
 
 Lock = dict[str, dict[str, Any]]
@@ -25,7 +26,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "ftkit": ftkit.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()} {_processor()}".strip(),
+        "machine": f"{platform.system()} {platform.machine()} {processor()[0]}".strip(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "kernels": os.environ.get("FTKIT_KERNELS", ""),
@@ -60,12 +61,3 @@ def differences(before: Lock, now: Lock) -> tuple[list[str], list[str]]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
