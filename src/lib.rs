@@ -14,5 +14,6 @@ pub mod quant;
 pub mod serve;
 pub mod team;
 pub mod text;
+pub mod training;
 
 pub use error::{Error, ErrorKind, Result};

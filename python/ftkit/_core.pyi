@@ -103,6 +103,77 @@ def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor) -> None:
 def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) -> None:
     """Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in]."""
 
+def lora_forward(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    y: Sequence[Tensor],
+    low: Sequence[Tensor],
+) -> None:
+    """Writes x Wᵀ + s low Bᵀ to each of `y`, or adds the last where a layer has no W, and x Aᵀ to each of `low`."""
+
+def lora_backward(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    dy: Sequence[Tensor],
+    low: Sequence[Tensor],
+    dlow: Sequence[Tensor],
+    da: Sequence[Tensor | None],
+    db: Sequence[Tensor | None],
+    dx: Tensor | None,
+) -> None:
+    """Writes the gradients of `lora_forward`; layers without W add to that of x."""
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    scale: float,
+    window: int | None,
+    y: Tensor,
+    m: Tensor,
+) -> None:
+    """Writes attention inside sequences to `y`, and each row's log-sum-exp to `m` [T, heads]."""
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    scale: float,
+    window: int | None,
+    y: Tensor,
+    m: Tensor,
+    dy: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes the gradients of `attention_forward`."""
+
+def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float, y: Tensor, roots: Tensor) -> None:
+    """Writes weight ⊙ x r to `y` and r = 1 / √(mean(x²) + ε) to `roots`."""
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, roots: Tensor, dx: Tensor) -> None:
+    """Writes the gradient of `rms_norm_forward` in x."""
+
+def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
+    """Writes silu(gate) ⊙ up."""
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Writes the gradients of `swiglu_forward`."""
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool, y: Tensor) -> None:
+    """Writes each head, turned by its token's angles, or back."""
+
 @final
 class PackedMatrix:
     """A matrix packed for products with activations rounded to 8 bits."""

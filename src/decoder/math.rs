@@ -34,6 +34,8 @@ macro_rules! dispatched {
     };
 }
 
+pub(crate) use dispatched;
+
 dispatched! {
     /// y = weight ⊙ x / √(mean(x²) + ε) for each row of x `[T, d]`.
     rms_norm(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32]) {
@@ -59,7 +61,7 @@ dispatched! {
 }
 
 #[inline(always)]
-fn inverse_root(x: &[f32], epsilon: f32) -> f32 {
+pub(crate) fn inverse_root(x: &[f32], epsilon: f32) -> f32 {
     let mut lanes = [0.0f32; 16];
     let (whole, rest) = x.as_chunks::<16>();
     for x in whole {
@@ -126,7 +128,7 @@ dispatched! {
 ///
 /// x = n ln 2 + r with |r| ≤ ln 2 / 2; eʳ by its Taylor polynomial of degree 7, 2ⁿ by the exponent's bits in two halves.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     let x = x.clamp(-104.0, 89.0);
     // adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits; casts would not vectorize
     let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;

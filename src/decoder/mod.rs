@@ -8,7 +8,7 @@
 //! [`attention`]), so a row's result is the same bits whatever else is in the batch.
 
 pub mod attention;
-mod math;
+pub(crate) mod math;
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -12,6 +12,7 @@ mod quant;
 mod serve;
 mod tensor;
 mod text;
+mod training;
 
 /// The Python module `ftkit._core`.
 #[pymodule]
@@ -24,6 +25,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     decoder::register(module)?;
     optim::register(module)?;
     plan::register(module)?;
+    training::register(module)?;
     serve::register(module)?;
     // pyo3 keeps an `__all__` of its own; what is public is said once, in `_core.pyi`.
     module.delattr("__all__")

@@ -9,12 +9,14 @@ a sequence shares: it then goes on after the first tokens of the last one before
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.kernels import operation
+from ftkit.kernels import _training, operation
 
 
 @operation
@@ -72,6 +74,50 @@ def _sdpa(
         )
         outputs.append(output.squeeze(0).transpose(0, 1))  # [n, heads, head_dim]
     return torch.cat(outputs)
+
+
+@attention.backend("cpu", lambda q, k, v, *_, **__: _training.takes(q, k, v))
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    shared: tuple[int, ...] = (),
+) -> Tensor:
+    """In the core, a tile of queries and a block of keys at a time: no matrix of tokens by tokens, no mask."""
+    y: Tensor = _Attention.apply(q, k, v, lengths, shared, scale, window or 0)
+    return y
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        shared: tuple[int, ...],
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        y, m = torch.empty_like(q), q.new_empty(q.shape[:2])  # m: the logarithm of each row's sum of exponentials
+        ctx.shape = list(lengths), list(shared), scale, window
+        torch.ops.ftkit.attention_forward(q, k, v, *ctx.shape, y, m)
+        ctx.save_for_backward(q, k, v, y, m)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, m = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        torch.ops.ftkit.attention_backward(q, k, v, *ctx.shape, y, m, dy.contiguous(), dq, dk, dv)
+        return dq, dk, dv, None, None, None, None
 
 
 def visible(count: int, seen: int, window: int | None, device: torch.device) -> Tensor:

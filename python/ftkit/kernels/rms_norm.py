@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ftkit.kernels import _gpu, operation
+from ftkit.kernels import _gpu, _training, operation
 
 
 @operation
@@ -52,6 +52,38 @@ class _RmsNorm(torch.autograd.Function):
         slope = (dy * weight).to(scale.dtype)
         along = (slope * normal).mean(-1, keepdim=True)  # [..., 1]
         dx = slope.sub_(normal * along).mul_(scale).to(x.dtype)
+        return dx, dweight, None
+
+
+def _in_core(x: Tensor, weight: Tensor, epsilon: float) -> bool:  # noqa: ARG001
+    return torch.is_grad_enabled() and x.requires_grad and _training.takes(x, weight)
+
+
+@rms_norm.backend("cpu", _in_core)
+def _cpu(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `fused`, in one pass each way."""
+    y: Tensor = _CpuRmsNorm.apply(x, weight, epsilon)
+    return y
+
+
+class _CpuRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        y, roots = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        torch.ops.ftkit.rms_norm_forward(x, weight, epsilon, y, roots)
+        ctx.save_for_backward(x, weight, roots)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, roots = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        torch.ops.ftkit.rms_norm_backward(dy.contiguous(), x, weight, roots, dx)
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (x * roots.unsqueeze(-1)).mul_(dy).flatten(0, -2).sum(0)
         return dx, dweight, None
 
 

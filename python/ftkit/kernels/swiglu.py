@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.kernels import _gpu, operation
+from ftkit.kernels import _gpu, _training, operation
 
 
 @operation
@@ -40,6 +40,35 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, functional.silu(gate).mul_(dy)
+
+
+def _in_core(gate: Tensor, up: Tensor) -> bool:
+    return torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad) and _training.takes(gate, up)
+
+
+@swiglu.backend("cpu", _in_core)
+def _cpu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `fused`, in one pass each way."""
+    y: Tensor = _CpuSwiGlu.apply(gate, up)
+    return y
+
+
+class _CpuSwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        torch.ops.ftkit.swiglu_forward(gate, up, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        torch.ops.ftkit.swiglu_backward(dy.contiguous(), gate, up, dgate, dup)
+        return dgate, dup
 
 
 @swiglu.backend("cuda", lambda gate, up: _gpu.fits(gate, up))

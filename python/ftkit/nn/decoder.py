@@ -21,7 +21,7 @@ from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.cache import KVCache
-from ftkit.nn.linear import DenseWeight, Linear, Weight
+from ftkit.nn.linear import DenseWeight, Linear, Weight, together
 from ftkit.nn.rotary import Rope, Rotary
 from ftkit.nn.routes import Routes
 from ftkit.nn.tables import Embedding, RMSNorm
@@ -82,9 +82,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None) -> Tensor:
         """[T, d] to [T, d]."""
         routes, config = batch.routes, self.config
-        q = self.q_proj(x, routes).unflatten(-1, (config.heads, config.head_dim))
-        k = self.k_proj(x, routes).unflatten(-1, (config.key_value_heads, config.head_dim))
-        v = self.v_proj(x, routes).unflatten(-1, (config.key_value_heads, config.head_dim))
+        q, k, v = (
+            y.unflatten(-1, (-1, config.head_dim)) for y in together((self.q_proj, self.k_proj, self.v_proj), x, routes)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, routes), self.k_norm(k, routes)
         q, k = rope(q, *angles), rope(k, *angles)
@@ -114,7 +114,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:
         """[T, d] to [T, d]."""
-        output: Tensor = self.down_proj(swiglu(self.gate_proj(x, routes), self.up_proj(x, routes)), routes)
+        output: Tensor = self.down_proj(swiglu(*together((self.gate_proj, self.up_proj), x, routes)), routes)
         return output
 
 

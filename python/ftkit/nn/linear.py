@@ -8,7 +8,7 @@
 each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ftkit._core import CodedMatrix, PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed
+from ftkit.kernels.lora_linears import lora_linears
 from ftkit.nn.routes import Routes
 
 
@@ -228,6 +229,18 @@ class Linear(nn.Module):
                 delta = functional.linear(functional.linear(x[rows], a), b) * scale
                 y = _add(y, rows, delta)
         return y
+
+
+def together(layers: Sequence[Linear], x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
+    """What each of the layers makes of the same x [T, in]; in training, LoRAs of one adapter in one operation."""
+    found = [] if routes.single is None else [layer.adapter(routes.single) for layer in layers]
+    loras = [None if adapter is None or adapter.bias is not None else adapter.as_lora() for adapter in found]
+    # a matrix that is made anew for each use has its own way forward
+    lows = [(a, b, scale) for a, b, scale in filter(None, loras) if a.is_leaf and a.dtype == x.dtype]
+    if not torch.is_grad_enabled() or len(lows) < len(layers):
+        return tuple(layer(x, routes) for layer in layers)
+    outputs = lora_linears(x, [layer.weight for layer in layers], lows)
+    return tuple(y if layer.bias is None else y + layer.bias for layer, y in zip(layers, outputs, strict=True))
 
 
 def _add(y: Tensor, rows: slice | Tensor, delta: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ftkit import _core
-from ftkit.kernels import block_matmul, coded_matmul
+from ftkit.kernels import _training, block_matmul, coded_matmul
 from ftkit.plan.budget import Gpu
 from ftkit.plan.speed import Work
 
@@ -30,6 +30,13 @@ PRODUCTS = {
     for way in ("", "_transposed")
 }
 """Matrix products of the core: x [rows, k] to [rows, n]."""
+LAYERS = {
+    _training.lora_forward: lambda x, _weights, a, b, _scales, y, _low: _layers(x, a, b, y),
+    _training.lora_backward: lambda x, _weights, a, b, _scales, dy, *_: _layers(x, a, b, dy, back=True),
+}
+"""Layers of the core with low ranks beside them, to their floating-point operations."""
+ATTENTION = {_training.attention_forward: 4, _training.attention_backward: 10}
+"""Attention of the core, to operations for each number of q and each token of its sequence."""
 
 CATEGORIES = ("base weights", "adapter", "gradients", "optimizer", "activations", "loss", "data", "other")
 
@@ -134,6 +141,12 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
     if packet in PRODUCTS:
         return "blocks", 2 * args[0].numel() * result.shape[1], size
+    if packet in LAYERS:
+        return "blocks", LAYERS[packet](*args), size
+    if packet in ATTENTION:
+        tokens, lengths = args[0].shape[0], args[3]
+        numbers = args[0].numel() // max(1, tokens)
+        return "attention", ATTENTION[packet] * numbers * sum(length * length for length in lengths), size
     formula = flop_registry.get(packet)
     if formula is None:
         return "", 0, size
@@ -141,3 +154,10 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     if "attention" in str(packet):
         return "attention", flops, size
     return "bfloat16" if args[0].dtype == torch.bfloat16 else "float32", flops, size
+
+
+def _layers(x: Any, a: Any, b: Any, y: Any, *, back: bool = False) -> int:
+    """Operations of layers' products with x, forward, or back without the gradient of W."""
+    base: int = 2 * x.numel() * sum(each.shape[1] for each in y)
+    low: int = 2 * x.shape[0] * sum(each.numel() for each in (*a, *b))
+    return base + (2 * low if back else low)

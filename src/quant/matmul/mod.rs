@@ -229,4 +229,4 @@ fn product(
 }
 
 #[cfg(test)]
-pub(in crate::quant) mod tests;
+pub(crate) mod tests;

@@ -4,7 +4,7 @@ use super::*;
 use crate::quant;
 
 /// Values without a pattern, from −1 to 1.
-pub(in crate::quant) fn noise(count: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn noise(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;

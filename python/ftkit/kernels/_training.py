@@ -1,0 +1,114 @@
+"""The core's operations of a training step, as torch's: they write into tensors that the caller made."""
+
+import torch
+from torch import Tensor
+
+from ftkit import _core
+
+Tensors = list[Tensor]
+Maybe = list[Tensor | None]
+
+_library = torch.library.Library("ftkit", "FRAGMENT")
+_LAYERS = "Tensor x, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales"
+_HEADS = "int[] lengths, int[] shared, float scale, int window"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the core computes with these: float32 on the CPU."""
+    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _lora_forward(
+    x: Tensor, weights: Tensors, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors
+) -> None:
+    _core.lora_forward(x, weights or [None] * len(a), a, b, scales, y, low)
+
+
+def _lora_backward(
+    x: Tensor,
+    weights: Tensors,
+    a: Tensors,
+    b: Tensors,
+    scales: list[float],
+    dy: Tensors,
+    low: Tensors,
+    dlow: Tensors,
+    da: Tensors,
+    db: Tensors,
+    dx: Tensor | None,
+) -> None:
+    none: Maybe = [None] * len(a)
+    _core.lora_backward(x, weights or none, a, b, scales, dy, low, dlow, da or none, db or none, dx)
+
+
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    shared: list[int],
+    scale: float,
+    window: int,
+    y: Tensor,
+    m: Tensor,
+) -> None:
+    _core.attention_forward(q, k, v, lengths, shared, scale, window or None, y, m)
+
+
+def _attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    shared: list[int],
+    scale: float,
+    window: int,
+    y: Tensor,
+    m: Tensor,
+    dy: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    _core.attention_backward(q, k, v, lengths, shared, scale, window or None, y, m, dy, dq, dk, dv)
+
+
+def _define(name: str, arguments: str, function: object) -> None:
+    _library.define(f"{name}({arguments}) -> ()")
+    _library.impl(name, function, "CPU")
+    torch.library.register_fake(f"ftkit::{name}", lambda *_: None, lib=_library)
+
+
+_define("lora_forward", f"{_LAYERS}, Tensor(a!)[] y, Tensor(b!)[] low", _lora_forward)
+_define(
+    "lora_backward",
+    f"{_LAYERS}, Tensor[] dy, Tensor[] low, Tensor(a!)[] dlow, Tensor(b!)[] da, Tensor(c!)[] db, Tensor(d!)? dx",
+    _lora_backward,
+)
+_define("attention_forward", f"Tensor q, Tensor k, Tensor v, {_HEADS}, Tensor(a!) y, Tensor(b!) m", _attention_forward)
+_define(
+    "attention_backward",
+    f"Tensor q, Tensor k, Tensor v, {_HEADS}, Tensor y, Tensor m, "
+    "Tensor dy, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv",
+    _attention_backward,
+)
+_define(
+    "rms_norm_forward",
+    "Tensor x, Tensor weight, float epsilon, Tensor(a!) y, Tensor(b!) roots",
+    _core.rms_norm_forward,
+)
+_define(
+    "rms_norm_backward",
+    "Tensor dy, Tensor x, Tensor weight, Tensor roots, Tensor(a!) dx",
+    _core.rms_norm_backward,
+)
+_define("swiglu_forward", "Tensor gate, Tensor up, Tensor(a!) y", _core.swiglu_forward)
+_define(
+    "swiglu_backward",
+    "Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup",
+    _core.swiglu_backward,
+)
+_define("rotate", "Tensor x, Tensor cos, Tensor sin, bool back, Tensor(a!) y", _core.rotate)
+
+lora_forward, lora_backward = torch.ops.ftkit.lora_forward, torch.ops.ftkit.lora_backward
+attention_forward, attention_backward = torch.ops.ftkit.attention_forward, torch.ops.ftkit.attention_backward

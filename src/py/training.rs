@@ -1,0 +1,293 @@
+//! Bindings of the `training` room.
+
+use pyo3::prelude::*;
+
+use super::tensor::Memory;
+use crate::error::Error;
+use crate::quant::matmul::Path;
+use crate::team::Team;
+use crate::training::attention::{self, Kept, Shape};
+use crate::training::linear::{self, Back, Part};
+use crate::training::passes;
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(lora_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(lora_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(rms_norm_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(rms_norm_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(swiglu_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(swiglu_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(rotate, module)?)
+}
+
+type Tensors<'py> = Vec<Bound<'py, PyAny>>;
+type Maybe<'py> = Vec<Option<Bound<'py, PyAny>>>;
+
+fn all(name: &str, tensors: &[Bound<'_, PyAny>]) -> PyResult<Vec<Memory<f32>>> {
+    tensors.iter().map(|tensor| Memory::of(name, tensor)).collect()
+}
+
+fn some(name: &str, tensors: &[Option<Bound<'_, PyAny>>]) -> PyResult<Vec<Option<Memory<f32>>>> {
+    tensors.iter().map(|tensor| tensor.as_ref().map(|tensor| Memory::of(name, tensor)).transpose()).collect()
+}
+
+fn inputs(x: &Memory<f32>) -> PyResult<usize> {
+    match x.shape.as_slice() {
+        &[_, inputs] => Ok(inputs),
+        shape => Err(Error::failure(format!("x: expected a matrix, got {shape:?}")).into()),
+    }
+}
+
+/// The matrices of several layers.
+struct Layers {
+    weights: Vec<Option<Memory<f32>>>,
+    a: Vec<Memory<f32>>,
+    b: Vec<Memory<f32>>,
+    scales: Vec<f32>,
+}
+
+impl Layers {
+    fn of(weights: &Maybe<'_>, a: &Tensors<'_>, b: &Tensors<'_>, scales: Vec<f32>) -> PyResult<Self> {
+        let counts = [weights.len(), b.len(), scales.len()];
+        if counts.iter().any(|&count| count != a.len()) {
+            return Err(Error::failure(format!("expected {} of all parts, got {counts:?}", a.len())).into());
+        }
+        Ok(Self { weights: some("weights", weights)?, a: all("a", a)?, b: all("b", b)?, scales })
+    }
+
+    /// # Safety
+    /// The tensors live, and nobody writes to them, while the parts are in use.
+    unsafe fn parts(&self) -> Vec<Part<'_>> {
+        let parts = self.weights.iter().zip(&self.a).zip(&self.b).zip(&self.scales);
+        parts
+            .map(|(((weight, a), b), &scale)| {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    Part { weight: weight.as_ref().map(|weight| weight.slice()), a: a.slice(), b: b.slice(), scale }
+                }
+            })
+            .collect()
+    }
+}
+
+/// Writes x Wᵀ + s low Bᵀ to each of `y` float32 [T, out], or adds the last where a layer has no W, and x Aᵀ to each of
+/// `low` [T, rank]: x [T, in], W [out, in], A [rank, in], B [out, rank].
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn lora_forward(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    weights: Maybe<'_>,
+    a: Tensors<'_>,
+    b: Tensors<'_>,
+    scales: Vec<f32>,
+    y: Tensors<'_>,
+    low: Tensors<'_>,
+) -> PyResult<()> {
+    let x = Memory::<f32>::of("x", x)?;
+    let inputs = inputs(&x)?;
+    let layers = Layers::of(&weights, &a, &b, scales)?;
+    let (y, low) = (all("y", &y)?, all("low", &low)?);
+    // SAFETY: the caller's tensors live during the call; `y` and `low` are given to be written, the rest to be read.
+    let (x, parts) = unsafe { (x.slice(), layers.parts()) };
+    // SAFETY: as above.
+    let mut y: Vec<&mut [f32]> = y.iter().map(|y| unsafe { y.slice_mut() }).collect();
+    // SAFETY: as above.
+    let mut low: Vec<&mut [f32]> = low.iter().map(|low| unsafe { low.slice_mut() }).collect();
+    Ok(py.detach(|| Team::run(|team| linear::forward(Path::best(), team, x, inputs, &parts, &mut y, &mut low)))?)
+}
+
+/// Writes the gradients of `lora_forward`: s dy B to each of `dlow` [T, rank], those of A and B where they are asked for,
+/// and that of x, to which layers without W add.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn lora_backward(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    weights: Maybe<'_>,
+    a: Tensors<'_>,
+    b: Tensors<'_>,
+    scales: Vec<f32>,
+    dy: Tensors<'_>,
+    low: Tensors<'_>,
+    dlow: Tensors<'_>,
+    da: Maybe<'_>,
+    db: Maybe<'_>,
+    dx: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let x = Memory::<f32>::of("x", x)?;
+    let inputs = inputs(&x)?;
+    let layers = Layers::of(&weights, &a, &b, scales)?;
+    let (dy, low, dlow) = (all("dy", &dy)?, all("low", &low)?, all("dlow", &dlow)?);
+    let (da, db) = (some("da", &da)?, some("db", &db)?);
+    let dx = dx.as_ref().map(|dx| Memory::<f32>::of("dx", dx)).transpose()?;
+    // SAFETY: the caller's tensors live during the call; gradients are given to be written, the rest to be read.
+    let (x, parts, dx) = unsafe { (x.slice(), layers.parts(), dx.as_ref().map(|dx| dx.slice_mut())) };
+    let each = dy.iter().zip(&low).zip(&dlow).zip(da.iter().zip(&db));
+    let mut back: Vec<Back<'_>> = each
+        .map(|(((dy, low), dlow), (da, db))| {
+            // SAFETY: as above.
+            unsafe {
+                Back {
+                    dy: dy.slice(),
+                    low: low.slice(),
+                    dlow: dlow.slice_mut(),
+                    da: da.as_ref().map(|da| da.slice_mut()),
+                    db: db.as_ref().map(|db| db.slice_mut()),
+                }
+            }
+        })
+        .collect();
+    Ok(py.detach(|| Team::run(|team| linear::backward(Path::best(), team, x, inputs, &parts, &mut back, dx)))?)
+}
+
+/// Heads of q and of k, and their width.
+fn heads(q: &Memory<f32>, k: &Memory<f32>) -> PyResult<(usize, usize, usize)> {
+    match (q.shape.as_slice(), k.shape.as_slice()) {
+        (&[_, heads, head_dim], &[_, key_value_heads, _]) => Ok((heads, key_value_heads, head_dim)),
+        (q, k) => Err(Error::failure(format!("expected q and k of three axes, got {q:?} and {k:?}")).into()),
+    }
+}
+
+/// Writes attention inside sequences to `y` float32 [T, heads, head_dim], and each row's log-sum-exp to `m` [T, heads].
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
+fn attention_forward(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    lengths: Vec<usize>,
+    shared: Vec<usize>,
+    scale: f32,
+    window: Option<usize>,
+    y: &Bound<'_, PyAny>,
+    m: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (q, k, v) = (Memory::<f32>::of("q", q)?, Memory::<f32>::of("k", k)?, Memory::<f32>::of("v", v)?);
+    let (y, m) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("m", m)?);
+    let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
+    let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
+    // SAFETY: the caller's tensors live during the call; `y` and `m` are given to be written, the rest to be read.
+    let (q, k, v, y, m) = unsafe { (q.slice(), k.slice(), v.slice(), y.slice_mut(), m.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| attention::forward(Path::best(), team, shape, q, k, v, y, m)))?)
+}
+
+/// Writes the gradients of `attention_forward` to `dq`, `dk` and `dv`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
+fn attention_backward(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    lengths: Vec<usize>,
+    shared: Vec<usize>,
+    scale: f32,
+    window: Option<usize>,
+    y: &Bound<'_, PyAny>,
+    m: &Bound<'_, PyAny>,
+    dy: &Bound<'_, PyAny>,
+    dq: &Bound<'_, PyAny>,
+    dk: &Bound<'_, PyAny>,
+    dv: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (q, k, v) = (Memory::<f32>::of("q", q)?, Memory::<f32>::of("k", k)?, Memory::<f32>::of("v", v)?);
+    let (y, m, dy) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("m", m)?, Memory::<f32>::of("dy", dy)?);
+    let (dq, dk, dv) = (Memory::<f32>::of("dq", dq)?, Memory::<f32>::of("dk", dk)?, Memory::<f32>::of("dv", dv)?);
+    let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
+    let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
+    // SAFETY: the caller's tensors live during the call; `dq`, `dk` and `dv` are given to be written, the rest to be read.
+    let kept = unsafe { Kept { q: q.slice(), k: k.slice(), v: v.slice(), y: y.slice(), m: m.slice(), dy: dy.slice() } };
+    // SAFETY: as above.
+    let (dq, dk, dv) = unsafe { (dq.slice_mut(), dk.slice_mut(), dv.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| attention::backward(Path::best(), team, shape, kept, dq, dk, dv)))?)
+}
+
+/// Writes weight ⊙ x r to `y` and r = 1 / √(mean(x²) + ε) to `roots`: x float32 [..., d], weight [d], roots [...].
+#[pyfunction]
+fn rms_norm_forward(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    weight: &Bound<'_, PyAny>,
+    epsilon: f32,
+    y: &Bound<'_, PyAny>,
+    roots: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (x, weight) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("weight", weight)?);
+    let (y, roots) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("roots", roots)?);
+    // SAFETY: the caller's tensors live during the call; `y` and `roots` are given to be written, the rest to be read.
+    let (x, weight, y, roots) = unsafe { (x.slice(), weight.slice(), y.slice_mut(), roots.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| passes::rms_norm(team, x, weight, epsilon, y, roots)))?)
+}
+
+/// Writes the gradient of `rms_norm_forward` in x to `dx`.
+#[pyfunction]
+fn rms_norm_backward(
+    py: Python<'_>,
+    dy: &Bound<'_, PyAny>,
+    x: &Bound<'_, PyAny>,
+    weight: &Bound<'_, PyAny>,
+    roots: &Bound<'_, PyAny>,
+    dx: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (dy, x, weight) = (Memory::<f32>::of("dy", dy)?, Memory::of("x", x)?, Memory::of("weight", weight)?);
+    let (roots, dx) = (Memory::<f32>::of("roots", roots)?, Memory::<f32>::of("dx", dx)?);
+    // SAFETY: the caller's tensors live during the call; `dx` is given to be written, the rest to be read.
+    let (dy, x, weight, roots, dx) = unsafe { (dy.slice(), x.slice(), weight.slice(), roots.slice(), dx.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| passes::rms_norm_back(team, dy, x, weight, roots, dx)))?)
+}
+
+/// Writes silu(gate) ⊙ up to `y`, all float32 of one shape.
+#[pyfunction]
+fn swiglu_forward(
+    py: Python<'_>,
+    gate: &Bound<'_, PyAny>,
+    up: &Bound<'_, PyAny>,
+    y: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (gate, up, y) = (Memory::<f32>::of("gate", gate)?, Memory::<f32>::of("up", up)?, Memory::<f32>::of("y", y)?);
+    // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
+    let (gate, up, y) = unsafe { (gate.slice(), up.slice(), y.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| passes::swiglu(team, gate, up, y)))?)
+}
+
+/// Writes the gradients of `swiglu_forward` to `dgate` and `dup`.
+#[pyfunction]
+fn swiglu_backward(
+    py: Python<'_>,
+    dy: &Bound<'_, PyAny>,
+    gate: &Bound<'_, PyAny>,
+    up: &Bound<'_, PyAny>,
+    dgate: &Bound<'_, PyAny>,
+    dup: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (dy, gate, up) = (Memory::<f32>::of("dy", dy)?, Memory::of("gate", gate)?, Memory::of("up", up)?);
+    let (dgate, dup) = (Memory::<f32>::of("dgate", dgate)?, Memory::<f32>::of("dup", dup)?);
+    // SAFETY: the caller's tensors live during the call; gradients are given to be written, the rest to be read.
+    let (dy, gate, up, dgate, dup) =
+        unsafe { (dy.slice(), gate.slice(), up.slice(), dgate.slice_mut(), dup.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| passes::swiglu_back(team, dy, gate, up, dgate, dup)))?)
+}
+
+/// Writes each head of x float32 [T, heads, head_dim], turned by cos and sin [T, head_dim / 2], or back, to `y`.
+#[pyfunction]
+fn rotate(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    cos: &Bound<'_, PyAny>,
+    sin: &Bound<'_, PyAny>,
+    back: bool,
+    y: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (x, y) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("y", y)?);
+    let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
+    let &[tokens, heads, _] = x.shape.as_slice() else {
+        return Err(Error::failure(format!("x: expected three axes, got {:?}", x.shape)).into());
+    };
+    // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
+    let (x, cos, sin, y) = unsafe { (x.slice(), cos.slice(), sin.slice(), y.slice_mut()) };
+    Ok(py.detach(|| Team::run(|team| passes::rotate(team, x, (tokens, heads), cos, sin, back, y)))?)
+}

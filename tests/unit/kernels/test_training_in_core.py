@@ -1,0 +1,188 @@
+"""The core's kernels of a training step: what the references say, and the same bits in any company on any threads."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ftkit import _core
+from ftkit.kernels import pinned
+from ftkit.kernels.attention import attention
+from ftkit.kernels.lora_linears import lora_linears
+from ftkit.kernels.rms_norm import rms_norm
+from ftkit.kernels.rope import rope
+from ftkit.kernels.swiglu import swiglu
+from ftkit.nn.linear import DenseWeight
+from ftkit.quant.gguf import GgufWeight
+
+pytestmark = pytest.mark.unit
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(function: Any, inputs: list[Tensor], slope_seed: int = 99) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients, of the core in float32 and of the reference in float64."""
+    found = []
+    for compute, dtype in ((function, torch.float32), (getattr(function, "reference", function), torch.float64)):
+        given_ = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        output = compute(*given_)
+        outputs = list(output) if isinstance(output, tuple) else [output]
+        slopes = [values(*y.shape, seed=slope_seed + i).to(dtype) for i, y in enumerate(outputs)]
+        found.append([*outputs, *torch.autograd.grad(outputs, given_, slopes)])
+    return found[0], found[1]
+
+
+def close(ours: list[Tensor], reference: list[Tensor]) -> None:
+    for a, b in zip(ours, reference, strict=True):
+        size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=2e-4, atol=2e-5 * size)
+
+
+@st.composite
+def ragged(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths, and what each sequence shares with the last whole one before it."""
+    lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=4).filter(any))
+    shared, whole = [0], lengths[0]
+    for length in lengths[1:]:
+        shared.append(draw(st.integers(0, whole) | st.just(0)))
+        whole = length if shared[-1] == 0 else whole
+    return tuple(lengths), tuple(shared)
+
+
+class _Attend:
+    """Attention of three tensors alone."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with pinned("cpu"):
+            return attention(q, k, v, **self.settings)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.reference(q, k, v, **self.settings)
+
+
+@given(ragged(), st.sampled_from([(6, 3, 11), (5, 5, 16), (7, 1, 37), (4, 2, 64)]), st.none() | st.integers(1, 90))
+@settings(max_examples=30, deadline=None)
+def test_attention(
+    rows: tuple[tuple[int, ...], tuple[int, ...]], heads: tuple[int, int, int], window: int | None
+) -> None:
+    lengths, shared = rows
+    queries, keys, dim = heads
+    total = sum(lengths)
+    inputs = [values(total, count, dim, seed=i) for i, count in enumerate((queries, keys, keys))]
+    attend = _Attend(lengths=lengths, scale=dim**-0.5, window=window, shared=shared)
+    close(*both(attend, inputs))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = (100 * values(70, 1, 8, seed=i) for i in range(3))
+    attend = _Attend(lengths=(70,), scale=1.0)
+    ours, reference = both(attend, [q, k, v])
+    assert all(bool(x.isfinite().all()) for x in ours)
+    torch.testing.assert_close(ours[0], reference[0].float(), rtol=1e-3, atol=1e-2)
+
+
+def test_attention_gives_a_sequence_the_same_bits_alone_and_in_company() -> None:
+    lengths = (67, 130, 5)
+    q, k, v = (values(sum(lengths), count, 16, seed=i).requires_grad_() for i, count in enumerate((4, 2, 2)))
+    whole = attention(q, k, v, lengths, scale=0.25)
+    slope = values(*whole.shape, seed=3)
+    gradients = torch.autograd.grad(whole, (q, k, v), slope)
+    part = slice(67, 197)
+    alone = [x.detach()[part].clone().requires_grad_() for x in (q, k, v)]
+    output = attention(*alone, (130,), scale=0.25)
+    assert torch.equal(output, whole[part])
+    for one, all_ in zip(torch.autograd.grad(output, alone, slope[part]), gradients, strict=True):
+        assert torch.equal(one, all_[part])
+
+
+@pytest.mark.parametrize("kind", ["dense", "q8_0"])
+def test_linears_of_the_same_inputs(kind: str) -> None:
+    """Gradients of x, A and B of three layers of different widths and ranks, over W dense or in blocks."""
+    inp, shapes = 96, ((75, 5), (64, 16), (130, 3))
+    x = values(131, inp, seed=1)
+    weights: list[Any] = []
+    for i, (out, _) in enumerate(shapes):
+        w = values(out, inp, seed=10 + i)
+        if kind == "dense":
+            weights.append(DenseWeight(w))
+        else:
+            blocks = torch.empty(out * inp // 32 * 34, dtype=torch.uint8)
+            _core.quantize("q8_0", w, blocks)
+            weights.append(GgufWeight(blocks.view(out, -1), "q8_0", torch.float32))
+    parts = [
+        values(*shape, seed=20 + i) for i, (out, rank) in enumerate(shapes) for shape in ((rank, inp), (out, rank))
+    ]
+
+    def ours(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        return lora_linears(x, weights, [(parts[2 * i], parts[2 * i + 1], 0.7 + i) for i in range(3)])
+
+    def theirs(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        dense = [weight.dense().double() for weight in weights]
+        return tuple(x @ w.T + (0.7 + i) * (x @ parts[2 * i].T) @ parts[2 * i + 1].T for i, w in enumerate(dense))
+
+    ours.reference = theirs  # type: ignore[attr-defined]
+    close(*both(ours, [x, *parts]))
+
+
+@pytest.mark.parametrize("trains", [(True, False), (False, True)])
+def test_only_what_is_asked_for_gets_a_gradient(trains: tuple[bool, bool]) -> None:
+    x, a, b = values(13, 32), values(4, 32, seed=1), values(48, 4, seed=2)
+    x.requires_grad_(trains[0])
+    a.requires_grad_(trains[1])
+    b.requires_grad_(trains[1])
+    (y,) = lora_linears(x, [DenseWeight(values(48, 32, seed=3))], [(a, b, 1.0)])
+    y.sum().backward()
+    assert [part.grad is not None for part in (x, a, b)] == [trains[0], trains[1], trains[1]]
+
+
+def test_rows_passes() -> None:
+    x, weight = values(37, 50), values(50, seed=1)
+    close(*both(_with(rms_norm, 1e-3), [x, weight]))
+    close(*both(swiglu, [3 * values(37, 50), values(37, 50, seed=1)]))
+    angles = values(37, 6, seed=2)
+    heads = values(37, 5, 12, seed=3).requires_grad_()
+    slope = values(37, 5, 12, seed=4)
+    found = []
+    for compute in (rope, rope.reference):
+        y = compute(heads, angles.cos(), angles.sin())
+        found.append([y, *torch.autograd.grad(y, [heads], slope)])
+    close(*found)
+
+
+def _with(operation: Any, *more: Any) -> Any:
+    def function(*inputs: Tensor) -> Any:
+        return operation(*inputs, *more)
+
+    function.reference = lambda *inputs: operation.reference(*inputs, *more)  # type: ignore[attr-defined]
+    return function
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    yield _core.set_threads
+    _core.set_threads(torch.get_num_threads())
+
+
+def test_threads_change_no_bit(threads: Callable[[int], None]) -> None:
+    inputs = [values(300, count, 32, seed=i).requires_grad_() for i, count in enumerate((6, 3, 3))]
+    x, a, b = (values(*shape, seed=5).requires_grad_() for shape in ((300, 192), (8, 192), (320, 8)))
+    weight = DenseWeight(values(320, 192, seed=6))
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        attended = attention(*inputs, (170, 130), scale=1 / math.sqrt(32))
+        (y,) = lora_linears(x, [weight], [(a, b, 2.0)])
+        loss = attended.square().sum() + y.square().sum()
+        found.append([attended, y, *torch.autograd.grad(loss, [*inputs, x, a, b])])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
