@@ -292,13 +292,9 @@ impl Buffer {
 /// What is done with a panel: its number, memory, whether it is to be packed, rows.
 type Work<'a> = dyn Fn(usize, &mut Buffer, bool, std::ops::Range<usize>) + Sync + 'a;
 
-/// Calls `work` with each panel and each run of rows, in parallel. A thread packs a panel once for all the rows that it goes through with it.
-fn panels(
-    team: &Team,
-    count: usize,
-    rows: usize,
-    work: &Work<'_>,
-) {
+/// Calls `work` with each panel and each run of rows, in parallel. A thread packs a panel once for all the rows that it
+/// goes through with it.
+fn panels(team: &Team, count: usize, rows: usize, work: &Work<'_>) {
     thread_local! {
         static BUFFER: RefCell<Buffer> = const { RefCell::new(Buffer { lines: Vec::new(), holds: (0, 0) }) };
     }

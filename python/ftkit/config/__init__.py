@@ -102,6 +102,11 @@ class TrainingConfig:
         at_least=0,
     )
     budget: str | None = option(None, "memory that the run may take, such as 8GiB; what is free when not given")
+    precision: Literal["dtype", "int8"] = option(
+        "dtype",
+        "what frozen matrices multiply in: dtype: as model.dtype says; int8: both sides rounded to 8 bits, on a CPU, "
+        "watched over, and faster",
+    )
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )

@@ -50,6 +50,8 @@ class Progress:
     peak_bytes: int = 0
     parts: int = 1
     """What each batch is cut into, for want of memory."""
+    exact: bool = False
+    """Whether products in 8 bits were given up."""
     held_out: list[list[float]] = dataclasses.field(default_factory=list)
     """The tasks' losses on held-out rows in each step, where the objective follows them."""
 

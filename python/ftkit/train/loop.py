@@ -17,7 +17,7 @@ from ftkit.errors import FtkitError, Interrupted
 from ftkit.nn.batch import UNTRAINED, RaggedBatch
 from ftkit.optim import schedules
 from ftkit.plan.budget import written
-from ftkit.train import checkpoint, checkpoints, memory, watchdog
+from ftkit.train import checkpoint, checkpoints, memory, rounding, watchdog
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events
 from ftkit.train.session import Session
@@ -55,6 +55,7 @@ class Loop:
         self._feed = session.feed(progress.batches)
         self._saved = progress.step  # the step of the newest checkpoint; 0: there is none
         progress.parts = max(progress.parts, session.plan.way.parts)
+        rounding.be_exact(session.rounded, progress.exact)
 
     def train(self) -> None:
         """Runs to the end. Raises Interrupted after a checkpoint, FtkitError when the watchdog gives up."""
@@ -182,7 +183,7 @@ class Loop:
             return gradients(loss, parameters, batches, training.max_gradient_norm, self._make_room, session.processes)
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
-            outcome = self._within_memory(made, batches)
+            outcome = self._outcome(lambda: self._within_memory(made, batches))
             warning = self._watchdog.judge(progress.step + 1, outcome.trained, outcome.loss, outcome.gradient_norm)
             if warning is None and not training.optimizer_in_backward:
                 session.optimizer.step(factor)
@@ -228,6 +229,22 @@ class Loop:
             rss_bytes=memory.rss_bytes(),
             **({"metrics": outcome.metrics} if outcome.metrics else {}),
         )
+
+    def _outcome(self, make: Callable[[], StepOutcome]) -> StepOutcome:
+        """Of a step; where products are rounded, every so often held against the exact one's, which it then is."""
+        session, progress = self.session, self.progress
+        if not session.rounded or progress.exact or not rounding.is_checked(progress.step + 1):
+            return make()
+
+        def again() -> StepOutcome:
+            torch.manual_seed(_step_seed(session.config.training.seed, progress.step, session.processes.rank))
+            return make()
+
+        outcome, warning = rounding.compared(session.rounded, session.parameters, again, progress.step + 1)
+        if warning is not None:
+            progress.exact = True
+            self._warn(warning)
+        return outcome
 
     def _evaluate(self) -> Means:
         session = self.session

@@ -20,9 +20,11 @@ from ftkit.config import RunConfig
 from ftkit.kernels import _gpu
 from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig, shapes
+from ftkit.nn.eight_bits import packed_bytes, takes
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
+from ftkit.train import rounding
 from ftkit.train.step import each_gradient
 
 OTHER_RESIDENT_BYTES = 1280 << 20
@@ -193,7 +195,7 @@ class Case:
                 way=way,
                 peak_bytes=peak.bytes + (batches - len(step)) * kept,
                 by_category=peak.by_category,
-                mapped_bytes=self._streamed_bytes if way.streamed else self.mapped_bytes,
+                mapped_bytes=(self._streamed_bytes if way.streamed else self.mapped_bytes) + self._packed_bytes,
                 shape=max(step, key=lambda shape: shape.tokens),
                 seconds_per_step=seconds,
                 tokens_per_step=sum(shape.tokens for shape in step) * batches // len(step),
@@ -214,6 +216,14 @@ class Case:
         block = {name: nbytes / size for name, size, nbytes in _core.quant_formats()}
         sizes = [int(math.prod(sides[name]) * block[kind]) for name, kind in self.formats.items()]
         return 2 * max(sizes, default=0)
+
+    @property
+    def _packed_bytes(self) -> int:
+        """Of matrices whose products are rounded: their packed forms, which are the core's and no tensors."""
+        if self.config.training.precision != "int8":
+            return 0
+        layers = [shape for name, shape in shapes(self.architecture) if ".layers." in name and len(shape) == 2]
+        return sum(packed_bytes((shape[0], shape[1])) for shape in layers if takes((shape[0], shape[1])))
 
     @property
     def most_parts(self) -> int:
@@ -237,6 +247,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
     with FakeTensorMode(), _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext():
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
+        rounded = rounding.attach(config, model)
         model.recomputed_layers = way.recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
@@ -249,6 +260,9 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
         recorder.adopt(state.values(), "optimizer")
         tasks = hasattr(objective, "balanced")
         batches = [batch_of(shape, tasks) for shape in step]
+        # the gradients of a step in 8 bits, while it is made exactly
+        held_against = [torch.empty_like(parameter) for parameter in parameters.values()] if rounded else []
+        recorder.adopt(held_against, "gradients")
 
         def update(name: str, gradient: torch.Tensor) -> None:
             recorder.adopt([gradient], "gradients")

@@ -14,9 +14,10 @@ from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.eight_bits import EightBitProducts
 from ftkit.plan.budget import written
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, lock, memory, planned, samples
+from ftkit.train import fitting, lock, memory, planned, rounding, samples
 from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.tasks import Tasks
@@ -45,6 +46,8 @@ class Session:
     room: int
     """Bytes that the run may take."""
     processes: Processes = ALONE
+    rounded: Sequence[EightBitProducts] = ()
+    """The matrices whose products are rounded."""
     tasks: Tasks | None = None
     """Of an objective that balances several."""
 
@@ -134,6 +137,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     steps = training.max_steps or max(1, math.ceil(training.epochs * len(dataset) / rows_a_step))
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
+    rounded = rounding.attach(config, loaded.model)
     if objective.PAIRS:
         notices += _notices_of_preferences(config, dataset)
     case = planned.Case(
@@ -183,6 +187,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         lock={"inputs": made_of, "surroundings": lock.surroundings(str(device)) | many | {"steps": steps}},
         notices=notices,
         processes=processes,
+        rounded=rounded,
         tasks=balanced,
         plan=plan,
         room=room,
