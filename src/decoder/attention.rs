@@ -134,13 +134,15 @@ pub fn paged_attention<T: Value>(
             let end = rows.positions[query / group] as usize + 1;
             (window.map_or(0, |window| end.saturating_sub(window)), end)
         });
-        let scaled = queries.clone().flat_map(|query| q[at(query)..][..layout.head_dim].iter());
-        let scaled = scaled.map(|value| value.wide() * scale).collect::<Vec<_>>();
+        let mut scaled = Vec::with_capacity(queries.len() * layout.head_dim);
+        for query in queries.clone() {
+            scaled.extend(q[at(query)..][..layout.head_dim].iter().map(|value| value.wide() * scale));
+        }
         let found = head.attend(Path::best(), &scaled, &spans.collect::<Vec<_>>());
         for (query, found) in queries.clone().zip(found.chunks_exact(layout.head_dim)) {
-            let found: Vec<T> = found.iter().map(|&value| T::narrow(value)).collect();
             // SAFETY: each query of each head is one task's.
-            unsafe { out.write(at(query), &found) };
+            let out = unsafe { out.part(at(query)..at(query) + layout.head_dim) };
+            out.iter_mut().zip(found).for_each(|(out, &value)| *out = T::narrow(value));
         }
     });
     Ok(())
@@ -209,19 +211,20 @@ impl<T: Value> Head<'_, T> {
         let count = high - low;
         let mut scores = vec![0.0; spans.len() * count];
         let mut wide = vec![0.0; CHUNK * dim];
-        let mut found = [[0.0; 4]; ROWS];
+        let mut columns = vec![0.0; dim * CHUNK];
         self.chunks(low..high, 0, &mut wide, |positions, keys| {
+            path.transpose(keys, dim, &mut columns, CHUNK);
+            let columns: Vec<&[f32]> = columns.chunks_exact(CHUNK).collect();
+            let at = positions.start - low;
             for (tile, (queries, spans)) in queries.chunks(ROWS * dim).zip(spans.chunks(ROWS)).enumerate() {
                 if spans.iter().all(|span| span.1 <= positions.start || span.0 >= positions.end) {
                     continue;
                 }
-                for (four, keys) in keys.chunks(4).enumerate() {
-                    path.dots(queries, std::array::from_fn(|i| keys[i.min(keys.len() - 1)]), dim, &mut found);
-                    let at = positions.start - low + 4 * four;
-                    for (query, found) in found.iter().take(spans.len()).enumerate() {
-                        let scores = &mut scores[(tile * ROWS + query) * count + at..];
-                        scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
-                    }
+                let mut found = [0.0; ROWS * CHUNK];
+                path.weighted(queries, dim, &columns, CHUNK, &mut found[..spans.len() * CHUNK]);
+                for (query, found) in found.chunks_exact(CHUNK).take(spans.len()).enumerate() {
+                    let scores = &mut scores[(tile * ROWS + query) * count + at..];
+                    scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
                 }
             }
         });
