@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{IntegerForm, ROWS, Rounded, STEP, TILE};
+use super::{IntegerForm, PLANE, ROWS, Rounded, STEP, TILE};
 use crate::quant::scales::wide;
 use crate::team::{Shared, Team};
 
@@ -155,10 +155,16 @@ fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, steps: usi
             for (r, out) in out.iter_mut().enumerate() {
                 let mut sum = inputs.starts[at];
                 for k in group * integers.group..(group + 1) * integers.group {
-                    let code = if integers.narrow {
-                        step[head + k % 16 / 4 * 64 + r * 4 + k % 4] >> (k / 16 * 4) & 15
+                    let place = k / 4 * TILE * 4 + r * 4 + k % 4;
+                    let code = if integers.bits == 8 {
+                        step[head + place]
                     } else {
-                        step[head + k / 4 * 64 + r * 4 + k % 4]
+                        let bit = |bit: usize| {
+                            let byte = step[head + PLANE + (bit - 4) * PLANE / 4 + place / 8];
+                            (byte >> (place % 8) & 1) << bit
+                        };
+                        let low = step[head + place % PLANE] >> (k / 16 * 4) & 0x0f;
+                        (4..integers.bits).fold(low, |code, plane| code | bit(plane))
                     };
                     sum += i32::from(code) * i32::from(x(k));
                 }

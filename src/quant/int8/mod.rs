@@ -29,6 +29,8 @@ use crate::team::{Shared, Team};
 const TILE: usize = 16;
 /// Values of a row that stand together; x has one scale for them.
 const STEP: usize = 32;
+/// Bytes of 4 bits of a step's codes.
+const PLANE: usize = TILE * STEP / 2;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 18;
 
@@ -41,8 +43,8 @@ pub(super) struct IntegerForm {
     pub zero: u8,
     /// Whether there are offsets.
     pub offsets: bool,
-    /// Codes take 4 bits; otherwise 8.
-    pub narrow: bool,
+    /// What codes take: 4, 5, 6 or 8.
+    pub bits: usize,
     /// Scales and offsets are numbers of half precision.
     pub half: bool,
     /// One block to its codes, and each group's scale and offset.
@@ -72,7 +74,7 @@ impl IntegerForm {
 
     /// Bytes of 32 values of 16 rows.
     fn step_bytes(&self) -> usize {
-        self.head_bytes() + TILE * STEP / if self.narrow { 2 } else { 1 }
+        self.head_bytes() + TILE * STEP / 8 * self.bits
     }
 }
 
@@ -156,10 +158,14 @@ fn pack_tile(kind: Kind, integers: &IntegerForm, rows: &[u8], row_bytes: usize, 
                     }
                 }
                 for (k, &code) in codes.iter().enumerate() {
-                    if integers.narrow {
-                        body[k % 16 / 4 * 64 + r * 4 + k % 4] |= code << (k / 16 * 4);
-                    } else {
-                        body[k / 4 * 64 + r * 4 + k % 4] = code;
+                    let place = k / 4 * TILE * 4 + r * 4 + k % 4;
+                    if integers.bits == 8 {
+                        body[place] = code;
+                        continue;
+                    }
+                    body[place % PLANE] |= (code & 0x0f) << (k / 16 * 4);
+                    for bit in 4..integers.bits {
+                        body[PLANE + (bit - 4) * PLANE / 4 + place / 8] |= (code >> bit & 1) << (place % 8);
                     }
                 }
             }

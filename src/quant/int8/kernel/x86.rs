@@ -4,7 +4,7 @@
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
-use super::super::{IntegerForm, ROWS, STEP, TILE};
+use super::super::{IntegerForm, PLANE, ROWS, STEP, TILE};
 use super::Inputs;
 
 /// 32 values in 8 bits, as the portable function does it.
@@ -109,11 +109,12 @@ pub(super) unsafe fn panel(
     /// The kernel for some rows (and tiles).
     macro_rules! call {
         ($kernel:ident, $($size:literal),+) => {
-            match (integers.narrow, groups) {
-                (true, 1) => $kernel::<$($size),+, true, 1>(&work, out),
-                (true, _) => $kernel::<$($size),+, true, 2>(&work, out),
-                (false, 1) => $kernel::<$($size),+, false, 1>(&work, out),
-                (false, _) => $kernel::<$($size),+, false, 2>(&work, out),
+            match (integers.bits, groups) {
+                (4, 1) => $kernel::<$($size),+, 4, 1>(&work, out),
+                (4, _) => $kernel::<$($size),+, 4, 2>(&work, out),
+                (5, _) => $kernel::<$($size),+, 5, 1>(&work, out),
+                (6, _) => $kernel::<$($size),+, 6, 2>(&work, out),
+                _ => $kernel::<$($size),+, 8, 1>(&work, out),
             }
         };
     }
@@ -130,7 +131,7 @@ pub(super) unsafe fn panel(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const T: usize, const N: usize, const NARROW: bool, const GROUPS: usize>(
+unsafe fn vnni<const T: usize, const N: usize, const BITS: usize, const GROUPS: usize>(
     work: &Work<'_>,
     out: &mut [[f32; TILE]; 2 * ROWS],
 ) {
@@ -155,30 +156,36 @@ unsafe fn vnni<const T: usize, const N: usize, const NARROW: bool, const GROUPS:
                     whole.iter_mut().for_each(|whole| whole[t] = start);
                 }
             }
-            if NARROW {
-                for j in 0..4 {
-                    let both = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * j).cast()));
-                    let low = both.map(|both| _mm512_and_si512(both, mask));
-                    let high = both.map(|both| _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask));
-                    for t in 0..T {
-                        let a = _mm512_set1_epi32(work.four(step, j, t));
-                        let b = _mm512_set1_epi32(work.four(step, 4 + j, t));
-                        for n in 0..N {
-                            whole[0][n][t] = _mm512_dpbusd_epi32(whole[0][n][t], low[n], a);
-                            let whole = &mut whole[GROUPS - 1][n][t];
-                            *whole = _mm512_dpbusd_epi32(*whole, high[n], b);
-                        }
-                    }
-                }
-            } else {
-                for j in 0..8 {
-                    let bytes = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * j).cast()));
+            for j in 0..if BITS == 8 { 8 } else { 4 } {
+                let bytes = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * j).cast()));
+                if BITS == 8 {
                     let group = j / 4 * (GROUPS - 1);
                     for t in 0..T {
                         let a = _mm512_set1_epi32(work.four(step, j, t));
                         for n in 0..N {
                             whole[group][n][t] = _mm512_dpbusd_epi32(whole[group][n][t], bytes[n], a);
                         }
+                    }
+                    continue;
+                }
+                let mut low = bytes.map(|bytes| _mm512_and_si512(bytes, mask));
+                let mut high = bytes.map(|bytes| _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask));
+                for bit in 4..BITS {
+                    let value = _mm512_set1_epi8(1 << bit);
+                    for n in 0..N {
+                        // the codes that have the bit
+                        let plane = start[n].add(head + PLANE + (bit - 4) * PLANE / 4).cast::<u64>();
+                        low[n] = _mm512_mask_add_epi8(low[n], plane.add(j).read_unaligned(), low[n], value);
+                        high[n] = _mm512_mask_add_epi8(high[n], plane.add(4 + j).read_unaligned(), high[n], value);
+                    }
+                }
+                for t in 0..T {
+                    let a = _mm512_set1_epi32(work.four(step, j, t));
+                    let b = _mm512_set1_epi32(work.four(step, 4 + j, t));
+                    for n in 0..N {
+                        whole[0][n][t] = _mm512_dpbusd_epi32(whole[0][n][t], low[n], a);
+                        let whole = &mut whole[GROUPS - 1][n][t];
+                        *whole = _mm512_dpbusd_epi32(*whole, high[n], b);
                     }
                 }
             }
@@ -217,8 +224,18 @@ unsafe fn vnni<const T: usize, const N: usize, const NARROW: bool, const GROUPS:
     }
 }
 
+/// Bytes of ones where the bits are set, the lowest first.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn spread_bits(bits: u32) -> __m256i {
+    let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+    let each = _mm256_shuffle_epi8(_mm256_set1_epi32(bits.cast_signed()), byte);
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+    _mm256_cmpeq_epi8(_mm256_and_si256(each, bit), bit)
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
+unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize>(
     work: &Work<'_>,
     out: &mut [[f32; TILE]; 2 * ROWS],
 ) {
@@ -244,14 +261,21 @@ unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
                         *whole = _mm256_set1_epi32(start);
                     }
                 }
-                if NARROW {
+                if BITS < 8 {
                     for j in 0..4 {
                         let both = _mm256_loadu_si256(body.add(64 * j).cast());
-                        let low = _mm256_and_si256(both, mask);
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        let mut low = _mm256_and_si256(both, mask);
+                        let mut high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        for bit in 4..BITS {
+                            let value = _mm256_set1_epi8(1 << bit);
+                            let plane = start.add(head + PLANE + (bit - 4) * PLANE / 4 + 4 * side).cast::<u32>();
+                            let spread = |four: usize| spread_bits(plane.add(2 * four).read_unaligned());
+                            low = _mm256_or_si256(low, _mm256_and_si256(spread(j), value));
+                            high = _mm256_or_si256(high, _mm256_and_si256(spread(4 + j), value));
+                        }
                         for t in 0..T {
-                            for (group, nibbles, k) in [(0, low, 0), (GROUPS - 1, high, 4)] {
-                                let a = _mm256_set1_epi32(work.four(step, k + j, t));
+                            for (group, nibbles, four) in [(0, low, j), (GROUPS - 1, high, 4 + j)] {
+                                let a = _mm256_set1_epi32(work.four(step, four, t));
                                 let products = _mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, a), ones);
                                 whole[group][t] = _mm256_add_epi32(whole[group][t], products);
                             }
