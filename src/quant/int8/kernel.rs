@@ -62,6 +62,9 @@ impl<'a> Inputs<'a> {
     }
 }
 
+/// Room for the products of a panel with two tiles `[tile][row]`.
+pub(super) type Found = [[f32; TILE]; 2 * ROWS];
+
 impl Path {
     /// All that this machine has, the best last.
     pub fn all() -> Vec<Self> {
@@ -103,6 +106,7 @@ impl Path {
         tiles: &[u8],
         inputs: &Inputs<'_>,
         steps: usize,
+        found: &mut Found,
         mut write: impl FnMut(usize, usize, &[f32; TILE]),
     ) {
         let (groups, tile_bytes) = (integers.groups(), steps * integers.step_bytes());
@@ -117,15 +121,14 @@ impl Path {
             // one row with several tiles would read from several places of memory at once
             let at_once = if rows.len() == 1 { 1 } else { many };
             for (first, tiles) in (0..many).step_by(at_once).zip(tiles.chunks_exact(at_once * tile_bytes)) {
-                let mut found = [[0.0; TILE]; 2 * ROWS];
                 match self {
-                    Self::Portable => rows.clone().zip(&mut found).for_each(|(row, found)| {
+                    Self::Portable => rows.clone().zip(&mut *found).for_each(|(row, found)| {
                         portable(integers, tiles, inputs, steps, row, found);
                     }),
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the machine has the features (`all`), lengths were checked, the panel is one of them.
                     Self::Avx2 | Self::Vnni => unsafe {
-                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), &mut found);
+                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), found);
                     },
                 }
                 for (tile, found) in found.chunks_exact(ROWS).take(at_once).enumerate() {
@@ -146,6 +149,7 @@ fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, steps: usi
         }
     };
     let (panel, t) = (row / ROWS, row % ROWS);
+    *out = [0.0; TILE];
     for (index, step) in tile.chunks_exact(integers.step_bytes()).enumerate() {
         let place = panel * steps + index;
         let scale = inputs.rounded.scales[place * ROWS + t];

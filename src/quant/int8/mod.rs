@@ -277,19 +277,15 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
         let out = Shared::new(y);
         let run = tiles.len().div_ceil(team.tasks(count * width * columns, TASK));
         team.each(tiles.len().div_ceil(run), &|task| {
+            let mut room: kernel::Found = [[0.0; TILE]; 2 * ROWS];
             for (matrix, inputs, tiles, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
                 let (inputs, end) = (&prepared[*inputs].1, at + matrix.rows - tiles.start * TILE);
-                path.product(
-                    &matrix.integers,
-                    matrix.tiles(tiles.clone()),
-                    inputs,
-                    columns / STEP,
-                    |t, tile, found| {
-                        let at = at + tile * TILE;
-                        // SAFETY: these columns of y are this task's alone.
-                        unsafe { out.write(t * width + at, &found[..TILE.min(end - at)]) };
-                    },
-                );
+                let packed = matrix.tiles(tiles.clone());
+                path.product(&matrix.integers, packed, inputs, columns / STEP, &mut room, |t, tile, found| {
+                    let at = at + tile * TILE;
+                    // SAFETY: these columns of y are this task's alone.
+                    unsafe { out.write(t * width + at, &found[..TILE.min(end - at)]) };
+                });
             }
         });
     });

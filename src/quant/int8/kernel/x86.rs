@@ -4,8 +4,8 @@
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
-use super::super::{IntegerForm, PLANE, ROWS, STEP, TILE};
-use super::Inputs;
+use super::super::{IntegerForm, PLANE, ROWS, STEP};
+use super::{Found, Inputs};
 
 /// 32 values in 8 bits, as the portable function does it.
 #[target_feature(enable = "avx2")]
@@ -93,7 +93,7 @@ pub(super) unsafe fn panel(
     steps: usize,
     panel: usize,
     rows: usize,
-    out: &mut [[f32; TILE]; 2 * ROWS],
+    out: &mut Found,
 ) {
     let (rounded, place, groups) = (inputs.rounded, panel * steps * ROWS, integers.groups());
     let work = Work {
@@ -133,7 +133,7 @@ pub(super) unsafe fn panel(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn vnni<const T: usize, const N: usize, const BITS: usize, const GROUPS: usize>(
     work: &Work<'_>,
-    out: &mut [[f32; TILE]; 2 * ROWS],
+    out: &mut Found,
 ) {
     let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
     let (half, offsets) = (work.integers.half, work.integers.offsets);
@@ -235,10 +235,7 @@ fn spread_bits(bits: u32) -> __m256i {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize>(
-    work: &Work<'_>,
-    out: &mut [[f32; TILE]; 2 * ROWS],
-) {
+unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize>(work: &Work<'_>, out: &mut Found) {
     let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
     let (half, offsets) = (work.integers.half, work.integers.offsets);
     // the products of two codes up to 127 fit into 16 bits; larger ones are taken with their sign
