@@ -52,6 +52,7 @@ def command(
     from ftkit import models
     from ftkit.config import RunConfig
     from ftkit.plan.budget import available_bytes, parse_bytes, parse_device
+    from ftkit.plan.speed import advice, speeds
     from ftkit.train import fitting
     from ftkit.train.planned import Case
 
@@ -77,6 +78,8 @@ def command(
         others = (
             [] if fits else fitting.others(config, room, lambda other: Case.of_configuration(other, gpu, architecture))
         )
+    precise = gpu is not None or config.training.precision != "dtype"
+    told = None if precise else advice(speeds(), config.model.dtype)
     if json:
         print_json(
             {
@@ -90,11 +93,14 @@ def command(
                 "seconds_per_step": plan.seconds_per_step,
                 "tried": [dataclasses.asdict(plan) for plan in tried],
                 "others": [dataclasses.asdict(other) for other in others],
+                "precision": told,
             }
         )
         return
     print_plan(plan)
     _print_tried(tried, others, room)
+    if told is not None:
+        print(f"\n{told}")
 
 
 def _verify(config: "RunConfig", json: bool) -> None:

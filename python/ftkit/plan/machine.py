@@ -13,7 +13,7 @@ import torch
 from ftkit import _core
 from ftkit.errors import InputError
 from ftkit.plan.budget import available_bytes
-from ftkit.plan.speed import processor, speeds
+from ftkit.plan.speed import advice, processor, speeds
 
 _FEATURES = (
     "avx2",
@@ -55,6 +55,7 @@ def report(cache: Path) -> dict[str, Any]:
         "gflops": {
             name: round(getattr(found, name) / 1e9, 1) for name in ("float32", "bfloat16", "blocks", "attention")
         },
+        "precision": advice(found, "float32") or "float32",
         "memory_gigabytes_per_second": round(found.bandwidth / 1e9, 1),
     }
 

@@ -60,6 +60,27 @@ class Speeds:
         return total
 
 
+CLEARLY = 1.5
+"""So many times as fast, matrix products are worth another precision."""
+
+
+def advice(found: Speeds, dtype: str) -> str | None:
+    """What to say of the precision that a CPU computes in, where products in another one are clearly faster."""
+    single = max(found.float32, found.blocks)  # whichever of torch and the core is the faster
+    factor = found.bfloat16 / single
+    if dtype == "float32" and factor >= CLEARLY:
+        return (
+            f"precision: this machine multiplies in bfloat16 {factor:.1f} times as fast as in float32; "
+            "model.dtype=bfloat16 uses it, training.precision=int8 keeps float32 beside products in 8 bits"
+        )
+    if dtype == "bfloat16" and factor <= 1 / CLEARLY:
+        return (
+            f"precision: this machine multiplies in float32 {1 / factor:.1f} times as fast as in bfloat16; "
+            "model.dtype=float32 uses it"
+        )
+    return None
+
+
 def speeds(*, anew: bool = False) -> Speeds:
     """This machine's, as they were measured before with as many threads, or else (or `anew`) measured now and kept."""
     threads, folder = torch.get_num_threads(), cache_directory()

@@ -16,6 +16,7 @@ from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.eight_bits import EightBitProducts
 from ftkit.plan.budget import written
+from ftkit.plan.speed import advice, speeds
 from ftkit.quant.gguf import stream
 from ftkit.train import fitting, lock, memory, planned, rounding, samples
 from ftkit.train.processes import ALONE, Processes
@@ -152,6 +153,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     if device.type == "cpu":
         room //= processes.size  # they share the machine's memory
     plan = fitting.fastest(case, room)
+    if device.type == "cpu" and training.precision == "dtype":
+        notices += filter(None, [advice(speeds(), config.model.dtype)])
     if plan.way.streamed:
         stream(linear.weight for linear in loaded.model.linears().values())
     if plan.way.parts > 1 or plan.way.streamed or (plan.way.recomputed and training.activation_checkpointing == "auto"):

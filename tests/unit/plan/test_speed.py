@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,17 @@ def test_a_cache_that_cannot_be_written_is_no_failure(folder: Path, monkeypatch:
     (folder / "file").write_text("")
     monkeypatch.setenv("FTKIT_CACHE", str(folder / "file" / "inside"))
     assert speed.speeds().float32 > 0
+
+
+def test_the_clearly_faster_precision_is_named() -> None:
+    told = speed.advice(ROOFS, "float32")
+    assert told is not None
+    assert "bfloat16 2.0 times as fast as in float32; model.dtype=bfloat16" in told  # the core's products are 200
+    assert speed.advice(ROOFS, "bfloat16") is None
+    slow = replace(ROOFS, bfloat16=100.0)
+    told = speed.advice(slow, "bfloat16")
+    assert told is not None
+    assert "float32 2.0 times as fast" in told
+    assert speed.advice(slow, "float32") is None
+    near = replace(ROOFS, bfloat16=250.0)
+    assert speed.advice(near, "float32") is speed.advice(near, "bfloat16") is None
