@@ -25,6 +25,7 @@ pytestmark = pytest.mark.unit
         {"method__name": "full", "training__optimizer_in_backward": True, "training__max_gradient_norm": 0.0},
         {"evaluation__split": 0.2, "training__batch_rows": 3},
         {"model__dtype": "bfloat16"},
+        {"training__precision": "int8"},
         {"objective__name": "distill"},
         {"method__name": "qalora", "method__variant": "joint", "objective__name": "distill", "data__train_on": "all"},
     ],
