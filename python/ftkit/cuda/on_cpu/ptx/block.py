@@ -312,7 +312,9 @@ class Block:
         pool = np.stack([a, b], 1).view(np.uint8)  # [threads, 8]
         found = np.empty((self.threads, 4), np.uint8)
         for number in range(4):
-            found[:, number] = pool[np.arange(self.threads), chosen >> np.uint32(4 * number) & np.uint32(7)]
+            place = chosen >> np.uint32(4 * number)
+            byte = pool[np.arange(self.threads), place & np.uint32(7)]
+            found[:, number] = np.where(place & np.uint32(8), (byte >> np.uint8(7)) * np.uint8(255), byte)
         self.put(one.operands[0], found.view(np.uint32)[:, 0], "u32", here)
 
 
