@@ -76,6 +76,7 @@ def test_memory_is_used_as_budgeted(kit: Emulated, name: str) -> None:
 def test_the_page_of_the_kernels_is_what_is_compiled() -> None:
     page = _kernels.DOCUMENT.read_text(encoding="utf-8")
     assert page == _kernels.document(), "docs/kernels.md is not up to date: just kernels"
+    assert _kernels.COUNTS.read_text(encoding="utf-8") == _kernels.counts_text(), "counts.toml is not up to date"
 
 
 def test_what_cannot_be_compiled_says_why() -> None:
