@@ -36,6 +36,7 @@ def test_pipes_overlap_from_not_at_all_to_wholly(clocks: list[float], one: float
     assert power_mean(clocks, less) <= sum(clocks) * slack
     assert math.isclose(power_mean(clocks, 1.0), sum(clocks))
     assert power_mean(clocks, math.inf) == max(clocks)
+    assert math.isclose(power_mean([3.0, 4.0], 2.0), 5.0)
 
 
 @given(st.sampled_from([1.0, 1.5, 1.87, 3.0]))
