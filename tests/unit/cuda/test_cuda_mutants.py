@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.unit.cuda import mutants, mutants_ragged, test_cuda_lora
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
-from tests.unit.cuda.mutants import MUTANTS, Mutant
+from tests.unit.cuda.mutants import Mutant
 
 from ftkit.cuda import launches, source
 from ftkit.cuda.on_cpu import build
@@ -15,6 +16,7 @@ from ftkit.errors import InputError
 
 pytestmark = pytest.mark.unit
 
+MUTANTS = mutants.MUTANTS | mutants_ragged.MUTANTS
 F32, BF16 = torch.float32, torch.bfloat16
 # What is tried on the mutants of a source, in this order, until one fails.
 TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
@@ -65,6 +67,12 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: tests.test_paged_attention(kit, 128, None, s),
     ],
     "adamw_8bit": [lambda kit, s: tests.test_adamw_8bit(kit, 700, s)],
+    "lora_bgmv": [lambda kit, s: test_cuda_lora.test_rows_by_themselves(kit, BF16, s)],
+    "lora_sgmv": [
+        lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (48, 12), s),
+        lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (528, 132), s),
+    ],
+    "lora_gradient": [lambda kit, s: test_cuda_lora.test_gradient(kit, s)],
 }
 SCHEDULES = (2, 1, 0)
 

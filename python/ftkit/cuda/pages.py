@@ -1,0 +1,44 @@
+"""Launches of attention over pages of the block pool."""
+
+import torch
+from torch import Tensor
+
+from ftkit.cuda.launch import TYPES, Argument, Launch, aligned
+from ftkit.cuda.source import variant
+
+
+def takes_attention(q: Tensor, pages: Tensor) -> bool:
+    """Heads of a multiple of 64 values, q and pages of one type that kernels know."""
+    known = q.dtype in TYPES and q.dtype == pages.dtype and q.shape[-1] % 64 == 0
+    return known and pages.is_contiguous() and aligned(q, pages)
+
+
+def paged_attention(
+    launch: Launch,
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """q [T, heads, head_dim] over pages [pages, layers, 2, block_tokens, key_value_heads, head_dim] to q's shape."""
+    y = torch.empty_like(q)
+    if q.numel():
+        (sequences, blocks), (tokens, heads, size) = block_table.shape, q.shape
+        block_tokens, key_value_heads = pages.shape[3:5]
+        kernel = variant("paged_attention", VALUE=TYPES[q.dtype], HEAD=size)
+        numbers: list[int] = [
+            sequences,
+            blocks,
+            heads,
+            key_value_heads,
+            block_tokens,
+            pages.stride(0),
+            layer * pages.stride(1),
+        ]
+        arguments: list[Argument] = [q, pages, block_table, cu_seqlens, positions, y, *numbers, scale, window or 0]
+        launch(kernel, "paged_attention", (tokens, heads), arguments)
+    return y
