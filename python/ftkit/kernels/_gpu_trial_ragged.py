@@ -1,14 +1,15 @@
-"""The trial's cases of kernels over ragged streams and pages; see _gpu_trial.py."""
+"""The trial's cases of kernels over ragged streams and pages, and of codes with offsets; see _gpu_trial.py."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ftkit.cuda import lora
+from ftkit.cuda import lora, offsets
 from ftkit.cuda.launch import Launch
 from ftkit.cuda.lora import Matrices, Segments
 from ftkit.kernels._gpu_trial import Case
+from ftkit.kernels.coded_matmul import Coded, coded_dense
 
 _RANK = 16
 
@@ -16,6 +17,29 @@ _RANK = 16
 def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
     """The kernels over layers [size, size], a multiple of 128."""
     yield from _low_rank(launch, device, size)
+    yield from _offsets(launch, device, size)
+
+
+def _offsets(launch: Launch, device: str, size: int) -> Iterator[Case]:
+    """Products with random codes, scales and offsets."""
+    random = torch.Generator().manual_seed(3)
+
+    def halves() -> Tensor:
+        return (torch.randn(size, size // 64, generator=random) / size).half().to(device)
+
+    codes = torch.randint(0, 256, (size, size // 2), dtype=torch.uint8, generator=random).to(device)
+    table = torch.arange(16.0, device=device)
+    coded = Coded(shape=(size, size), codes=codes, table=table, group=64, scales=halves(), offsets=halves())
+    moved_bytes = codes.nbytes + 2 * coded.scales.nbytes
+    for name, rows in (("int4_decode", 16), ("int4_forward", min(2048, size)), ("int4_dx", min(2048, size))):
+        x = torch.randn(rows, size, generator=random).to(device, torch.bfloat16)
+        ours, back = (offsets.matmul_transposed, True) if name == "int4_dx" else (offsets.matmul, False)
+
+        def torchs(x: Tensor = x, back: bool = back) -> Tensor:
+            dense = coded_dense.reference(coded).to(x.dtype)
+            return x @ (dense if back else dense.T)
+
+        yield Case(name, lambda ours=ours, x=x: ours(launch, x, coded), torchs, moved_bytes + 2 * x.nbytes, 0.02)  # type: ignore[misc]
 
 
 def _low_rank(launch: Launch, device: str, size: int) -> Iterator[Case]:

@@ -43,6 +43,7 @@ VARIANTS = [
     *(variant("lora_bgmv", VALUE=kind, WEIGHT="float") for kind in ("bf16", "float")),
     variant("lora_sgmv", WEIGHT="float"),
     variant("lora_gradient"),
+    *(variant(name, GROUP=group) for name in ("int4_decode", "int4_forward", "int4_dx") for group in (32, 64, 128)),
 ]
 
 
@@ -61,6 +62,7 @@ DEAREST = {
         variant("lora_bgmv", VALUE="bf16", WEIGHT="float"),
         variant("lora_sgmv", WEIGHT="float"),
         variant("lora_gradient"),
+        *(variant(name, GROUP=64) for name in ("int4_decode", "int4_forward", "int4_dx")),
     )
 }
 

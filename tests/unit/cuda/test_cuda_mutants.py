@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.unit.cuda import mutants, mutants_ragged, test_cuda_lora
+from tests.unit.cuda import mutants, mutants_ragged, test_cuda_int4, test_cuda_lora
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
 from tests.unit.cuda.mutants import Mutant
@@ -73,6 +73,19 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (528, 132), s),
     ],
     "lora_gradient": [lambda kit, s: test_cuda_lora.test_gradient(kit, s)],
+    "int4_decode": [
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 64, 16, 40, 576, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 64, 9, 32, 128, s),
+    ],
+    "int4_forward": [
+        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 17, 8, 64, s),
+        lambda kit, s: test_cuda_int4.test_forward(kit, 64, 140, 136, 192, s),
+    ],
+    "int4_dx": [
+        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
+        lambda kit, s: test_cuda_int4.test_dx(kit, 64, 130, 72, 128, s),
+    ],
 }
 SCHEDULES = (2, 1, 0)
 
