@@ -42,3 +42,37 @@ def paged_attention(
         arguments: list[Argument] = [q, pages, block_table, cu_seqlens, positions, y, *numbers, scale, window or 0]
         launch(kernel, "paged_attention", (tokens, heads), arguments)
     return y
+
+
+PREFILL_HEADS = (64, 80, 96, 128)
+
+
+def takes_prefill(q: Tensor, pages: Tensor) -> bool:
+    """q [T, heads, head_dim] and pages in bfloat16, heads of the sizes of `PREFILL_HEADS`."""
+    known = q.dtype == pages.dtype == torch.bfloat16 and q.shape[-1] in PREFILL_HEADS
+    return known and pages.is_contiguous() and aligned(q, pages)
+
+
+def paged_prefill(
+    launch: Launch,
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """As `paged_attention`, for sequences of many new tokens, whose positions rise."""
+    y = torch.empty_like(q)
+    if q.numel():
+        (sequences, blocks), (tokens, heads, size) = block_table.shape, q.shape
+        block_tokens, key_value_heads = pages.shape[3:5]
+        kernel = variant("paged_prefill", HEAD=size)
+        numbers: list[int] = [sequences, blocks, heads, key_value_heads, block_tokens]
+        places: list[int] = [pages.stride(0), layer * pages.stride(1)]
+        arguments: list[Argument] = [q, pages, block_table, cu_seqlens, positions, y, *numbers, *places]
+        grid = (tokens // kernel.constant("ROWS") + sequences, heads)
+        launch(kernel, "paged_prefill", grid, [*arguments, scale, window or 0])
+    return y

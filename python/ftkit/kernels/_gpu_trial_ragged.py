@@ -8,8 +8,10 @@ from torch import Tensor
 from ftkit.cuda import lora, offsets
 from ftkit.cuda.launch import Launch
 from ftkit.cuda.lora import Matrices, Segments
+from ftkit.cuda.pages import paged_prefill
 from ftkit.kernels._gpu_trial import Case
 from ftkit.kernels.coded_matmul import Coded, coded_dense
+from ftkit.kernels.paged_attention import paged_attention
 
 _RANK = 16
 
@@ -18,6 +20,26 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
     """The kernels over layers [size, size], a multiple of 128."""
     yield from _low_rank(launch, device, size)
     yield from _offsets(launch, device, size)
+    yield _prompt(launch, device, size)
+
+
+def _prompt(launch: Launch, device: str, size: int) -> Case:
+    """A prompt of so many tokens on pages of 16."""
+    random = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, torch.bfloat16)
+
+    q, pages = normal(size, 2, 128), normal(size // 16, 1, 2, 16, 1, 128)
+    table = torch.arange(size // 16, dtype=torch.int32, device=device).unsqueeze(0)
+    ends, places = (torch.tensor(one, dtype=torch.int32, device=device) for one in ([0, size], list(range(size))))
+    return Case(
+        "paged_prefill",
+        lambda: paged_prefill(launch, q, pages, table, ends, places, 0, 128**-0.5, None),
+        lambda: paged_attention.reference(q, pages, table, ends, places, (size,), (size,), layer=0, scale=128**-0.5),
+        q.nbytes * 2 + pages.nbytes,
+        0.02,
+    )
 
 
 def _offsets(launch: Launch, device: str, size: int) -> Iterator[Case]:

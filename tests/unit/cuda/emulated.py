@@ -44,6 +44,7 @@ VARIANTS = [
     variant("lora_sgmv", WEIGHT="float"),
     variant("lora_gradient"),
     *(variant(name, GROUP=group) for name in ("int4_decode", "int4_forward", "int4_dx") for group in (32, 64, 128)),
+    *(variant("paged_prefill", HEAD=size) for size in (64, 80, 96, 128)),
 ]
 
 
@@ -63,6 +64,7 @@ DEAREST = {
         variant("lora_sgmv", WEIGHT="float"),
         variant("lora_gradient"),
         *(variant(name, GROUP=64) for name in ("int4_decode", "int4_forward", "int4_dx")),
+        variant("paged_prefill", HEAD=128),
     )
 }
 

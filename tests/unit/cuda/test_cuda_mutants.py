@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.unit.cuda import mutants, mutants_ragged, test_cuda_int4, test_cuda_lora
+from tests.unit.cuda import mutants, mutants_ragged, test_cuda_int4, test_cuda_lora, test_cuda_prefill
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
 from tests.unit.cuda.mutants import Mutant
@@ -85,6 +85,10 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
     "int4_dx": [
         lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
         lambda kit, s: test_cuda_int4.test_dx(kit, 64, 130, 72, 128, s),
+    ],
+    "paged_prefill": [
+        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, 7, s),
+        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 64, None, s),
     ],
 }
 SCHEDULES = (2, 1, 0)
