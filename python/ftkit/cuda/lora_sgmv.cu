@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(SHRINK_THREADS) lora_sgmv_shrink(
     const bf16* __restrict__ x, const WEIGHT* __restrict__ pool, const int64_t* __restrict__ places,
     const int* __restrict__ ranks, const float* __restrict__ factors, const int* __restrict__ ends,
     const int* __restrict__ adapters, bf16* __restrict__ low, int segments, int columns, int width) {
-  __shared__ float parts[WARPS][ROWS][SIXTEEN + 1];
+  __shared__ float parts[WARPS][ROWS][SIXTEEN + 4];  // two rows on, in other banks
   const Piece piece = piece_of<ROWS>(ends, segments, blockIdx.x);
   const int adapter = adapters[piece.segment], base = blockIdx.y * SIXTEEN;
   if (piece.first >= piece.end || adapter < 0 || base >= ranks[adapter]) return;
