@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ftkit.cuda.source import Variant
+from ftkit.errors import InputError
 
 Argument = Tensor | int | float
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half", torch.uint8: "uint8_t"}
@@ -27,3 +28,10 @@ def blocks_of(count: int, each: int) -> int:
 def aligned(*tensors: Tensor) -> bool:
     """Whether all start at a multiple of 16 bytes of what was allocated: accesses are as wide."""
     return all(one.storage_offset() * one.element_size() % 16 == 0 for one in tensors)
+
+
+def expect_shapes(operation: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises InputError unless each tensor has its shape: kernels go by the sizes that they are told."""
+    for name, (tensor, shape) in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{operation}: {name}: expected the shape {list(shape)}, got {list(tensor.shape)}")

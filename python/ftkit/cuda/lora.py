@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ftkit.cuda.launch import TYPES, Argument, Launch, blocks_of
+from ftkit.cuda.launch import TYPES, Argument, Launch, blocks_of, expect_shapes
 from ftkit.cuda.source import Variant, variant
+from ftkit.errors import InputError
 
 SIXTEEN = 16
 
@@ -44,7 +45,17 @@ def takes_tiles(x: Tensor, matrices: Matrices, columns: int) -> bool:
 def shrink(
     launch: Launch, x: Tensor, matrices: Matrices, factors: Tensor, segments: Segments, tiles: bool = False
 ) -> Tensor:
-    """low [rows, width] = factor · x Aᵀ in x's dtype, up to each row's rank; factors float32 [adapters]."""
+    """low [rows, width] = factor · x Aᵀ in x's dtype, up to each row's rank; factors float32 [adapters].
+
+    Raises InputError for sizes that don't agree.
+    """
+    _expect("lora_shrink", matrices.ranks, segments)
+    expect_shapes(
+        "lora_shrink", places=(matrices.places, (len(matrices.ranks),)), factors=(factors, (len(matrices.ranks),))
+    )
+    whole = SIXTEEN if tiles else 8
+    if x.shape[1] % whole:
+        raise InputError(f"lora_shrink: x: expected a multiple of {whole} columns, got {x.shape[1]}")
     low, (rows, columns) = x.new_empty(x.shape[0], matrices.width), x.shape
     if not low.numel() or not columns:
         return low.zero_()
@@ -64,7 +75,16 @@ def shrink(
 def expand(
     launch: Launch, low: Tensor, matrices: Matrices, segments: Segments, into: Tensor, tiles: bool = False
 ) -> None:
-    """into [rows, out] += low Bᵀ; with `tiles`, low has zeros up to a multiple of 16 ranks, as `shrink` leaves them."""
+    """into [rows, out] += low Bᵀ; with `tiles`, low has zeros up to a multiple of 16 ranks, as `shrink` leaves them.
+
+    Raises InputError for sizes that don't agree.
+    """
+    _expect("lora_expand", matrices.ranks, segments)
+    expect_shapes(
+        "lora_expand", low=(low, (into.shape[0], matrices.width)), places=(matrices.places, (len(matrices.ranks),))
+    )
+    if tiles and into.shape[1] % 4:
+        raise InputError(f"lora_expand: into: expected a multiple of 4 columns, got {into.shape[1]}")
     rows, columns = into.shape
     if not into.numel() or not matrices.width:
         return
@@ -82,7 +102,12 @@ def expand(
 
 def gradient(launch: Launch, low: Tensor, x: Tensor, ranks: Tensor, segments: Segments) -> Tensor:
     """Σ low_tᵀ x_t over each adapter's rows, float32 [adapters, width, columns], of low [rows, width] and x
-    [rows, columns] in bfloat16; zeros from an adapter's rank on."""
+    [rows, columns] in bfloat16; zeros from an adapter's rank on. Raises InputError for sizes that don't agree."""
+    _expect("lora_gradient", ranks, segments)
+    expect_shapes("lora_gradient", low=(low, (x.shape[0], low.shape[1])))
+    if x.shape[1] % 4 or low.shape[1] % SIXTEEN:
+        got = f"{low.shape[1]} and {x.shape[1]}"
+        raise InputError(f"lora_gradient: expected low of a multiple of {SIXTEEN} columns and x of 4, got {got}")
     (_, width), columns, count = low.shape, x.shape[1], len(ranks)
     if not x.numel() or not width or not count:
         return x.new_zeros(count, width, columns, dtype=torch.float32)
@@ -92,6 +117,10 @@ def gradient(launch: Launch, low: Tensor, x: Tensor, ranks: Tensor, segments: Se
     arguments: list[Argument] = [low, x, ranks, segments.ends, segments.adapters, out]
     launch(kernel, "lora_gradient", grid, [*arguments, len(segments.adapters), columns, width])
     return out
+
+
+def _expect(operation: str, ranks: Tensor, segments: Segments) -> None:
+    expect_shapes(operation, ranks=(ranks, (ranks.numel(),)), ends=(segments.ends, (len(segments.adapters) + 1,)))
 
 
 def _pieces(kernel: Variant, rows: int, segments: int) -> int:

@@ -11,11 +11,6 @@ constexpr int THREADS = 256;
 constexpr int WARPS = 8, SIXTEEN = 16;
 constexpr int COLUMNS = 32;
 
-// Halves of two words side by side: the lower ones, or the upper ones.
-static __device__ __forceinline__ uint32_t beside(uint32_t one, uint32_t two, int upper) {
-  return upper ? one >> 16 | (two & 0xffff0000u) : (one & 0xffffu) | two << 16;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) lora_gradient(
     const bf16* __restrict__ low, const bf16* __restrict__ x, const int* __restrict__ ranks, const int* __restrict__ ends,
     const int* __restrict__ adapters, float* __restrict__ out, int segments, int columns, int width) {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ftkit.cuda.launch import Argument, Launch, aligned, blocks_of
+from ftkit.cuda.launch import Argument, Launch, aligned, blocks_of, expect_shapes
 from ftkit.cuda.launches import Codes
 from ftkit.cuda.source import variant
 
@@ -24,10 +24,11 @@ def takes(x: Tensor, coded: Codes) -> bool:
 
 
 def matmul(launch: Launch, x: Tensor, coded: Codes) -> Tensor:
-    """x [rows, in] to x Wᵀ [rows, out]."""
+    """x [rows, in] to x Wᵀ [rows, out]. Raises InputError for sizes that don't agree."""
     (n, k), m = coded.shape, x.shape[0]
+    _expect("int4_group's product", coded, x=(x, (m, k)))
     y = x.new_empty(m, n)
-    arguments = [x, *_parts(coded), y, m, n, k]
+    arguments: list[Argument] = [x, *_parts(coded), y, m, n, k]
     if not y.numel():
         return y
     if m <= DECODE_ROWS:
@@ -39,8 +40,9 @@ def matmul(launch: Launch, x: Tensor, coded: Codes) -> Tensor:
 
 
 def matmul_transposed(launch: Launch, dy: Tensor, coded: Codes) -> Tensor:
-    """dy [rows, out] to dy W [rows, in]."""
+    """dy [rows, out] to dy W [rows, in]. Raises InputError for sizes that don't agree."""
     (n, k), m = coded.shape, dy.shape[0]
+    _expect("int4_group's transposed product", coded, dy=(dy, (m, n)))
     dx = dy.new_empty(m, k)
     if dx.numel():
         grid = (blocks_of(m, TILE), blocks_of(k, TILE))
@@ -48,7 +50,15 @@ def matmul_transposed(launch: Launch, dy: Tensor, coded: Codes) -> Tensor:
     return dx
 
 
-def _parts(coded: Codes) -> list[Argument]:
+def _expect(operation: str, coded: Codes, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    (n, k), groups = coded.shape, coded.shape[0] * coded.shape[1] // coded.group
+    _, _, scales, offsets = _parts(coded)
+    flat = {"codes": (coded.codes.view(-1), (n * k // 2,))}
+    flat |= {name: (one.view(-1), (groups,)) for name, one in (("scales", scales), ("offsets", offsets))}
+    expect_shapes(operation, **tensors, **flat)
+
+
+def _parts(coded: Codes) -> list[Tensor]:
     assert coded.table is not None  # `takes` asks for them
     assert coded.offsets is not None
     return [coded.codes, coded.table, coded.scales, coded.offsets]

@@ -16,11 +16,6 @@ constexpr int KEYS = 32, TILES = HEAD / 8, STEPS = HEAD / 16, WIDE = HEAD / 32;
 constexpr int PADDED = HEAD + (HEAD % 32 ? 0 : 16);
 typedef bf16 Stage[2][KEYS][PADDED];  // keys and values
 
-// Halves of two words side by side: the lower ones, or the upper ones.
-static __device__ __forceinline__ uint32_t beside(uint32_t one, uint32_t two, int upper) {
-  return upper ? one >> 16 | (two & 0xffff0000u) : (one & 0xffffu) | two << 16;
-}
-
 struct Cache {
   const bf16* head;  // the first page's first key of this layer and head
   const int* table;  // of the sequence

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ftkit.cuda.launch import TYPES, Argument, Launch, aligned
+from ftkit.cuda.launch import TYPES, Argument, Launch, aligned, expect_shapes
 from ftkit.cuda.source import variant
+from ftkit.errors import InputError
 
 
 def takes_attention(q: Tensor, pages: Tensor) -> bool:
@@ -24,7 +25,11 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """q [T, heads, head_dim] over pages [pages, layers, 2, block_tokens, key_value_heads, head_dim] to q's shape."""
+    """q [T, heads, head_dim] over pages [pages, layers, 2, block_tokens, key_value_heads, head_dim] to q's shape.
+
+    Raises InputError for sizes that don't agree.
+    """
+    _expect("paged_attention", q, pages, block_table, cu_seqlens, positions, layer)
     y = torch.empty_like(q)
     if q.numel():
         (sequences, blocks), (tokens, heads, size) = block_table.shape, q.shape
@@ -65,6 +70,7 @@ def paged_prefill(
     window: int | None,
 ) -> Tensor:
     """As `paged_attention`, for sequences of many new tokens, whose positions rise."""
+    _expect("paged_prefill", q, pages, block_table, cu_seqlens, positions, layer)
     y = torch.empty_like(q)
     if q.numel():
         (sequences, blocks), (tokens, heads, size) = block_table.shape, q.shape
@@ -76,3 +82,21 @@ def paged_prefill(
         grid = (tokens // kernel.constant("ROWS") + sequences, heads)
         launch(kernel, "paged_prefill", grid, [*arguments, scale, window or 0])
     return y
+
+
+def _expect(
+    operation: str, q: Tensor, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, positions: Tensor, layer: int
+) -> None:
+    count, layers, _, block_tokens, key_value_heads, size = pages.shape
+    expect_shapes(
+        operation,
+        q=(q, (*q.shape[:2], size)),
+        pages=(pages, (count, layers, 2, block_tokens, key_value_heads, size)),
+        cu_seqlens=(cu_seqlens, (block_table.shape[0] + 1,)),
+        positions=(positions, (q.shape[0],)),
+    )
+    if q.shape[1] % key_value_heads or not 0 <= layer < layers:
+        raise InputError(
+            f"{operation}: expected heads that are a multiple of {key_value_heads} and a layer below {layers}, got "
+            f"{q.shape[1]} heads and layer {layer}"
+        )

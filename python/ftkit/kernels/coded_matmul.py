@@ -209,14 +209,16 @@ _gpu.implement("coded_dense", lambda *rest: launches.dense(_gpu.launch, _coded(*
 
 def _gpu_matmul(x: Tensor, *rest: Any) -> Tensor:
     x, coded = x.contiguous(), _coded(*rest)
-    few = launches.takes_matmul(x, coded)  # any of a few rows; of more, those without offsets
-    return launches.matmul(_gpu.launch, x, coded) if few else offsets.matmul(_gpu.launch, x, coded)
+    if coded.offsets is None or len(x) <= launches.GEMV_ROWS:
+        return launches.matmul(_gpu.launch, x, coded)
+    return offsets.matmul(_gpu.launch, x, coded)
 
 
 def _gpu_transposed(dy: Tensor, *rest: Any) -> Tensor:
     dy, coded = dy.contiguous(), _coded(*rest)
-    plain = coded.offsets is None
-    return (launches if plain else offsets).matmul_transposed(_gpu.launch, dy, coded)
+    if coded.offsets is None:
+        return launches.matmul_transposed(_gpu.launch, dy, coded)
+    return offsets.matmul_transposed(_gpu.launch, dy, coded)
 
 
 _gpu.implement("coded_matmul", _gpu_matmul)

@@ -11,7 +11,7 @@ from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact, normal
 from ftkit.cuda import launches, offsets
 from ftkit.cuda.on_cpu import SCHEDULES
 from ftkit.errors import InputError
-from ftkit.kernels import _gpu
+from ftkit.kernels import _gpu, pinned
 from ftkit.kernels.coded_matmul import arguments
 from ftkit.kernels.offset_linear import offset_linear
 
@@ -98,6 +98,12 @@ def test_bad_arguments_are_named(kit: Kit) -> None:
     other = dataclasses.replace(coded, offsets=torch.zeros(16, 2))
     with pytest.raises(InputError, match=r"int4_dx: offsets: expected torch.float16, got torch.float32"):
         offsets.matmul_transposed(kit.launcher(), normal(20, 16), other)
+    with pytest.raises(InputError, match=r"product: x: expected the shape \[20, 128\], got \[20, 64\]"):
+        offsets.matmul(kit.launcher(), normal(20, 64), coded)
+    with pytest.raises(InputError, match=r"transposed product: dy: expected the shape \[20, 16\], got \[20, 8\]"):
+        offsets.matmul_transposed(kit.launcher(), normal(20, 8), coded)
+    with pytest.raises(InputError, match=r"product: scales: expected the shape \[32\], got \[30\]"):
+        offsets.matmul(kit.launcher(), x, dataclasses.replace(coded, scales=coded.scales[:15]))
 
 
 def test_nothing_is_launched_for_nothing() -> None:
@@ -134,7 +140,8 @@ def test_qalora_on_a_gpu(gpu: list[str], rows: int) -> None:
 
     x, a, b = normal(rows, 128).requires_grad_(), torch.randn(3, 2, requires_grad=True), torch.randn(24, 3)
     b.requires_grad_()
-    y = offset_linear._fast[0][2](x, Offsets(), a, b, 0.1)
+    with pinned("fused"):
+        y = offset_linear(x, Offsets(), a, b, 0.1)
     found = torch.autograd.grad(y, (x, a, b), normal(rows, 24, seed=4))
     wide = [one.detach().double().requires_grad_() for one in (x, a, b)]
     expected = offset_linear.reference(wide[0], Offsets(), *wide[1:], 0.1)

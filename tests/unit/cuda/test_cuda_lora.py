@@ -272,3 +272,18 @@ def test_bad_arguments_are_named(kit: Kit) -> None:
         shrink(ends=made.segments.ends.long())
     with pytest.raises(InputError, match=r"lora_sgmv_shrink: expected tensors on one cpu device, got cpu, meta"):
         shrink(adapters=made.segments.adapters.to("meta"))
+    with pytest.raises(InputError, match=r"lora_shrink: ends: expected the shape \[2\], got \[3\]"):
+        shrink(ends=torch.tensor([0, 1, 3]).int())
+    with pytest.raises(InputError, match=r"lora_shrink: places: expected the shape \[1\], got \[2\]"):
+        shrink(places=torch.tensor([0, 0]))
+    with pytest.raises(InputError, match=r"lora_shrink: x: expected a multiple of 16 columns, got 40"):
+        shrink(normal(3, 40))
+    low = normal(3, 16)
+    with pytest.raises(InputError, match=r"lora_expand: low: expected the shape \[2, 16\], got \[3, 16\]"):
+        lora.expand(launch, low, matrices, made.segments, made.y[:2])
+    with pytest.raises(InputError, match=r"lora_expand: into: expected a multiple of 4 columns, got 6"):
+        lora.expand(launch, low, matrices, made.segments, normal(3, 6), tiles=True)
+    with pytest.raises(InputError, match=r"lora_gradient: low: expected the shape \[4, 16\], got \[3, 16\]"):
+        lora.gradient(launch, low, normal(4, 16), made.ranks, made.segments)
+    with pytest.raises(InputError, match=r"low of a multiple of 16 columns and x of 4, got 16 and 6"):
+        lora.gradient(launch, low, normal(3, 6), made.ranks, made.segments)

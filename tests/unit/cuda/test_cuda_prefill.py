@@ -132,13 +132,22 @@ def test_bad_arguments_are_named(kit: Kit) -> None:
     made.q = made.q.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(InputError, match=r"paged_prefill: q: expected a contiguous tensor, got strides"):
         made.run(kit, 0)
+    for change, message in (
+        ({"q": normal(3, 4, 128)}, r"q: expected the shape \[3, 4, 64\], got \[3, 4, 128\]"),
+        ({"q": normal(3, 3, 64)}, r"expected heads that are a multiple of 2 and a layer below 2, got 3 heads"),
+        ({"ends": torch.tensor([0, 1, 3]).int()}, r"cu_seqlens: expected the shape \[2\], got \[3\]"),
+        ({"positions": torch.tensor([0]).int()}, r"positions: expected the shape \[3\], got \[1\]"),
+    ):
+        made = Prompts(64, (3,), (3,))
+        vars(made).update(change)
+        with pytest.raises(InputError, match="paged_prefill: " + message):
+            made.run(kit, 0)
 
 
 def test_nothing_is_launched_for_no_tokens() -> None:
-    made = Prompts(64, (3,), (3,))
-    assert not launches.paged_prefill(
-        lambda *_: pytest.fail("a launch"), made.q[:0], made.pages, made.table, made.ends, made.positions, 1, 1.0, None
-    ).numel()
+    made = Prompts(64, (3,), (0,))
+    batch = (made.q, made.pages, made.table, made.ends, made.positions)
+    assert not launches.paged_prefill(lambda *_: pytest.fail("a launch"), *batch, 1, 1.0, None).numel()
 
 
 @pytest.mark.parametrize("size", [64, 80])
