@@ -75,20 +75,20 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
     "lora_gradient": [lambda kit, s: test_cuda_lora.test_gradient(kit, s)],
     "int4_decode": [
         lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
-        lambda kit, s: test_cuda_int4.test_decode(kit, 64, 16, 40, 576, s),
-        lambda kit, s: test_cuda_int4.test_decode(kit, 64, 9, 32, 128, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 16, 40, 576, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 9, 32, 128, s),
     ],
     "int4_forward": [
         lambda kit, s: test_cuda_int4.test_forward(kit, 32, 17, 8, 64, s),
-        lambda kit, s: test_cuda_int4.test_forward(kit, 64, 140, 136, 192, s),
+        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 140, 136, 192, s),
     ],
     "int4_dx": [
         lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
-        lambda kit, s: test_cuda_int4.test_dx(kit, 64, 130, 72, 128, s),
+        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 130, 72, 128, s),
     ],
     "paged_prefill": [
         lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, 7, s),
-        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 64, None, s),
+        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, None, s),
     ],
 }
 SCHEDULES = (2, 1, 0)
