@@ -87,6 +87,7 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: test_cuda_int4.test_dx(kit, 32, 130, 72, 128, s),
     ],
     "paged_prefill": [
+        lambda kit, s: test_cuda_prefill.test_a_short_prompt_and_a_chunk(kit, s),
         lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, 7, s),
         lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, None, s),
     ],

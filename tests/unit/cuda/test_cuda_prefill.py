@@ -78,6 +78,13 @@ def test_prompts_and_chunks(kit: Kit, size: int, window: int | None, schedule: i
     near(made.run(kit, schedule, window), made.expected(window))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_short_prompt_and_a_chunk(kit: Kit, schedule: int) -> None:
+    made = Prompts(80, (18, 39), (18, 4))
+    made.forget_before(9)
+    near(made.run(kit, schedule, 9), made.expected(9))
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=3),
     st.sampled_from([(1, 1), (6, 2), (3, 3)]),
