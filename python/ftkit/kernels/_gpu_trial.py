@@ -143,6 +143,9 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
         gate.nbytes * 2,
         0.001,
     )
+    from ftkit.kernels import _gpu_trial_ragged
+
+    yield from _gpu_trial_ragged.cases(launch, device, size)
 
 
 def difference(case: Case) -> float:

@@ -205,7 +205,7 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "paged_attention": [
         ("paged_attention.cu", "no barrier", "__syncthreads();", ""),
-        ("paged_attention.cu", "sequence before", "cu_seqlens[middle] <= token", "cu_seqlens[middle] < token"),
+        ("ragged.cuh", "sequence before", "ends[middle] <= row", "ends[middle] < row"),
         ("paged_attention.cu", "a position later is seen", "at <= position", "at <= position + 1"),
         ("paged_attention.cu", "its own position isn't seen", "at <= position", "at < position"),
         ("paged_attention.cu", "window one longer", "position - window + 1", "position - window"),

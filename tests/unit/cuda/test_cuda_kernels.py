@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact
+from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact, normal
 
 from ftkit import _core
 from ftkit.cuda import launches
@@ -21,10 +21,6 @@ from ftkit.kernels.swiglu import swiglu
 pytestmark = pytest.mark.unit
 
 RANK = 16
-
-
-def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
