@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browsing import Visit, chromium, visit
 from managing import Managed
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 from serving import KEY
 
 pytestmark = pytest.mark.server
@@ -284,3 +284,131 @@ def test_adapters_come_and_go(here: Visit, served: Managed) -> None:
     card.get_by_role("button", name="Take away").click()
     expect(card).to_have_count(0)
     assert served.http.get("/v1/adapters/mine").status_code == 404
+
+
+def test_by_keys_alone(here: Visit) -> None:
+    keyboard = here.page.keyboard
+
+    def tab_to(name: str, back: bool = False) -> None:
+        for _ in range(40):
+            keyboard.press("Shift+Tab" if back else "Tab")
+            if here.focused() == name:
+                return
+        raise AssertionError(f"no way to {name}")
+
+    assert here.focused() == "Message"
+    here.says_much()
+    keyboard.type("One line")
+    keyboard.press("Shift+Enter")
+    keyboard.type("and another")
+    keyboard.press("Enter")
+    expect(here.page.locator(".assistant .text")).to_have_text(re.compile(".{9}", re.DOTALL))
+    keyboard.press("Escape")
+    here.done()
+    assert here.asked[-1]["messages"][0]["content"] == "One line\nand another"
+    assert here.focused() == "Message"
+    here.says(LETTERS)
+    tab_to("Answer again", back=True)
+    keyboard.press("Enter")
+    here.done()
+    expect(here.page.locator(".assistant .versions")).to_have_text("2 of 2")
+    tab_to("Previous version", back=True)
+    keyboard.press("Space")
+    assert here.focused() == "Next version"
+    tab_to("Edit question", back=True)
+    keyboard.press("Enter")
+    assert here.focused() == "Question"
+    keyboard.press("Control+A")
+    keyboard.type("Something else")
+    keyboard.press("Enter")
+    here.done()
+    assert here.asked[-1]["messages"][0]["content"] == "Something else"
+    tab_to("Good answer", back=True)
+    keyboard.press("Enter")
+    expect(here.page.locator("#status")).to_contain_text("Kept")
+    tab_to("Chat", back=True)
+    for key, name in [("ArrowRight", "Training"), ("ArrowLeft", "Chat"), ("ArrowLeft", "Adapters"), ("Home", "Chat")]:
+        keyboard.press(key)
+        assert here.focused() == name
+        expect(here.page.get_by_role("tab", name=name, selected=True)).to_be_visible()
+    tab_to("Settings")
+    keyboard.press("Enter")
+    tab_to("System prompt")
+    tab_to("Probabilities of tokens")
+    keyboard.press("Space")
+    expect(here.page.get_by_label("Probabilities of tokens")).to_be_checked()
+
+
+ASKING = {
+    "button",
+    "textbox",
+    "combobox",
+    "checkbox",
+    "spinbutton",
+    "tab",
+    "tabpanel",
+    "article",
+    "log",
+    "region",
+    "form",
+}
+
+
+def test_everything_has_a_name(here: Visit) -> None:
+    """What Chromium tells a screen reader."""
+    page = here.page
+    here.says(r"```\ncode\n```")
+    here.ask("Code?")
+    page.get_by_label("Compare with").select_option("left")
+    here.ask("Which?")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Edit question").last.click()
+    devtools = page.context.new_cdp_session(page)
+    seen = set()
+    for tab in ("Chat", "Training", "Adapters"):
+        page.get_by_role("tab", name=tab).click()
+        for node in devtools.send("Accessibility.getFullAXTree")["nodes"]:
+            role, name = node.get("role", {}).get("value"), node.get("name", {}).get("value", "")
+            if role in ASKING and not node["ignored"]:
+                assert name.strip(), (tab, node)
+                seen.add(role)
+    assert seen == ASKING
+    # two controls that do different things to different answers are told apart by the article they are in
+    assert page.locator("#log > :not(article)").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_and_the_dark(browser: Browser, served: Managed, scheme: str) -> None:
+    size = {"width": 390, "height": 800}
+    with visit(browser, served.server.url, color_scheme=scheme, viewport=size) as here:
+        page = here.page
+        here.says(r"```\n[a-z]{200}\n```\n\n[a-z]{100}\n\n(\| [a-z]{9} ){9}\|\n(\|-){9}\|\n(\| [a-z]{9} ){9}\|")
+        page.get_by_label("Compare with").select_option("left")
+        here.ask("x" * 200)
+        page.get_by_role("button", name="Settings").click()
+        for tab in ("Chat", "Training", "Adapters"):
+            page.get_by_role("tab", name=tab).click()
+            for place in (
+                "document.documentElement",
+                "document.querySelector('#log')",
+                "document.querySelector('#panel')",
+            ):
+                assert page.evaluate(f"{place}.scrollWidth - {place}.clientWidth") == 0, (tab, place)
+        page.get_by_role("tab", name="Chat").click()
+        # WCAG's 4.5 for text, on what it stands on
+        for text, ground in (("body", "body"), (".meta", "body"), (".user .text", ".user .text"), ("#send", "#send")):
+            assert contrast(page, text, ground) >= 4.5, (text, scheme)
+        assert (luminance(page, "body", "backgroundColor") < 0.2) == (scheme == "dark")
+
+
+def luminance(page: Page, selector: str, what: str) -> float:
+    """WCAG's relative luminance of a colour of an element."""
+    colour = page.locator(selector).first.evaluate(f"(one) => getComputedStyle(one).{what}")
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(page: Page, text: str, ground: str) -> float:
+    low, high = sorted((luminance(page, text, "color"), luminance(page, ground, "backgroundColor")))
+    return (high + 0.05) / (low + 0.05)

@@ -50,6 +50,7 @@ export function question(node, acts) {
 // The question's text becomes a field; sending it makes another version of the question.
 function edit(node, hidden, acts) {
   const form = element("form", undefined, "edit");
+  form.setAttribute("aria-label", "Edit question");
   const field = element("textarea", node.content);
   field.setAttribute("aria-label", "Question");
   field.rows = Math.min(8, node.content.split("\n").length + 1);
