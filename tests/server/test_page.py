@@ -256,6 +256,8 @@ def test_a_job_from_its_rows_to_its_answers(here: Visit, tmp_path: Path) -> None
     card = page.locator("#jobs .card").first
     expect(card).to_contain_text("supervised", timeout=30_000)
     expect(card).to_contain_text("succeeded", timeout=90_000)
+    expect(card.get_by_role("img", name=re.compile(r"Loss from \d"))).to_be_visible()
+    expect(card.get_by_role("list", name="Planned memory").get_by_role("meter")).not_to_have_count(0)
     name = card.get_by_role("heading").inner_text()
     assert "from-the-page" in name
     page.get_by_role("tab", name="Adapters").click()

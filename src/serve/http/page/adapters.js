@@ -1,14 +1,10 @@
 // The adapters: what they come from, their size and traffic; loading, the generation before, taking them away.
 import { call } from "./api.js";
-import { action, actions, card, replace } from "./cards.js";
+import { action, actions, card, replace, size } from "./cards.js";
 import { $, element } from "./dom.js";
 import { models } from "./models.js";
 
 const status = $("adapters-status");
-
-function size(bytes) {
-  return bytes < 1 << 20 ? `${(bytes / 1024).toFixed(0)} KiB` : `${(bytes / (1 << 20)).toFixed(1)} MiB`;
-}
 
 function adapterCard(adapter) {
   const from = Object.entries(adapter.lineage).filter(([name]) => name !== "base")

@@ -8,6 +8,12 @@ export function card(heading, ...lines) {
   return made;
 }
 
+// Bytes in a unit that fits.
+export function size(bytes) {
+  const [unit, word] = bytes < 1 << 20 ? [1 << 10, "KiB"] : bytes < 1 << 30 ? [1 << 20, "MiB"] : [1 << 30, "GiB"];
+  return `${(bytes / unit).toFixed(unit === 1 << 10 ? 0 : 1)} ${word}`;
+}
+
 // A button of a card; `key` finds it again when its card is made anew. `refresh` makes them anew.
 export function action(text, key, act, refresh) {
   const made = button(text, async () => { made.disabled = true; await act(); refresh(); });

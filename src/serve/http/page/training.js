@@ -1,6 +1,6 @@
 // Training: rows are uploaded, a job begins, and its loss is drawn while it goes down.
 import { call } from "./api.js";
-import { action, actions, card, replace } from "./cards.js";
+import { action, actions, card, replace, size } from "./cards.js";
 import { $, element } from "./dom.js";
 import { models } from "./models.js";
 
@@ -19,13 +19,33 @@ function chart(losses) {
   return svg;
 }
 
+// The planned memory of a step: a bar for each category, the largest first.
+function plan(bytes) {
+  const sorted = Object.entries(bytes).sort(([, one], [, other]) => other - one);
+  const whole = sorted.reduce((sum, [, one]) => sum + one, 0);
+  const list = element("ul", undefined, "plan");
+  list.setAttribute("aria-label", "Planned memory");
+  list.append(...sorted.map(([name, one]) => {
+    const row = element("li");
+    const bar = element("meter");
+    [bar.max, bar.value] = [whole, one];
+    bar.setAttribute("aria-label", name);
+    row.append(element("span", name), bar, element("span", size(one)));
+    return row;
+  }));
+  return list;
+}
+
 async function jobCard(job) {
   const made = card(job.fine_tuned_model ?? job.id, `${job.status} · ${job.method.type}`);
   const list = await call(status, "GET", `${JOBS}/${job.id}/events?limit=1000`);
-  const steps = (list?.data ?? []).filter((event) => typeof event.data.train_loss === "number").reverse();
+  const told = list?.data ?? [];
+  const steps = told.filter((event) => typeof event.data.train_loss === "number").reverse();
   if (steps.length > 1) made.append(chart(steps.map((event) => event.data.train_loss)));
   const last = steps.at(-1)?.data;
-  if (last) made.append(element("p", `Step ${last.step} of ${last.total_steps}, loss ${last.train_loss.toFixed(4)}`, "meta"));
+  if (last) made.append(element("p", `Step ${last.step} of ${last.total_steps}, loss ${last.train_loss.toFixed(4)}, at first ${steps[0].data.train_loss.toFixed(4)}`, "meta"));
+  const planned = told.find((event) => event.data.planned_bytes)?.data.planned_bytes;
+  if (planned) made.append(plan(planned));
   if (job.error) made.append(element("p", job.error.message, "wrong"));
   if (UNDER_WAY.includes(job.status)) {
     const change = (word) => call(status, "POST", `${JOBS}/${job.id}/${word}`);
