@@ -151,6 +151,27 @@ def test_versions_of_answers_and_questions(here: Visit) -> None:
     assert page.locator(".user .text").all_inner_texts() == ["First?", "Second?"]
 
 
+def test_an_edit_waits_for_the_answer_under_way(here: Visit) -> None:
+    here.says("ok")
+    here.ask("First?")
+    here.page.get_by_role("button", name="Edit question").click()
+    field = here.page.get_by_label("Question").and_(here.page.locator("textarea"))
+    field.fill("Edited?")
+    here.says_much()
+    here.page.get_by_label("Message").fill("Second?")
+    here.page.get_by_label("Message").press("Enter")
+    expect(here.page.locator(".assistant")).to_have_count(2)
+    field.press("Enter")
+    expect(field).to_be_visible()
+    here.page.get_by_role("button", name="Stop").click()
+    here.done()
+    assert [asked["messages"][-1]["content"] for asked in here.asked] == ["First?", "Second?"]
+    here.says("ok")
+    field.press("Enter")
+    here.done()
+    assert [message["content"] for message in here.asked[-1]["messages"]] == ["Edited?"]
+
+
 def test_all_settings_reach_the_server(here: Visit) -> None:
     fields = {
         "temperature": 0.5,

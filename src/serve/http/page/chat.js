@@ -13,6 +13,7 @@ let running = null;
 
 const acts = {
   ask,
+  busy: () => running !== null,
   retry: (node) => reply(node.parent),
   place: (node) => conversation.place(node),
   move: (node, step) => {

@@ -63,6 +63,7 @@ function edit(node, hidden, acts) {
   form.append(field, button("Cancel", close), send);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
+    if (acts.busy()) return; // it waits in its field
     const said = field.value.trim();
     close();
     if (said && said !== node.content) acts.ask(said, node.parent);
