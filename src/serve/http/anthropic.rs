@@ -10,7 +10,7 @@ use super::parse::{self, Asked};
 use crate::serve::Usage;
 
 /// What clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 5] = ["metadata", "service_tier", "cache_control", "betas", "container"];
+const IGNORED: [&str; 4] = ["metadata", "cache_control", "betas", "container"];
 
 /// A body of `/v1/messages`.
 pub(super) fn parse(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
@@ -40,6 +40,11 @@ fn asked(mut fields: Fields, most: Option<Value>) -> Result<Asked, ApiError> {
         ("stop_sequences", "stop"),
     ] {
         chat.extend(fields.take(name).map(|value| (theirs.to_owned(), value)));
+    }
+    if let Some(tier) = fields.take("service_tier") {
+        // there is no other capacity to buy here: their word for "not in a hurry" is the usual tier
+        let tier = if tier == "standard_only" { json!("default") } else { tier };
+        chat.insert("service_tier".to_owned(), tier);
     }
     if fields.take("thinking").is_some_and(|thinking| thinking["type"] != "disabled") {
         return Err(ApiError::unsupported("thinking", "thinking: expected none or type disabled, got another"));
