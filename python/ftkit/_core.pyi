@@ -233,8 +233,8 @@ class DecoderLayers:
         `CodedMatrix`, or (format, blocks uint8 [out, bytes of a row]).
         """
     def add_adapter(self, adapter: int, loras: Sequence[tuple[Any, ...] | None]) -> None:
-        """What an adapter adds to each linear layer, in order, the head's last: (A [rank, in], B [out, rank], scale)
-        in float32, or None."""
+        """What an adapter adds to each linear layer, in order, the head's last: (A [rank, in], B [out, rank], False,
+        scale) in float32, or with Bᵀ [rank, out] and True; None where it adds nothing."""
     def remove_adapter(self, adapter: int) -> None:
         """Takes an adapter off."""
     @property
@@ -264,7 +264,7 @@ class DecoderStep:
         cls, layers: DecoderLayers, embedding: tuple[Any, int], angles: tuple[Tensor, Tensor], pages: Tensor
     ) -> DecoderStep:
         """`embedding`: (a matrix as a linear layer's, its width); `angles`: cos and sin of every position, float32
-        [positions · head_dim / 2]; `pages` float32 [P, L, 2, B, K, D]."""
+        [positions · head_dim / 2]; `pages` as `DecoderLayers.forward` takes them."""
     def knows(self, adapters: Sequence[int]) -> bool:
         """Whether the batches of these adapters can be computed here."""
     def run(
@@ -554,17 +554,22 @@ class Engine:
         waiting: int,
         block_tokens: int,
         pages: int,
+        page_bytes: int,
         context_tokens: int,
         draft_tokens: int,
+        draft_model: bool,
         vocabulary: int,
     ) -> Engine:
         """`step(tokens, blocks, rows, lengths, adapters)` returns float32 logits [rows, vocabulary] on the CPU.
 
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
         adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
-        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. `content` is a hash of
-        the base model's weights. For adapters on disk: `step.fetch(adapter)` returns (pages, hash of its content), on
-        another thread; `step.install(adapter, pages)`, `step.evict(adapter)` and `step.forget(adapter)`.
+        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. With `draft_model`,
+        `step.draft` takes and returns the same as `step`, by the model that makes drafts, under no adapter; it gets
+        each batch that `step` gets, with no rows wanted. `step.whole` and `step.whole_draft` are the two as
+        `DecoderStep`, or None. `content` is a hash of the base model's weights. For adapters on disk:
+        `step.fetch(adapter)` returns (pages, hash of its content), on another thread; `step.install(adapter, pages)`,
+        `step.evict(adapter)` and `step.forget(adapter)`.
         """
     @property
     def models(self) -> list[str]:
@@ -596,6 +601,8 @@ class Engine:
         """
     def metrics(self) -> dict[str, int]:
         """What the engine has counted, by name."""
+    def set_keys(self, keys: str) -> None:
+        """The keys that requests may bring, from now on: JSON, a list of them. Raises InputError, and keeps the old."""
     def set_alias(self, name: str, targets: Sequence[tuple[str, int]]) -> None:
         """Lets requests over HTTP ask for `name`: each of the targets gets its weight's share of them."""
     def remove_alias(self, name: str) -> bool:
@@ -614,15 +621,14 @@ class Engine:
         upload_bytes: int,
         stuck_seconds: float,
         api_key: str | None = None,
-        keys: str | None = None,
         desk: Callable[[str, str], str] | None = None,
         access_log: str | PathLike[str] | None = None,
         first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
-        `model`: the name that answers requests which give none. `keys`: JSON, a list of keys. `desk(what, arguments)`
-        takes and gives JSON: `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
+        `model`: the name that answers requests which give none. `desk(what, arguments)` takes and gives JSON:
+        `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
         `first_token_seconds`: requests whose first token cannot come within it are refused.
         """
     def close(self) -> None:

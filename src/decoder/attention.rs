@@ -6,7 +6,8 @@
 //! y_t = Σ_s softmax_s(scale · q_t · k_s) v_s
 //! ```
 //!
-//! A page holds `[layers, 2, block_tokens, key_value_heads, head_dim]`: first the keys of a layer, then its values.
+//! A page holds `[layers, 2, block_tokens, key_value_heads, head_dim]`: first the keys of a layer, then its values, as
+//! [`Kept`] has them.
 //! Sums run over s in order, so a row's result depends on its own sequence and on nothing else in the batch, whatever
 //! the number of threads. Sums are in float32.
 
@@ -15,19 +16,18 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
+use super::kept::Kept;
 use super::math;
 use crate::quant::matmul::{Path, ROWS};
 use crate::team::{Shared, Team};
 use crate::{Error, Result};
 
-/// A number as the cache keeps it.
+/// A number of queries and results.
 pub trait Value: Pod + Send + Sync {
     /// As float32.
     fn wide(self) -> f32;
     /// From float32, rounded to nearest.
     fn narrow(value: f32) -> Self;
-    /// Several as float32; `room` has as many numbers, and is used where they are not there already.
-    fn widen<'a>(values: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
 }
 
 impl Value for f32 {
@@ -39,9 +39,6 @@ impl Value for f32 {
     fn narrow(value: f32) -> Self {
         value
     }
-    fn widen<'a>(values: &'a [Self], _room: &'a mut [f32]) -> &'a [f32] {
-        values
-    }
 }
 
 impl Value for half::bf16 {
@@ -52,10 +49,6 @@ impl Value for half::bf16 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
         half::bf16::from_f32(value)
-    }
-    fn widen<'a>(values: &'a [Self], room: &'a mut [f32]) -> &'a [f32] {
-        room.iter_mut().zip(values).for_each(|(room, value)| *room = value.wide());
-        &room[..values.len()]
     }
 }
 
@@ -77,13 +70,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    fn token(&self) -> usize {
-        self.key_value_heads * self.head_dim
+    /// Elements of a token's keys, or values.
+    pub fn token<P: Kept>(&self) -> usize {
+        self.key_value_heads * P::room(self.head_dim)
     }
 
-    /// Values in a page.
-    pub fn page(&self) -> usize {
-        self.layers * 2 * self.block_tokens * self.token()
+    /// Elements of a page.
+    pub fn page<P: Kept>(&self) -> usize {
+        self.layers * 2 * self.block_tokens * self.token::<P>()
     }
 }
 
@@ -100,17 +94,17 @@ pub struct Rows<'a> {
 
 /// Attends from `q` `[rows, heads, head_dim]` to the pages and writes `out`, of the same shape.
 #[allow(clippy::too_many_arguments)]
-pub fn paged_attention<T: Value>(
+pub fn paged_attention<T: Value, P: Kept>(
     team: &Team,
     q: &[T],
-    pool: &[T],
+    pool: &[P],
     rows: Rows<'_>,
     layout: Layout,
     scale: f32,
     window: Option<usize>,
     out: &mut [T],
 ) -> Result<()> {
-    check(q.len(), out.len(), pool.len(), rows, layout)?;
+    check::<P>(q.len(), out.len(), pool.len(), rows, layout)?;
     if window == Some(0) {
         return Err(Error::failure("paged attention: expected a window of at least 1 token, got 0"));
     }
@@ -155,9 +149,10 @@ const QUERIES: usize = 8 * ROWS;
 const CHUNK: usize = 64;
 
 /// Checks every length and index, so that what follows cannot leave its slices.
-fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<()> {
+fn check<P: Kept>(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<()> {
     let wrong = |what: &str| Err(Error::failure(format!("paged attention: {what}")));
-    let sizes = [layout.layers, layout.block_tokens, layout.heads, layout.key_value_heads, layout.head_dim];
+    let room = P::room(layout.head_dim);
+    let sizes = [layout.layers, layout.block_tokens, layout.heads, layout.key_value_heads, layout.head_dim, room];
     let page = sizes.iter().try_fold(2usize, |product, &size| product.checked_mul(size)).unwrap_or(0);
     if page == 0 || layout.layer >= layout.layers || !layout.heads.is_multiple_of(layout.key_value_heads) {
         return wrong(&format!("expected sizes that agree, got {layout:?}"));
@@ -166,7 +161,7 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     if q != expected || out != expected {
         return wrong(&format!("expected {expected} values of q and of out, got {q} and {out}"));
     }
-    let pages = pool / layout.page();
+    let pages = pool / layout.page::<P>();
     let sequences = rows.cu_seqlens.len().saturating_sub(1);
     if sequences == 0 && !rows.positions.is_empty() || !rows.block_table.len().is_multiple_of(sequences.max(1)) {
         return wrong(&format!("expected a page table row for each of {sequences} sequences"));
@@ -208,14 +203,14 @@ thread_local! {
 }
 
 /// One head of one sequence's keys and values.
-struct Head<'a, T> {
-    pool: &'a [T],
+struct Head<'a, P> {
+    pool: &'a [P],
     table: &'a [i32],
     layout: Layout,
     head: usize,
 }
 
-impl<T: Value> Head<'_, T> {
+impl<P: Kept> Head<'_, P> {
     /// The sums `[queries, dim]` for queries `[queries, dim]`, already scaled, over their spans of positions.
     fn attend(&self, path: Path, queries: &[f32], spans: &[(usize, usize)]) -> Vec<f32> {
         let dim = self.layout.head_dim;
@@ -299,18 +294,19 @@ impl<T: Value> Head<'_, T> {
         mut each: impl FnMut(Range<usize>, &[&[f32]]),
     ) {
         let Layout { layer, block_tokens, head_dim: dim, .. } = self.layout;
-        let (token, page) = (self.layout.token(), self.layout.page());
-        let base = (2 * layer + side) * block_tokens * token + self.head * dim;
+        let (token, page, room) = (self.layout.token::<P>(), self.layout.page::<P>(), P::room(dim));
+        let base = (2 * layer + side) * block_tokens * token + self.head * room;
         let row = |position: usize| {
             let start = self.table[position / block_tokens] as usize * page + base;
-            &self.pool[start + position % block_tokens * token..][..dim]
+            &self.pool[start + position % block_tokens * token..][..room]
         };
         for start in positions.clone().step_by(CHUNK) {
-            let mut rows: [&[f32]; CHUNK] = [&[]; CHUNK];
+            let (mut kept, mut rows): ([&[P]; CHUNK], [&[f32]; CHUNK]) = ([&[]; CHUNK], [&[]; CHUNK]);
             let end = positions.end.min(start + CHUNK);
-            let found = rows.iter_mut().zip(wide.chunks_exact_mut(dim));
-            found.zip(start..end).for_each(|((found, wide), position)| *found = T::widen(row(position), wide));
-            each(start..end, &rows[..end - start]);
+            let count = end - start;
+            kept.iter_mut().zip(start..end).for_each(|(kept, position)| *kept = row(position));
+            P::widen(&kept[..count], dim, wide, &mut rows[..count]);
+            each(start..end, &rows[..count]);
         }
     }
 }
@@ -323,7 +319,7 @@ mod tests {
 
     #[test]
     fn tables_and_positions_that_lead_outside_are_errors() {
-        let pool = vec![0.0f32; 2 * LAYOUT.page()];
+        let pool = vec![0.0f32; 2 * LAYOUT.page::<f32>()];
         let run = |positions: &[i32], cu_seqlens: &[i32], block_table: &[i32]| {
             let q = vec![0.0f32; positions.len() * 20];
             let mut out = q.clone();
@@ -349,9 +345,9 @@ mod tests {
 
     #[test]
     fn one_visible_token_gives_its_value() {
-        let mut pool = vec![0.0f32; 2 * LAYOUT.page()];
+        let mut pool = vec![0.0f32; 2 * LAYOUT.page::<f32>()];
         // Layer 1, value of slot 2 in page 1, both heads.
-        let at = LAYOUT.page() + (3 * 3 + 2) * 10;
+        let at = LAYOUT.page::<f32>() + (3 * 3 + 2) * 10;
         for (index, value) in pool[at..at + 10].iter_mut().enumerate() {
             *value = index as f32;
         }

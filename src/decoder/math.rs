@@ -1,5 +1,6 @@
 //! What happens to a row between the products, compiled for the machine that runs it.
 
+use super::kept::BLOCK;
 #[cfg(target_arch = "x86_64")]
 use crate::quant::matmul::Path;
 
@@ -55,6 +56,44 @@ dispatched! {
             let scale = inverse_root(head, epsilon);
             for (x, weight) in head.iter_mut().zip(weight) {
                 *x = weight * (*x * scale);
+            }
+        }
+    }
+}
+
+dispatched! {
+    /// Codes of 8 bits and their scales, as [`super::kept`] describes them.
+    encode(numbers: &[f32], place: &mut [u8]) {
+        let (codes, scales) = place.split_at_mut(numbers.len());
+        let blocks = numbers.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
+        for ((numbers, codes), place) in blocks.zip(scales.as_chunks_mut::<4>().0) {
+            let mut bits = 0;
+            for number in numbers {
+                // as whole numbers, so that what is infinite or none is the largest
+                bits = bits.max(number.to_bits() & 0x7fff_ffff);
+            }
+            let largest = f32::from_bits(bits);
+            let scale = if largest < f32::INFINITY { largest / 127.0 } else { f32::NAN };
+            let divisor = if scale == 0.0 { 1.0 } else { scale };
+            for (code, number) in codes.iter_mut().zip(numbers) {
+                *code = (number / divisor).round_ties_even() as i8 as u8;
+            }
+            *place = scale.to_le_bytes();
+        }
+    }
+}
+
+dispatched! {
+    /// The numbers of such records, one after the other.
+    decode(records: &[&[u8]], dim: usize, numbers: &mut [f32]) {
+        for (record, numbers) in records.iter().zip(numbers.chunks_exact_mut(dim)) {
+            let (codes, scales) = record.split_at(dim);
+            let blocks = numbers.chunks_mut(BLOCK).zip(codes.chunks(BLOCK));
+            for ((numbers, codes), scale) in blocks.zip(scales.as_chunks::<4>().0) {
+                let scale = f32::from_le_bytes(*scale);
+                for (number, code) in numbers.iter_mut().zip(codes) {
+                    *number = scale * f32::from(*code as i8);
+                }
             }
         }
     }

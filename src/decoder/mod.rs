@@ -8,29 +8,22 @@
 //! [`attention`]), so a row's result is the same bits whatever else is in the batch.
 
 pub mod attention;
+pub mod kept;
+pub mod lora;
 pub(crate) mod math;
 pub mod step;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use self::attention::{Layout, Rows, paged_attention};
+use self::kept::Kept;
+use self::lora::{Added, Lora, add_loras};
 use crate::error::{Error, Result};
 use crate::quant::int8::{self, Packed};
 use crate::quant::matmul::{Matrix, matmul};
 use crate::team::{Shared, Team};
-
-/// A LoRA on a linear layer: y += scale (x Aᵀ) Bᵀ for the rows of its adapter.
-#[derive(Clone, Copy, Debug)]
-pub struct Lora<'a> {
-    /// A `[rank, in]`.
-    pub a: Matrix<'a>,
-    /// B `[out, rank]`.
-    pub b: Matrix<'a>,
-    /// The factor.
-    pub scale: f32,
-}
 
 /// The matrix of a linear layer.
 #[derive(Clone, Debug)]
@@ -91,19 +84,6 @@ const LINEARS: usize = 7;
 impl<'a> Layer<'a> {
     fn linears(&self) -> impl Iterator<Item = &Linear<'a>> {
         self.qkv.iter().chain([&self.o]).chain(&self.gate_up).chain([&self.down])
-    }
-}
-
-/// What adapters add to linear layers from a number on.
-#[derive(Clone, Copy)]
-struct Added<'b, 'a> {
-    loras: &'b HashMap<i32, Vec<Option<Lora<'a>>>>,
-    first: usize,
-}
-
-impl<'a> Added<'_, 'a> {
-    fn get(&self, adapter: i32, linear: usize) -> Option<Lora<'a>> {
-        self.loras.get(&adapter).and_then(|loras| loras.get(self.first + linear).copied().flatten())
     }
 }
 
@@ -187,7 +167,7 @@ impl<'a> Layers<'a> {
             count += 1;
             right &= lora.is_none_or(|lora| {
                 let (outputs, inputs) = (linear.weight.rows(), linear.weight.columns());
-                lora.a.columns() == inputs && lora.b.rows() == outputs && lora.b.columns() == lora.a.rows()
+                lora.fits(outputs, inputs)
             });
         }
         if !right || count != LINEARS * self.layers.len() + usize::from(self.head.is_some()) || count != loras.len() {
@@ -243,12 +223,12 @@ impl<'a> Layers<'a> {
     ///
     /// # Errors
     /// Sizes that don't agree, or pages outside the pool.
-    pub fn forward(
+    pub fn forward<P: Kept>(
         &self,
         team: &Team,
         batch: Batch<'_>,
         block_tokens: usize,
-        pool: &mut [f32],
+        pool: &mut [P],
         x: &mut [f32],
     ) -> Result<()> {
         let count = batch.rows.positions.len();
@@ -271,7 +251,8 @@ impl<'a> Layers<'a> {
             key_value_heads: self.key_value_heads,
             head_dim: self.head_dim,
         };
-        let slots = slots(batch.rows, layout, pool.len())?;
+        let slots = slots::<P>(batch.rows, layout, pool.len())?;
+        let (room, half_page) = (P::room(self.head_dim), block_tokens * layout.token::<P>());
         let (mut h, mut more) = (vec![0.0; count * self.width], vec![0.0; count * self.width]);
         let mut qkv = vec![0.0; count * (q + 2 * kv)];
         let (mut queries, mut mixed) = (vec![0.0; count * q], vec![0.0; count * q]);
@@ -285,11 +266,12 @@ impl<'a> Layers<'a> {
             let first = index * LINEARS;
             apply(team, &layer.qkv, self.added(first), &h, batch.spans, &mut qkv)?;
             self.turn(team, layer, batch, &mut qkv, &mut queries);
-            let half_page = layout.block_tokens * kv;
             for (parts, slot) in qkv.chunks_exact(q + 2 * kv).zip(&slots) {
                 let at = slot + index * 2 * half_page;
-                pool[at..at + kv].copy_from_slice(&parts[q..q + kv]);
-                pool[at + half_page..at + half_page + kv].copy_from_slice(&parts[q + kv..]);
+                for (side, numbers) in [&parts[q..q + kv], &parts[q + kv..]].into_iter().enumerate() {
+                    let places = pool[at + side * half_page..].chunks_exact_mut(room);
+                    numbers.chunks_exact(self.head_dim).zip(places).for_each(|(head, place)| P::keep(head, place));
+                }
             }
             let scale = (self.head_dim as f32).powf(-0.5);
             paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
@@ -387,7 +369,7 @@ fn check_linear(linear: &Linear<'_>, outputs: usize, inputs: usize) -> Result<()
 }
 
 /// Where the keys of each row in layer 0 stand in the pool; what is checked here, attention relies on as well.
-fn slots(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
+fn slots<P: Kept>(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
     let sequences = rows.cu_seqlens.len().saturating_sub(1);
     let blocks = rows.block_table.len() / sequences.max(1);
     let wrong = || Error::failure("expected rows whose pages are in the pool, got others");
@@ -399,11 +381,10 @@ fn slots(rows: Rows<'_>, layout: Layout, pool: usize) -> Result<Vec<usize>> {
             let block = position / layout.block_tokens.max(1);
             let page = (block < blocks).then(|| rows.block_table.get(sequence * blocks + block)).flatten();
             let page = page.and_then(|&page| usize::try_from(page).ok()).ok_or_else(wrong)?;
-            if (page + 1).checked_mul(layout.page()).is_none_or(|end| end > pool) {
+            if (page + 1).checked_mul(layout.page::<P>()).is_none_or(|end| end > pool) {
                 return Err(wrong());
             }
-            let slot = position % layout.block_tokens * layout.key_value_heads * layout.head_dim;
-            found.push(page * layout.page() + slot);
+            found.push(page * layout.page::<P>() + position % layout.block_tokens * layout.token::<P>());
         }
     }
     if found.len() != rows.positions.len() {
@@ -431,51 +412,8 @@ fn apply(
         }
         begin += outputs;
     }
-    add_loras(team, linears, added, x, spans, y)
-}
-
-/// Rows of a task: few, so that both a batch of single tokens and a long prompt make work for all threads.
-const LORA_ROWS: usize = 32;
-
-/// What the adapters add, for all layers and spans in one loop.
-fn add_loras(
-    team: &Team,
-    linears: &[Linear<'_>],
-    added: Added<'_, '_>,
-    x: &[f32],
-    spans: &[(i32, usize, usize)],
-    y: &mut [f32],
-) -> Result<()> {
-    let (mut tasks, mut width) = (Vec::new(), 0);
-    for (number, linear) in linears.iter().enumerate() {
-        for &(adapter, first, end) in spans {
-            let Some(lora) = added.get(adapter, number) else { continue };
-            let pieces = (first..end).step_by(LORA_ROWS);
-            tasks.extend(pieces.map(|start| (lora, start..end.min(start + LORA_ROWS), width)));
-        }
-        width += linear.weight.rows();
-    }
-    let (y, failure) = (Shared::new(y), Mutex::new(None));
-    team.each(tasks.len(), &|index| {
-        let (lora, rows, begin) = &tasks[index];
-        let (inputs, outputs, alone) = (lora.a.columns(), lora.b.rows(), Team::alone());
-        let mut low = vec![0.0; rows.len() * lora.a.rows()];
-        let mut more = vec![0.0; rows.len() * outputs];
-        let product = matmul(&alone, &[lora.a], &x[rows.start * inputs..rows.end * inputs], &mut low).and_then(|()| {
-            low.iter_mut().for_each(|value| *value *= lora.scale);
-            matmul(&alone, &[lora.b], &low, &mut more)
-        });
-        if let Err(error) = product {
-            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            return;
-        }
-        for (row, more) in rows.clone().zip(more.chunks_exact(outputs)) {
-            let at = row * width + begin;
-            // SAFETY: these columns of a row are one task's.
-            add(unsafe { y.part(at..at + outputs) }, more);
-        }
-    });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    add_loras(team, linears.iter().map(|linear| linear.weight.rows()), added, x, spans, y);
+    Ok(())
 }
 
 /// The products alone: together where all matrices are of one sort, as they mostly are.

@@ -1,6 +1,7 @@
 //! A whole step of serving as one call: from token ids to logits.
 
 use super::attention::Rows;
+use super::kept::Kept;
 use super::{Batch, Layers};
 use crate::error::{Error, Result};
 use crate::quant::matmul::Matrix;
@@ -35,13 +36,13 @@ impl Layers<'_> {
     ///
     /// # Errors
     /// Tokens, positions or pages that there are not, or sizes that don't agree.
-    pub fn step(
+    pub fn step<P: Kept>(
         &self,
         team: &Team,
         entrance: Entrance<'_>,
         batch: Tokens<'_>,
         block_tokens: usize,
-        pool: &mut [f32],
+        pool: &mut [P],
         logits: &mut [f32],
     ) -> Result<()> {
         let Tokens { tokens, rows, adapters, wanted } = batch;

@@ -9,8 +9,10 @@ use pyo3::prelude::*;
 use super::quant::kind_called;
 use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
+use crate::decoder::kept::Kept;
+use crate::decoder::lora::Lora;
 use crate::decoder::step::{Entrance, Tokens};
-use crate::decoder::{Batch, Head, Layer, Layers, Linear, Lora, Weight};
+use crate::decoder::{Batch, Head, Layer, Layers, Linear, Weight};
 use crate::error::Error;
 use crate::quant::coded::{Numbers, Table};
 use crate::quant::int8::{self, Packed};
@@ -196,8 +198,8 @@ enum GivenWeight<'py> {
 
 /// (matrix, inputs, bias or None)
 type GivenLinear<'py> = (GivenWeight<'py>, usize, Option<Bound<'py, PyAny>>);
-/// (A, B, scale), or None where an adapter adds nothing
-type GivenLora<'py> = Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, f32)>;
+/// (A, B, whether B is given by columns, scale), or None where an adapter adds nothing
+type GivenLora<'py> = Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, bool, f32)>;
 /// (norms, norms of heads, window, linear layers from q to down)
 type GivenLayer<'py> = (Vec<Bound<'py, PyAny>>, Vec<Bound<'py, PyAny>>, Option<usize>, Vec<GivenLinear<'py>>);
 
@@ -236,7 +238,12 @@ impl DecoderLayers {
     fn add_adapter(&self, adapter: i32, loras: Vec<GivenLora<'_>>) -> PyResult<()> {
         let mut keep = Keep(Vec::new());
         let mut lora = |given: GivenLora<'_>| -> PyResult<_> {
-            given.map(|(a, b, scale)| Ok(Lora { a: keep.dense(&a)?, b: keep.dense(&b)?, scale })).transpose()
+            given
+                .map(|(a, b, by_columns, scale)| {
+                    let ((a, inputs), (b, outputs)) = (keep.dense(&a, true)?, keep.dense(&b, by_columns)?);
+                    Ok(Lora::new((a, inputs), (b, outputs), by_columns, scale)?)
+                })
+                .transpose()
         };
         let loras = loras.into_iter().map(&mut lora).collect::<PyResult<_>>()?;
         self.layers.write().unwrap_or_else(PoisonError::into_inner).add_adapter(adapter, loras)?;
@@ -270,30 +277,59 @@ impl DecoderLayers {
         pages: &Bound<'_, PyAny>,
         spans: Vec<(i32, usize, usize)>,
     ) -> PyResult<()> {
-        let (x, pages) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("pages", pages)?);
+        let x = Memory::<f32>::of("x", x)?;
         let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
         let positions = Memory::<i32>::of("positions", positions)?;
         let cu_seqlens = Memory::<i32>::of("cu_seqlens", cu_seqlens)?;
         let block_table = Memory::<i32>::of("block_table", block_table)?;
-        let &[_, _, 2, block_tokens, _, _] = pages.shape.as_slice() else {
-            return Err(Error::failure(format!("pages: expected [P, L, 2, B, K, D], got {:?}", pages.shape)).into());
-        };
+        let (pages, block_tokens) = Pages::of(pages)?;
         py.detach(|| {
-            // SAFETY: the caller's tensors live during the call; `x` and `pages` are given to be written and are
-            // nobody else's while the engine's step runs, the rest is given to be read.
-            let (rows, cos, sin, pages, x) = unsafe {
+            // SAFETY: the caller's tensors live during the call; `x` is given to be written and is nobody else's while
+            // the engine's step runs, the rest is given to be read.
+            let (rows, cos, sin, x) = unsafe {
                 let rows = Rows {
                     positions: positions.slice(),
                     cu_seqlens: cu_seqlens.slice(),
                     block_table: block_table.slice(),
                 };
-                (rows, cos.slice(), sin.slice(), pages.slice_mut(), x.slice_mut())
+                (rows, cos.slice(), sin.slice(), x.slice_mut())
             };
             let batch = Batch { cos, sin, rows, spans: &spans };
             let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
-            Team::run(|team| layers.forward(team, batch, block_tokens, pages, x))
+            // SAFETY: as `x`.
+            Team::run(|team| unsafe {
+                match &pages {
+                    Pages::Numbers(pages) => layers.forward(team, batch, block_tokens, pages.slice_mut(), x),
+                    Pages::Codes(pages) => layers.forward(team, batch, block_tokens, pages.slice_mut(), x),
+                }
+            })
         })?;
         Ok(())
+    }
+}
+
+/// A cache as a step may have it.
+enum Pages {
+    Numbers(Memory<f32>),
+    Codes(Memory<u8>),
+}
+
+impl Pages {
+    /// Pages [P, L, 2, B, K, D or bytes], and B.
+    fn of(pages: &Bound<'_, PyAny>) -> PyResult<(Self, usize)> {
+        let found = if pages.getattr("dtype")?.str()? == u8::NAME {
+            Self::Codes(Memory::of("pages", pages)?)
+        } else {
+            Self::Numbers(Memory::of("pages", pages)?)
+        };
+        let shape = match &found {
+            Self::Numbers(pages) => &pages.shape,
+            Self::Codes(pages) => &pages.shape,
+        };
+        let &[_, _, 2, block_tokens, _, _] = shape.as_slice() else {
+            return Err(Error::failure(format!("pages: expected [P, L, 2, B, K, D], got {shape:?}")).into());
+        };
+        Ok((found, block_tokens))
     }
 }
 
@@ -303,7 +339,7 @@ pub(super) struct DecoderStep {
     layers: Py<DecoderLayers>,
     /// Borrows from the tensors that `_tensors` keeps.
     entrance: Entrance<'static>,
-    pages: Memory<f32>,
+    pages: Pages,
     block_tokens: usize,
     _tensors: Vec<Py<PyAny>>,
 }
@@ -322,10 +358,7 @@ impl DecoderStep {
             return Err(Error::failure("embedding: expected a matrix of numbers, got a packed one").into());
         };
         let entrance = Entrance { embedding, cos: keep.vector(&angles.0)?, sin: keep.vector(&angles.1)? };
-        let memory = Memory::<f32>::of("pages", pages)?;
-        let &[_, _, 2, block_tokens, _, _] = memory.shape.as_slice() else {
-            return Err(Error::failure(format!("pages: expected [P, L, 2, B, K, D], got {:?}", memory.shape)).into());
-        };
+        let (memory, block_tokens) = Pages::of(pages)?;
         keep.0.push(pages.clone().unbind());
         Ok(Self { layers, entrance, pages: memory, block_tokens, _tensors: keep.0 })
     }
@@ -375,10 +408,15 @@ impl DecoderStep {
     }
 
     pub(super) fn compute(&self, batch: Tokens<'_>, logits: &mut [f32]) -> crate::Result<()> {
-        // SAFETY: this object keeps the tensor alive, and the pages are the engine's alone while its step runs.
-        let pages = unsafe { self.pages.slice_mut() };
         let layers = self.layers.get().layers.read().unwrap_or_else(PoisonError::into_inner);
-        Team::run(|team| layers.step(team, self.entrance, batch, self.block_tokens, pages, logits))
+        let (entrance, block_tokens) = (self.entrance, self.block_tokens);
+        // SAFETY: this object keeps the tensor alive, and the pages are the engine's alone while its step runs.
+        Team::run(|team| unsafe {
+            match &self.pages {
+                Pages::Numbers(pages) => layers.step(team, entrance, batch, block_tokens, pages.slice_mut(), logits),
+                Pages::Codes(pages) => layers.step(team, entrance, batch, block_tokens, pages.slice_mut(), logits),
+            }
+        })
     }
 }
 
@@ -415,12 +453,13 @@ impl Keep {
         Ok(Matrix::new(kind_called(kind)?, bytes, shape.first().copied().unwrap_or(0), columns)?)
     }
 
-    fn dense(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Matrix<'static>> {
+    /// A matrix's numbers, and its columns or rows.
+    fn dense(&mut self, tensor: &Bound<'_, PyAny>, columns: bool) -> PyResult<(&'static [f32], usize)> {
         let (values, shape) = self.memory::<f32>("weight", tensor)?;
-        let &[rows, columns] = shape.as_slice() else {
-            return Err(Error::failure(format!("expected a matrix, got {shape:?}")).into());
-        };
-        Ok(Matrix::new(crate::quant::Kind::F32, bytemuck::cast_slice(values), rows, columns)?)
+        match shape.as_slice() {
+            &[rows, width] => Ok((values, if columns { width } else { rows })),
+            other => Err(Error::failure(format!("expected a matrix, got {other:?}")).into()),
+        }
     }
 
     fn linear(&mut self, (weight, columns, bias): GivenLinear<'_>) -> PyResult<Linear<'static>> {
@@ -474,15 +513,17 @@ fn paged_attention(
         Memory::<i32>::of("cu_seqlens", cu_seqlens)?,
         Memory::<i32>::of("positions", positions)?,
     ];
-    if pages.getattr("dtype")?.str()? == bf16::NAME {
-        typed::<bf16>(py, q, pages, &rows, out, layer, scale, window)
-    } else {
-        typed::<f32>(py, q, pages, &rows, out, layer, scale, window)
+    let (numbers, kept) = (q.getattr("dtype")?.str()?, pages.getattr("dtype")?.str()?);
+    match (numbers == bf16::NAME, kept == u8::NAME) {
+        (false, false) => typed::<f32, f32>(py, q, pages, &rows, out, layer, scale, window),
+        (true, false) => typed::<bf16, bf16>(py, q, pages, &rows, out, layer, scale, window),
+        (false, true) => typed::<f32, u8>(py, q, pages, &rows, out, layer, scale, window),
+        (true, true) => typed::<bf16, u8>(py, q, pages, &rows, out, layer, scale, window),
     }
 }
 
 #[allow(clippy::too_many_arguments)]
-fn typed<T: Element + Value>(
+fn typed<T: Element + Value, P: Element + Kept>(
     py: Python<'_>,
     q: &Bound<'_, PyAny>,
     pages: &Bound<'_, PyAny>,
@@ -492,16 +533,17 @@ fn typed<T: Element + Value>(
     scale: f32,
     window: Option<usize>,
 ) -> PyResult<()> {
-    let (q, pages, out) = (Memory::<T>::of("q", q)?, Memory::<T>::of("pages", pages)?, Memory::<T>::of("out", out)?);
-    let (&[_, heads, width], &[_, layers, 2, block_tokens, key_value_heads, head_dim]) =
+    let (q, pages, out) = (Memory::<T>::of("q", q)?, Memory::<P>::of("pages", pages)?, Memory::<T>::of("out", out)?);
+    let (&[_, heads, head_dim], &[_, layers, 2, block_tokens, key_value_heads, room]) =
         (q.shape.as_slice(), pages.shape.as_slice())
     else {
         let message =
             format!("expected q [T, H, D] and pages [P, L, 2, B, K, D], got {:?} and {:?}", q.shape, pages.shape);
         return Err(Error::failure(message).into());
     };
-    if width != head_dim {
-        return Err(Error::failure(format!("q: expected heads of {head_dim} numbers, got {width}")).into());
+    if room != P::room(head_dim) {
+        let message = format!("pages: expected {} for a head of {head_dim}, got {room}", P::room(head_dim));
+        return Err(Error::failure(message).into());
     }
     let layout = Layout { layer, layers, block_tokens, heads, key_value_heads, head_dim };
     // SAFETY: the caller's tensors live during the call; `out` is given to be written and is new, the rest to be read.

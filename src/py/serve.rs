@@ -7,7 +7,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use serde_json::Value;
@@ -19,7 +18,7 @@ use crate::decoder::attention::Rows;
 use crate::decoder::step::Tokens;
 use crate::error::{Error, Result};
 use crate::serve::fairness::MAX_PRIORITY;
-use crate::serve::models::Models;
+use crate::serve::models::{Models, NO_ADAPTER};
 use crate::serve::names::Names;
 use crate::serve::prefix::root;
 use crate::serve::{
@@ -45,13 +44,14 @@ struct Engine {
     models: Arc<Models>,
     names: Arc<Names>,
     traffic: Arc<Traffic>,
+    keys: Arc<http::keys::Ring>,
 }
 
 #[pymethods]
 impl Engine {
     #[new]
     #[pyo3(signature = (tokenizer, template, step, workspace, *, name, content, batch_tokens, sequences, waiting,
-        block_tokens, pages, context_tokens, draft_tokens, vocabulary))]
+        block_tokens, pages, page_bytes, context_tokens, draft_tokens, draft_model, vocabulary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         tokenizer: &Tokenizer,
@@ -65,8 +65,10 @@ impl Engine {
         waiting: usize,
         block_tokens: usize,
         pages: usize,
+        page_bytes: u64,
         context_tokens: usize,
         draft_tokens: usize,
+        draft_model: bool,
         vocabulary: usize,
     ) -> PyResult<Self> {
         let (tokenizer, template) = (tokenizer.0.clone(), template.map(|template| template.0.clone()));
@@ -79,6 +81,7 @@ impl Engine {
             pages,
             context_tokens,
             draft_tokens,
+            draft_model,
             vocabulary,
             end_ids,
         };
@@ -86,10 +89,12 @@ impl Engine {
             .try_into()
             .map_err(|given: Vec<_>| Error::failure(format!("workspace: expected 6 tensors, got {}", given.len())))?;
         let shelf = PythonShelf { step: Python::attach(|py| step.clone_ref(py)), base: content.to_owned() };
-        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace }, shelf)?;
+        let engine = crate::serve::Engine::start(limits, PythonStep { step, workspace, drafts: draft_model }, shelf)?;
+        engine.metrics().block_bytes.set(page_bytes);
         let language = Arc::new(Text::new(tokenizer, template));
-        let (models, names, traffic) = (Arc::new(Models::new(name, content)), Arc::default(), Arc::default());
-        Ok(Self { engine, language, models, names, traffic })
+        let (models, names) = (Arc::new(Models::new(name, content)), Arc::default());
+        let (traffic, keys) = (Arc::default(), Arc::default());
+        Ok(Self { engine, language, models, names, traffic, keys })
     }
 
     /// The names that requests may ask for.
@@ -120,6 +125,10 @@ impl Engine {
 
     fn held(&self, adapter: i32) -> bool {
         self.models.held(adapter)
+    }
+
+    fn set_keys(&self, keys: &str) -> PyResult<()> {
+        Ok(self.keys.replace(keys)?)
     }
 
     fn set_alias(&self, name: &str, targets: Vec<(String, u32)>) -> PyResult<()> {
@@ -187,7 +196,7 @@ impl Engine {
     }
 
     #[pyo3(signature = (listener, ready, model, *, body_bytes, upload_bytes, stuck_seconds, api_key = None,
-        keys = None, desk = None, access_log = None, first_token_seconds = None))]
+        desk = None, access_log = None, first_token_seconds = None))]
     #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
@@ -199,7 +208,6 @@ impl Engine {
         upload_bytes: u64,
         stuck_seconds: f64,
         api_key: Option<String>,
-        keys: Option<String>,
         desk: Option<Py<PyAny>>,
         access_log: Option<PathBuf>,
         first_token_seconds: Option<f64>,
@@ -213,7 +221,7 @@ impl Engine {
             host: listener.host.clone(),
             loopback: listener.loopback,
             api_key,
-            keys,
+            keys: Arc::clone(&self.keys),
             body_bytes,
             upload_bytes,
             first_token,
@@ -424,27 +432,22 @@ struct PythonStep {
     step: Py<PyAny>,
     /// i32 tensors: tokens, positions, cu_seqlens, adapter, block table, rows.
     workspace: [Py<PyAny>; 6],
+    /// Whether a smaller model makes drafts.
+    drafts: bool,
 }
 
 impl Step for PythonStep {
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
-        let whole = |py: Python<'_>| -> PyResult<Option<Py<DecoderStep>>> {
-            Ok(self.step.bind(py).getattr(intern!(py, "whole"))?.extract()?)
-        };
-        match Python::attach(whole).map_err(|error| failed(&error))? {
-            Some(whole) if whole.get().all_known(&batch.adapter) => {
-                let step = whole.get();
-                logits.resize(batch.rows.len() * step.vocabulary(), 0.0);
-                let rows = Rows {
-                    positions: &batch.positions,
-                    cu_seqlens: &batch.cu_seqlens,
-                    block_table: &batch.block_table,
-                };
-                let tokens = Tokens { tokens: &batch.tokens, rows, adapters: &batch.adapter, wanted: &batch.rows };
-                step.compute(tokens, logits)
-            }
-            _ => Python::attach(|py| self.call(py, batch, logits)).map_err(|error| failed(&error)),
+        self.compute(("whole", "__call__"), batch, logits)?;
+        if !self.drafts {
+            return Ok(());
         }
+        let same = Batch { adapter: vec![NO_ADAPTER; batch.sequences()], rows: Vec::new(), ..batch.clone() };
+        self.draft(&same, &mut Vec::new())
+    }
+
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        self.compute(("whole_draft", "draft"), batch, logits)
     }
 
     fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {
@@ -508,7 +511,27 @@ fn failed(error: &PyErr) -> Error {
 }
 
 impl PythonStep {
-    fn call(&self, py: Python<'_>, batch: &Batch, logits: &mut Vec<f32>) -> PyResult<()> {
+    /// By the core where the step is one of its own and knows the adapters, else by a method.
+    fn compute(&self, (whole, method): (&str, &str), batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        let found =
+            |py: Python<'_>| -> PyResult<Option<Py<DecoderStep>>> { Ok(self.step.bind(py).getattr(whole)?.extract()?) };
+        match Python::attach(found).map_err(|error| failed(&error))? {
+            Some(whole) if whole.get().all_known(&batch.adapter) => {
+                let step = whole.get();
+                logits.resize(batch.rows.len() * step.vocabulary(), 0.0);
+                let rows = Rows {
+                    positions: &batch.positions,
+                    cu_seqlens: &batch.cu_seqlens,
+                    block_table: &batch.block_table,
+                };
+                let tokens = Tokens { tokens: &batch.tokens, rows, adapters: &batch.adapter, wanted: &batch.rows };
+                step.compute(tokens, logits)
+            }
+            _ => Python::attach(|py| self.call(py, method, batch, logits)).map_err(|error| failed(&error)),
+        }
+    }
+
+    fn call(&self, py: Python<'_>, method: &str, batch: &Batch, logits: &mut Vec<f32>) -> PyResult<()> {
         let parts = [
             ("tokens", &batch.tokens),
             ("positions", &batch.positions),
@@ -529,7 +552,7 @@ impl PythonStep {
         let lengths = PyTuple::new(py, batch.cu_seqlens.windows(2).map(|ends| ends[1] - ends[0]))?;
         let adapters = PyTuple::new(py, &batch.adapter)?;
         let sizes = (batch.tokens.len(), batch.blocks, batch.rows.len(), lengths, adapters);
-        let result = self.step.call1(py, sizes)?;
+        let result = self.step.call_method1(py, method, sizes)?;
         let memory = Memory::<f32>::of("logits", result.bind(py))?;
         // SAFETY: `result` keeps the tensor alive, and nobody else has it.
         let values = unsafe { memory.slice() };

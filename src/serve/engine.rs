@@ -15,7 +15,7 @@ use super::metrics::Metrics;
 use super::request::Request;
 use super::residency::Fetched;
 use super::scheduler::Scheduler;
-use super::step::{Shelf, Step};
+use super::step::{Batch, Shelf, Step};
 use crate::{Error, Result};
 
 /// Takes what an embedding came to.
@@ -285,15 +285,26 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step, errands
         if let Some(batch) = batch.filter(|_| moved) {
             // Before the step: who waits now waits for it.
             publish(shared, &mut scheduler, &mut taken);
-            logits.clear();
+            let planned = batch.tokens.len();
             let start = Instant::now();
-            match step.run(&batch, &mut logits) {
-                Ok(()) => scheduler.apply(&logits),
-                Err(error) => scheduler.fail(&error),
-            }
-            scheduler.took(batch.tokens.len(), start.elapsed());
+            let computed = drafts(&mut scheduler, &mut step, &mut logits, batch).and_then(|batch| {
+                logits.clear();
+                step.run(&batch, &mut logits)?;
+                Ok(batch.tokens.len())
+            });
+            let tokens = match computed {
+                Ok(tokens) => {
+                    scheduler.apply(&logits);
+                    tokens
+                }
+                Err(error) => {
+                    scheduler.fail(&error);
+                    planned
+                }
+            };
+            scheduler.took(tokens, start.elapsed());
             shared.metrics.step_seconds.record(start.elapsed());
-            shared.metrics.batch_tokens.add(batch.tokens.len() as u64);
+            shared.metrics.batch_tokens.add(tokens as u64);
         }
         publish(shared, &mut scheduler, &mut taken);
     }
@@ -305,6 +316,23 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step, errands
         }
     }
     publish(shared, &mut scheduler, &mut taken);
+}
+
+/// The planned batch with what the drafting model guesses, where there is one: a token of each draft at a time.
+pub(super) fn drafts(
+    scheduler: &mut Scheduler,
+    step: &mut impl Step,
+    logits: &mut Vec<f32>,
+    planned: Batch,
+) -> Result<Batch> {
+    let mut batch = planned;
+    while let Some(asked) = scheduler.drafting() {
+        logits.clear();
+        step.draft(&asked, logits)?;
+        scheduler.drafted(logits);
+        batch = scheduler.batch();
+    }
+    Ok(batch)
 }
 
 /// Moves adapters in and out of the pool, and sends for others; `false` when one could not be moved and the batch failed.
@@ -360,7 +388,11 @@ fn publish(shared: &Shared, scheduler: &mut Scheduler, taken: &mut Taken) {
     metrics.running.set(scheduler.running() as u64);
     metrics.blocks_used.set(scheduler.pool().used() as u64);
     metrics.blocks_parked.set(scheduler.pool().parked() as u64);
-    metrics.adapters_resident.set(scheduler.residency().count() as u64);
+    let (adapters, pages) = scheduler.resident();
+    metrics.adapters_resident.set(adapters as u64);
+    metrics.adapters_bytes.set(pages as u64 * metrics.block_bytes.get());
+    let begun = scheduler.begun();
+    metrics.queued(scheduler.priorities(), begun);
     metrics.blocks_idle.set(scheduler.pool().idle() as u64);
     metrics.scheduled(scheduler.counters());
 }
@@ -380,6 +412,7 @@ mod tests {
             pages: 40,
             context_tokens: 60,
             draft_tokens: 0,
+            draft_model: false,
             vocabulary: VOCABULARY,
             end_ids: vec![0],
         };

@@ -26,6 +26,8 @@ pub(crate) struct FakeStep {
     habit: f32,
     block_tokens: usize,
     fail: bool,
+    /// Makes drafts.
+    pub draft: Option<Box<FakeStep>>,
     /// The weights of adapters that were loaded anew under their ids.
     pub weights: HashMap<i32, u64>,
     /// Adapters in the pool, from [`PAGED`] on, with their pages.
@@ -42,6 +44,7 @@ impl FakeStep {
             habit: 0.0,
             block_tokens,
             fail: false,
+            draft: None,
             weights: HashMap::new(),
             installed: HashMap::new(),
             pause: std::time::Duration::ZERO,
@@ -80,6 +83,9 @@ impl Step for FakeStep {
         if std::mem::take(&mut self.fail) {
             return Err(Error::failure("told to"));
         }
+        if let Some(draft) = &mut self.draft {
+            draft.run(&Batch { adapter: vec![-1; batch.sequences()], rows: vec![], ..batch.clone() }, &mut vec![])?;
+        }
         let mut rows = batch.rows.iter().peekable();
         for sequence in 0..batch.sequences() {
             let table = &batch.block_table[sequence * batch.blocks..(sequence + 1) * batch.blocks];
@@ -107,6 +113,11 @@ impl Step for FakeStep {
             }
         }
         Ok(())
+    }
+
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        assert!(batch.adapter.iter().all(|&adapter| adapter == -1));
+        self.draft.as_mut().ok_or_else(|| Error::failure("no draft model"))?.run(batch, logits)
     }
 
     fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {

@@ -19,6 +19,8 @@ pub struct Limits {
     pub context_tokens: usize,
     /// Most tokens of a draft; 0: none are made.
     pub draft_tokens: usize,
+    /// Whether a smaller model makes the drafts; else they are looked up.
+    pub draft_model: bool,
     /// Number of logits of a row.
     pub vocabulary: usize,
     /// Tokens that end an answer.

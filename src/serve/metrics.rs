@@ -2,8 +2,9 @@
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::fairness::MAX_PRIORITY;
 use super::scheduler::Counters;
 
 /// A number that other threads may read at any time.
@@ -59,15 +60,30 @@ impl Durations {
     /// Prometheus' text format.
     pub(super) fn write(&self, text: &mut String, name: &str, help: &str) {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+        self.write_labelled(text, name, "");
+    }
+
+    /// The same without its head, of one of several with a label `name="value"`.
+    fn write_labelled(&self, text: &mut String, name: &str, label: &str) {
+        let comma = if label.is_empty() { "" } else { "," };
+        let braces = if label.is_empty() { String::new() } else { format!("{{{label}}}") };
         let mut sum = 0;
         for (bucket, &bound) in self.buckets.iter().zip(&BOUNDS) {
             sum += bucket.get();
-            let _ = writeln!(text, "{name}_bucket{{le=\"{}\"}} {sum}", bound as f64 / 1e6);
+            let _ = writeln!(text, "{name}_bucket{{{label}{comma}le=\"{}\"}} {sum}", bound as f64 / 1e6);
         }
         let count = self.count.get();
-        let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {count}");
-        let _ = writeln!(text, "{name}_sum {}\n{name}_count {count}", self.microseconds.get() as f64 / 1e6);
+        let _ = writeln!(text, "{name}_bucket{{{label}{comma}le=\"+Inf\"}} {count}");
+        let seconds = self.microseconds.get() as f64 / 1e6;
+        let _ = writeln!(text, "{name}_sum{braces} {seconds}\n{name}_count{braces} {count}");
     }
+}
+
+/// Number of priorities.
+const PRIORITIES: usize = 2 * MAX_PRIORITY as usize + 1;
+
+fn place(priority: i8) -> usize {
+    (i16::from(priority.clamp(-MAX_PRIORITY, MAX_PRIORITY)) + i16::from(MAX_PRIORITY)) as usize
 }
 
 /// Everything that is counted.
@@ -85,8 +101,14 @@ pub struct Metrics {
     pub blocks_parked: Number,
     /// Adapters whose weights are in the pool.
     pub adapters_resident: Number,
+    /// Bytes of their pages.
+    pub adapters_bytes: Number,
+    /// Requests in the queue and what they waited, by priority.
+    queue: [(Number, Durations); PRIORITIES],
     /// Pages there are.
     pub blocks_total: Number,
+    /// Bytes of a page.
+    pub block_bytes: Number,
     /// Requests refused because the queue was full.
     pub refused: Number,
     /// Tokens that steps computed.
@@ -105,6 +127,10 @@ pub struct Metrics {
     preempted: Number,
     prefilled_tokens: Number,
     cached_tokens: Number,
+    cache_hits: Number,
+    adapter_hits: Number,
+    adapter_misses: Number,
+    adapter_evictions: Number,
     generated_tokens: Number,
     drafted_tokens: Number,
     accepted_tokens: Number,
@@ -121,9 +147,21 @@ impl Metrics {
         self.preempted.set(counters.preempted);
         self.prefilled_tokens.set(counters.prefilled_tokens);
         self.cached_tokens.set(counters.cached_tokens);
+        self.cache_hits.set(counters.cache_hits);
+        self.adapter_hits.set(counters.adapter_hits);
+        self.adapter_misses.set(counters.adapter_misses);
+        self.adapter_evictions.set(counters.adapter_evictions);
         self.generated_tokens.set(counters.generated_tokens);
         self.drafted_tokens.set(counters.drafted_tokens);
         self.accepted_tokens.set(counters.accepted_tokens);
+    }
+
+    /// The priorities of the requests that wait, and requests that began: their priority, and when they came.
+    pub(super) fn queued(&self, waiting: impl Iterator<Item = i8>, begun: Vec<(i8, Instant)>) {
+        let mut counts = [0; PRIORITIES];
+        waiting.for_each(|priority| counts[place(priority)] += 1);
+        self.queue.iter().zip(counts).for_each(|((number, _), count)| number.set(count));
+        begun.into_iter().for_each(|(priority, came)| self.queue[place(priority)].1.record(came.elapsed()));
     }
 
     /// Counts an HTTP answer.
@@ -161,6 +199,12 @@ impl Metrics {
                 "prompt tokens that were in the pool already",
                 self.cached_tokens.get(),
             ),
+            (
+                "ftkit_prompt_cache_hits_total",
+                "counter",
+                "requests whose prompt began with tokens in the pool",
+                self.cache_hits.get(),
+            ),
             ("ftkit_generated_tokens_total", "counter", "tokens generated", self.generated_tokens.get()),
             ("ftkit_drafted_tokens_total", "counter", "tokens drafted", self.drafted_tokens.get()),
             ("ftkit_accepted_tokens_total", "counter", "tokens drafted that were right", self.accepted_tokens.get()),
@@ -179,7 +223,27 @@ impl Metrics {
                 "adapters whose weights are in the pool",
                 self.adapters_resident.get(),
             ),
+            ("ftkit_adapters_bytes", "gauge", "bytes of their pages", self.adapters_bytes.get()),
+            (
+                "ftkit_adapter_hits_total",
+                "counter",
+                "requests whose adapter was in the pool when they came to it",
+                self.adapter_hits.get(),
+            ),
+            (
+                "ftkit_adapter_misses_total",
+                "counter",
+                "requests that waited for their adapter to be read",
+                self.adapter_misses.get(),
+            ),
+            (
+                "ftkit_adapter_evictions_total",
+                "counter",
+                "adapters that had to make room for something else",
+                self.adapter_evictions.get(),
+            ),
             ("ftkit_blocks_total", "gauge", "pages of the pool", self.blocks_total.get()),
+            ("ftkit_block_bytes", "gauge", "bytes of a page", self.block_bytes.get()),
         ]
     }
 
@@ -198,6 +262,21 @@ impl Metrics {
             writeln!(text, "# HELP ftkit_http_responses_total HTTP answers\n# TYPE ftkit_http_responses_total counter");
         for (class, number) in ["2xx", "4xx", "5xx"].iter().zip(&self.http) {
             let _ = writeln!(text, "ftkit_http_responses_total{{class=\"{class}\"}} {}", number.get());
+        }
+        let name = "ftkit_queue_waiting";
+        let _ = writeln!(text, "# HELP {name} requests in the queue, by priority\n# TYPE {name} gauge");
+        // a priority that nobody used yet is not told
+        let used = || {
+            let all = (-MAX_PRIORITY..=MAX_PRIORITY).zip(&self.queue);
+            all.filter(|(_, (waiting, wait))| waiting.get() + wait.count() > 0)
+        };
+        for (priority, (waiting, _)) in used() {
+            let _ = writeln!(text, "{name}{{priority=\"{priority}\"}} {}", waiting.get());
+        }
+        let name = "ftkit_queue_seconds";
+        let _ = writeln!(text, "# HELP {name} time in the queue, by priority\n# TYPE {name} histogram");
+        for (priority, (_, wait)) in used() {
+            wait.write_labelled(&mut text, name, &format!("priority=\"{priority}\""));
         }
         self.step_seconds.write(&mut text, "ftkit_step_seconds", "time of a step");
         self.first_token_seconds.write(

@@ -53,6 +53,8 @@ pub struct Moves {
     pub installed: Vec<(i32, Vec<u32>)>,
     /// Adapters that nobody will ask for again.
     pub forgotten: Vec<i32>,
+    /// How many of the evicted had to make room for something else.
+    pub pushed_out: u64,
 }
 
 /// The adapters that live in the pool.
@@ -111,6 +113,7 @@ impl Residency {
                 entry.state = State::Disk;
             }
             self.moves.evicted.push(adapter);
+            self.moves.pushed_out += 1;
         }
     }
 
@@ -240,9 +243,17 @@ impl Residency {
         }
     }
 
-    /// Number of adapters in the pool, used or not.
-    pub fn count(&self) -> usize {
-        self.entries.values().filter(|entry| matches!(entry.state, State::Here(_) | State::Parked)).count()
+    /// Whether the adapter is one that comes from disk.
+    pub fn knows(&self, adapter: i32) -> bool {
+        self.entries.contains_key(&adapter)
+    }
+
+    /// Adapters in the pool, used or not, and their pages.
+    pub fn resident(&self, pool: &BlockPool) -> (usize, usize) {
+        self.entries.iter().fold((0, 0), |(count, pages), (&adapter, entry)| match &entry.state {
+            State::Here(_) | State::Parked => (count + 1, pages + self.pages(adapter, pool)),
+            _ => (count, pages),
+        })
     }
 
     /// The error of a request that the pool is too small for.

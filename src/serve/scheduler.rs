@@ -41,6 +41,14 @@ pub struct Counters {
     pub prefilled_tokens: u64,
     /// Tokens that were in the pool already.
     pub cached_tokens: u64,
+    /// Requests whose prompt began with such tokens.
+    pub cache_hits: u64,
+    /// Requests whose adapter was in the pool when they came to it.
+    pub adapter_hits: u64,
+    /// Requests that waited for their adapter to be read.
+    pub adapter_misses: u64,
+    /// Adapters that had to make room.
+    pub adapter_evictions: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
     /// Tokens drafted.
@@ -62,6 +70,8 @@ pub struct Scheduler {
     counters: Counters,
     /// Seconds that a token took in the last steps.
     pace: f64,
+    /// Requests that began since the last look: their priority, and when they came.
+    begun: Vec<(i8, Instant)>,
 }
 
 impl Scheduler {
@@ -77,6 +87,7 @@ impl Scheduler {
             planned: Vec::new(),
             counters: Counters::default(),
             pace: 0.0,
+            begun: Vec::new(),
         }
     }
 
@@ -123,6 +134,21 @@ impl Scheduler {
         self.counters
     }
 
+    /// Adapters in the pool, used or not, and their pages.
+    pub fn resident(&self) -> (usize, usize) {
+        self.residency.resident(&self.pool)
+    }
+
+    /// Requests that began since the last call: their priority, and when they came.
+    pub fn begun(&mut self) -> Vec<(i8, Instant)> {
+        std::mem::take(&mut self.begun)
+    }
+
+    /// The priorities of the requests that wait.
+    pub fn priorities(&self) -> impl Iterator<Item = i8> {
+        self.queue.iter().map(|sequence| sequence.flow.priority)
+    }
+
     /// The adapters that live in the pool.
     pub fn residency(&mut self) -> &mut Residency {
         &mut self.residency
@@ -130,7 +156,9 @@ impl Scheduler {
 
     /// What the model has to do before the next step.
     pub fn moves(&mut self) -> Moves {
-        self.residency.moves(&mut self.pool)
+        let moves = self.residency.moves(&mut self.pool);
+        self.counters.adapter_evictions += moves.pushed_out;
+        moves
     }
 
     /// An adapter was read from disk, or could not be: then those who wait for it fail.
@@ -217,7 +245,7 @@ impl Scheduler {
     /// The next batch, or none when there is nothing to compute. `wanted`: adapters that others than requests wait for.
     pub fn plan_with(&mut self, wanted: &[i32]) -> Option<Batch> {
         self.planned.clear();
-        self.running.iter_mut().for_each(|sequence| sequence.draft.clear());
+        self.running.iter_mut().for_each(Sequence::undraft);
         let wanted: Vec<i32> =
             self.queue.iter().map(|sequence| sequence.adapter).chain(wanted.iter().copied()).collect();
         self.residency.wish(&wanted);
@@ -271,16 +299,57 @@ impl Scheduler {
         (!self.planned.is_empty()).then(|| self.batch())
     }
 
-    /// Adds drafts to sequences that generate, as long as the step stays small.
+    /// Adds drafts to sequences that generate, or asks for them, as long as the step stays small.
     fn draft(&mut self, budget: usize) {
         let rows: usize = self.planned.iter().map(|planned| planned.1).sum();
         let mut room = budget.min(DRAFT_ROWS.saturating_sub(rows));
         for (index, count, wanted) in &mut self.planned {
             let sequence = &mut self.running[*index];
             if room > 0 && (*count, *wanted) == (1, 1) && sequence.left() == 1 && self.limits.draft_tokens > 0 {
-                sequence.propose(room.min(self.limits.draft_tokens), &mut self.pool);
-                let more = sequence.draft.len();
-                (*count, *wanted, room) = (1 + more, 1 + more, room - more);
+                let most = room.min(self.limits.draft_tokens);
+                if self.limits.draft_model {
+                    sequence.ask(most, &mut self.pool);
+                    room -= sequence.wishes();
+                } else {
+                    sequence.propose(most, &mut self.pool);
+                    let more = sequence.draft.len();
+                    (*count, *wanted, room) = (1 + more, 1 + more, room - more);
+                }
+            }
+        }
+    }
+
+    /// What the drafting model is to compute next for the step that is planned: the last token of each sequence that
+    /// wishes for a draft, or of its draft; none when all is drafted. Its pages have the same numbers as the model's.
+    pub fn drafting(&self) -> Option<Batch> {
+        let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
+        let asking = || self.planned.iter().map(|planned| &self.running[planned.0]).filter(|one| one.wishes() > 0);
+        let length = |sequence: &Sequence| sequence.tokens.len() + sequence.draft.len();
+        batch.blocks = asking().map(|sequence| self.pool.pages_for(length(sequence))).max()?;
+        for sequence in asking() {
+            let last = sequence.draft.last().or_else(|| sequence.tokens.last())?;
+            batch.rows.push(batch.tokens.len() as i32);
+            batch.tokens.push(*last as i32);
+            batch.positions.push(length(sequence) as i32 - 1);
+            batch.cu_seqlens.push(batch.tokens.len() as i32);
+            batch.adapter.push(-1);
+            let pages = &sequence.table.pages()[..self.pool.pages_for(length(sequence))];
+            let row = batch.block_table.len();
+            batch.block_table.extend(pages.iter().map(|&page| page as i32));
+            batch.block_table.resize(row + batch.blocks, 0);
+        }
+        Some(batch)
+    }
+
+    /// Takes the drafting model's logits: a row for each sequence that [`Scheduler::drafting`] named.
+    pub fn drafted(&mut self, logits: &[f32]) {
+        let mut rows = logits.chunks_exact(self.limits.vocabulary);
+        for (index, count, wanted) in &mut self.planned {
+            let sequence = &mut self.running[*index];
+            if sequence.wishes() > 0 {
+                let Some(row) = rows.next() else { return sequence.undraft() };
+                sequence.guessed(row, &self.limits.end_ids);
+                (*count, *wanted) = (1 + sequence.draft.len(), 1 + sequence.draft.len());
             }
         }
     }
@@ -290,6 +359,7 @@ impl Scheduler {
         self.residency.sync(&mut self.pool);
         let Some(sequence) = self.queue.get(waiting) else { return false };
         sequence.passed = !self.residency.ready(sequence.adapter);
+        sequence.missed |= sequence.passed;
         sequence.passed
     }
 
@@ -329,6 +399,16 @@ impl Scheduler {
             self.residency.leave(adapter, &mut self.pool);
             return Ok(None);
         }
+        if sequence.fresh() {
+            if !sequence.first {
+                self.begun.push((sequence.flow.priority, sequence.came));
+            }
+            self.counters.cache_hits += u64::from(sequence.computed > 0);
+            if self.residency.knows(adapter) {
+                self.counters.adapter_misses += u64::from(sequence.missed);
+                self.counters.adapter_hits += u64::from(!sequence.missed);
+            }
+        }
         sequence.admitted();
         Ok(self.queue.take(waiting).map(|mut sequence| {
             sequence.first = false;
@@ -366,7 +446,8 @@ impl Scheduler {
         }
     }
 
-    fn batch(&self) -> Batch {
+    /// The batch that is planned, with the drafts that there are.
+    pub fn batch(&self) -> Batch {
         let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
         // Pages that a sequence needs for what it has and gets now.
         let pages =

@@ -19,6 +19,8 @@ pub(super) struct Sequence {
     pub tokens: Vec<u32>,
     /// What the step that is planned computes beyond them.
     pub draft: Vec<u32>,
+    /// Tokens that a model is still to draft, and the sampler that it is to be guessed with.
+    guess: Option<(usize, Sampler)>,
     trust: Trust,
     /// Tokens of the prompt.
     pub prompt: usize,
@@ -41,6 +43,10 @@ pub(super) struct Sequence {
     pub adapter: i32,
     /// Whom serving it is charged to.
     pub flow: Flow,
+    /// When it came; the metrics alone look at it.
+    pub came: Instant,
+    /// It waited for its adapter to be read.
+    pub missed: bool,
     /// When its first token is due.
     pub deadline: Option<Instant>,
     /// It was admitted before and goes on, or is urgent: before all others.
@@ -78,6 +84,7 @@ impl Sequence {
         chain.extend(&prompt, limits.block_tokens);
         Self {
             draft: Vec::new(),
+            guess: None,
             trust: Trust::default(),
             prompt: prompt.len(),
             computed: 0,
@@ -91,6 +98,8 @@ impl Sequence {
             answer,
             adapter,
             flow: Flow { client, adapter, priority: priority.clamp(-MAX_PRIORITY, MAX_PRIORITY) },
+            came: Instant::now(),
+            missed: false,
             deadline,
             first: urgent,
             passed: false,
@@ -145,6 +154,40 @@ impl Sequence {
         }
     }
 
+    /// Has at most so many tokens drafted by a model, for which it has or gets pages.
+    pub fn ask(&mut self, most: usize, pool: &mut BlockPool) {
+        let room = (self.longest - self.tokens.len()).saturating_sub(1);
+        let most = self.trust.most(most.min(room));
+        let fits = most > 0 && self.table.reserve(pool, self.tokens.len() + most);
+        self.guess = fits.then(|| (most, self.sampler.clone()));
+    }
+
+    /// Tokens that are still to be drafted.
+    pub fn wishes(&self) -> usize {
+        self.guess.as_ref().map_or(0, |(most, _)| most - self.draft.len())
+    }
+
+    /// Drafts a token from a row of the drafting model's logits: the one that the request's sampler, with its own next
+    /// draw, would choose if they were the model's.
+    pub fn guessed(&mut self, logits: &[f32], end_ids: &[u32]) {
+        let Some((_, sampler)) = &mut self.guess else { return };
+        // what follows an end is never looked at, and what can't be chosen is no guess
+        let goes_on = |token: &u32, sampler: &Sampler| sampler.sampling().ignore_end || !end_ids.contains(token);
+        match sampler.choose(logits) {
+            Ok(choice) if goes_on(&choice.token, sampler) => self.draft.push(choice.token),
+            _ => self.guess = None,
+        }
+        if self.wishes() == 0 {
+            self.guess = None;
+        }
+    }
+
+    /// Forgets what was drafted for a step.
+    pub fn undraft(&mut self) {
+        self.draft.clear();
+        self.guess = None;
+    }
+
     /// Takes the next tokens of the answer, from a row of logits after its last token and one after each of its draft; how
     /// many of the draft were right.
     pub fn follow(&mut self, rows: &[&[f32]], end_ids: &[u32]) -> usize {
@@ -163,6 +206,11 @@ impl Sequence {
             self.trust.learn(draft.len(), right);
         }
         right
+    }
+
+    /// Whether it was never admitted before.
+    pub fn fresh(&self) -> bool {
+        self.cached.is_none()
     }
 
     /// It was admitted: from now on it is known what was there already.

@@ -34,6 +34,9 @@ pub trait Step: Send {
     /// Computes the batch and writes `[rows, vocabulary]` logits, cleared before.
     /// An error fails the requests of this batch and no others.
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
+    /// The same by the smaller model that makes drafts, under no adapter; its keys and values have the same pages, and
+    /// `run` writes them for all that it computes. Called only where [`super::Limits::draft_model`] says so.
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
     /// The last hidden state of a text, averaged over its tokens `[hidden]`; the pages stay as they are.
     fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>>;
     /// Writes the weights of an adapter that was fetched to these pages of the pool; batches under it may follow.

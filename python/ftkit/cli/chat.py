@@ -40,6 +40,10 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", metavar="MODEL", help="A smaller model with the same tokens, which guesses the next."),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="FTKIT_API_KEY", help="The server's key, with an address.", show_envvar=True),
@@ -60,7 +64,11 @@ def command(
       echo "What is a ragged batch?" | ftkit chat model.gguf --temperature 0
     """
     from ftkit.engine import Sampling
+    from ftkit.errors import InputError
 
+    remote = model.startswith(("http://", "https://"))
+    if draft is not None and (remote or engine == "llama-cpp"):
+        raise InputError("--draft: expected a model that runs here, in --engine ftkit, got another")
     question = None
     if json or not sys.stdin.isatty():
         question = _question()
@@ -73,11 +81,11 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-    if model.startswith(("http://", "https://")):
+    if remote:
         answering, names = _remote(model, api_key, adapter or [])
         first, rate = None, answering.rate
     else:
-        options: dict[str, Any] = {"runs_dir": runs_dir, "quant": quant, "fast_decode": fast_decode}
+        options: dict[str, Any] = {"runs_dir": runs_dir, "quant": quant, "fast_decode": fast_decode, "draft": draft}
         answering, names, rate = _engine(model, adapter or [], engine, **options)
         first = names[0] if names else None
     try:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,10 +17,6 @@ def command(
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests may ask for by name; repeatable."),
     ] = None,
-    adapters: Annotated[
-        Path | None,
-        typer.Option("--adapters", metavar="DIR", help="Every adapter in this directory, by its folder's name."),
-    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -29,7 +25,9 @@ def command(
     ] = None,
     api_keys: Annotated[
         Path | None,
-        typer.Option("--api-keys", help="A file of keys with their limits; see `ftkit keys`.", show_default=False),
+        typer.Option(
+            "--api-keys", help="A file of keys with their limits (`ftkit keys`); may change.", show_default=False
+        ),
     ] = None,
     state_dir: Annotated[
         Path | None,
@@ -37,7 +35,13 @@ def command(
     ] = None,
     adapter_dir: Annotated[
         Path | None,
-        typer.Option("--adapter-dir", help="Where requests may load adapters from (default: RUNS_DIR)."),
+        typer.Option(
+            "--adapter-dir",
+            metavar="DIR",
+            help="Every adapter in it answers to its folder's name, read when it is needed; the API loads from here "
+            "(not given: from RUNS_DIR).",
+            show_default=False,
+        ),
     ] = None,
     upload_mib: Annotated[int, typer.Option("--upload-mib", min=1, max=65536, help="Largest uploaded file.")] = 512,
     access_log: Annotated[
@@ -54,11 +58,27 @@ def command(
         int | None,
         typer.Option("--pool-mib", min=1, help="Memory for keys and values, in MiB.", show_default=False),
     ] = None,
+    kv_cache: Annotated[
+        Literal["full", "int8"],
+        typer.Option(
+            "--kv-cache", help="int8: keys and values in 8 bits, in a third of the memory, not quite the same."
+        ),
+    ] = "full",
     max_sequences: Annotated[int, typer.Option(min=1, max=256, help="Most answers at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue; then 429.")] = 256,
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", metavar="MODEL", help="A smaller model with the same tokens, which guesses the next."),
+    ] = None,
     draft_tokens: Annotated[
-        int, typer.Option(min=0, max=15, help="Most tokens guessed from what was said before, and checked in one step.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            max=15,
+            help="Most tokens guessed (without --draft: from what was said before) and checked in one step.",
+            show_default="0; 4 with --draft",
+        ),
+    ] = None,
     first_token_seconds: Annotated[
         float | None,
         typer.Option(min=0.001, help="Refuse what can't have its first token in this time.", show_default=False),
@@ -100,8 +120,8 @@ def command(
         if not (name and equals and folder) or name in named:
             raise InputError(f"--adapter: expected NAME=DIR with names of their own, got {pair!r}")
         named[name] = folder
-    if adapters is not None and not adapters.is_dir():
-        raise InputError(f"--adapters: expected a directory, got {adapters}")
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise InputError(f"--adapter-dir: expected a directory, got {adapter_dir}")
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
         raise InputError("--api-key: expected printable ASCII without spaces around it, got another or an empty one")
     # Keys and port first: they fail at once, a model loads for a while.
@@ -120,15 +140,17 @@ def command(
     launched = engine.launch(
         model,
         named,
-        folder=adapters,
+        folder=adapter_dir,
         runs_dir=runs_dir,
         quant=quant,
         fast_decode=fast_decode,
         context_tokens=context,
         pool_bytes=None if pool_mib is None else pool_mib << 20,
+        kv_cache=kv_cache,
         max_sequences=max_sequences,
         max_batch_tokens=max(512, max_sequences),
         max_waiting=max_waiting,
+        draft=draft,
         draft_tokens=draft_tokens,
     )
 
@@ -157,6 +179,7 @@ def command(
             given=given,
             quant=models.scheme_at_rest(source, "cpu", torch.float32) if quant == "auto" else quant,
         )
+        watch = None if api_keys is None else key_file.Watch(api_keys, launched.set_keys)
         try:
             launched.serve(
                 listener,
@@ -170,4 +193,6 @@ def command(
                 first_token_seconds=first_token_seconds,
             )
         finally:
+            if watch is not None:
+                watch.close()
             desk.close()

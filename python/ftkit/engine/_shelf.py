@@ -10,7 +10,7 @@ left untouched: they are what it is charged.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ class Shelf:
             pages = self._plan(book, modules)
         return pages, content
 
+    def without_place(self, adapter: int, text: str) -> str:
+        """A message without the directories above an adapter's own."""
+        folder = self._books[adapter].folder
+        for parent in (folder.absolute().parent, folder.resolve().parent, folder.parent):
+            text = text.replace(f"{parent}/", "")
+        return text
+
     def check(self, adapter: int) -> None:
         """Reads an adapter for its errors. Raises InputError as `fetch` does."""
         try:
@@ -162,12 +169,23 @@ class Shelf:
         lora = _lora(module)
         assert lora is not None  # or it would have no places
         views = []
-        for matrix, (page, at) in zip(lora[:2], places, strict=True):
+        # B by columns: so the core adds them up without lanes to sum over
+        for matrix, (page, at) in zip((lora[0], lora[1].t()), places, strict=True):
             row = self._cache.pool[pages[page]]
-            view = row[at : at + matrix.numel() * 4].view(torch.float32).view(matrix.shape)
-            view.copy_(matrix)
-            views.append(view)
-        return LowRank(views[0], views[1], lora[2])
+            view = row[at : at + matrix.numel() * 4].view(torch.float32)
+            views.append(view.view(matrix.shape))
+            views[-1].copy_(matrix)
+        return LowRank(views[0], views[1].t(), lora[2])
+
+
+def shelved(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The adapters in a directory, by their folders' names in order; of a run, its adapter. No link leads out of it."""
+    for path in sorted(folder.iterdir()):
+        for place in (path, path / "adapter"):
+            parts = (place, place / "adapter_config.json", place / "adapter_model.safetensors")
+            if parts[1].is_file() and not any(part.is_symlink() for part in (path, *parts)):
+                yield path.name, place
+                break
 
 
 def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:

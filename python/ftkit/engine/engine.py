@@ -13,6 +13,8 @@ from typing import Any, Self, TypeAlias
 import torch
 
 from ftkit import _core, models
+from ftkit.engine import _draft
+from ftkit.engine._shelf import shelved
 from ftkit.engine._step import ModelStep
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
@@ -24,6 +26,9 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A raw text (special tokens are parsed), token ids, or the messages of a conversation."""
 
 DEFAULT = Sampling()
+
+KV_CACHES = ("full", "int8")
+"""How keys and values are kept: in the model's dtype, or in codes of 8 bits with scales."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +85,32 @@ class Engine:
         max_sequences: int = 32,
         max_waiting: int = 256,
         context_tokens: int | None = None,
-        draft_tokens: int = 0,
+        draft_tokens: int | None = None,
+        draft: LoadedModel | None = None,
+        kv_cache: str = "full",
         name: str | None = None,
     ) -> None:
         """An engine for `loaded`, known to requests as `name` (its file's name when not given).
 
         `pool_bytes`: memory for keys and values, touched only as it comes into use; room for four full contexts or a
-        quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences`
-        bound a step, `max_waiting` the queue. `draft_tokens`: looks up to so many tokens that probably come next in
-        what was said before, and computes them in one step; answers stay the same, and come faster where they quote.
-        Raises InputError when the pool is too small for anything.
+        quarter of the machine's memory, whichever is less, when not given. `max_batch_tokens` and `max_sequences` bound
+        a step, `max_waiting` the queue. `draft_tokens`: up to so many tokens that probably come next are guessed and
+        computed in one step; answers stay the same. They are looked up in what was said before, which helps where
+        answers quote, or come from a smaller model `draft` with the same tokens (then up to 4 when not given).
+        `kv_cache`: `full` keeps keys and values in the model's dtype, `int8` in codes of 8 bits with scales, 3.6 times
+        smaller, for answers that differ a little. Raises InputError when the pool is too small for anything, or `draft`
+        is not such a model.
         """
         model, config = loaded.model, loaded.config
         context = min(context_tokens or config.context_length, config.context_length)
+        if kv_cache not in KV_CACHES:
+            raise InputError(f"kv_cache: expected {' or '.join(KV_CACHES)}, got {kv_cache!r}")
         sizes: dict[str, Any] = {
             "layers": config.layers,
             "key_value_heads": config.key_value_heads,
             "head_dim": config.head_dim,
             "block_tokens": block_tokens,
-            "dtype": model.dtype,
+            "dtype": model.dtype if kv_cache == "full" else torch.int8,
         }
         page_bytes = PagedCache.page_bytes(**sizes)
         context_pages = -(-context // block_tokens)
@@ -116,7 +128,15 @@ class Engine:
         """Most tokens of a prompt and its answer."""
         cache = PagedCache(page_count=pages, device=model.device, **sizes)
         blocks = min(context_pages, pages)
-        self._step = ModelStep(model, cache, tokens=max_batch_tokens, sequences=max_sequences, blocks=blocks)
+        drafter = None
+        if draft is not None:
+            _draft.check(loaded, draft, context)
+            cache_dtype = draft.model.dtype if kv_cache == "full" else torch.int8
+            drafter = _draft.Drafter(draft, pages=pages, block_tokens=block_tokens, dtype=cache_dtype)
+        if draft_tokens is None:
+            draft_tokens = 0 if draft is None else _draft.TOKENS
+        room = {"tokens": max_batch_tokens, "sequences": max_sequences, "blocks": blocks}
+        self._step = ModelStep(model, cache, **room, drafter=drafter)
         self._core = _core.Engine(
             loaded.tokenizer,
             loaded.template,
@@ -129,8 +149,10 @@ class Engine:
             waiting=max_waiting,
             block_tokens=block_tokens,
             pages=pages,
+            page_bytes=page_bytes,
             context_tokens=context,
             draft_tokens=draft_tokens,
+            draft_model=draft is not None,
             vocabulary=config.vocab_size,
         )
         # Also at the end of the program: the thread must be gone before the interpreter is.
@@ -272,6 +294,11 @@ class Engine:
         """Takes an alias away; whether there was one."""
         return self._core.remove_alias(name)
 
+    def set_keys(self, keys: str) -> None:
+        """The keys that requests over HTTP may bring from now on, as `ftkit.serve.keys` reads them; one that stays as
+        it was goes on with its limits where it is. Raises InputError for what is no list of keys, and keeps the old."""
+        self._core.set_keys(keys)
+
     def describe(self, model: str, fingerprint: str | None) -> None:
         """Notes what a model is made of; answers over HTTP carry it."""
         self._core.describe(model, fingerprint)
@@ -305,6 +332,8 @@ class Engine:
         """
         if body_bytes is None:
             body_bytes = (256 << 10) + 32 * self.context_tokens
+        if keys is not None:
+            self.set_keys(keys)
         # The core notes the signals; Python's own handler must not interrupt the answers under way.
         signals = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, lambda *_: None) for number in signals}
@@ -314,7 +343,6 @@ class Engine:
                 ready,
                 self.default,
                 api_key=api_key,
-                keys=keys,
                 desk=desk,
                 access_log=access_log,
                 body_bytes=body_bytes,
@@ -359,14 +387,16 @@ def launch(
     device: torch.device | str = "cpu",
     quant: str = "auto",
     fast_decode: bool = False,
+    draft: str | Path | None = None,
     **options: Any,
 ) -> Engine:
     """An engine for what a user calls a model, with adapters by name. A run's name brings its adapter, and is then the
     default; the base model keeps its own name. `quant` is how its matrices are held: `auto` is the scheme that a run's
     base was converted to, and else leaves those of a GGUF file in their blocks where the core multiplies with blocks,
     which answers the same to the bit. `folder`: every adapter in it is there under its directory's name, and is read
-    when a request needs it. `fast_decode`: activations are rounded to 8 bits where the matrices are whole numbers,
-    which is faster and answers a little otherwise. `options`: of `Engine`.
+    when a request needs it; of a run, its adapter. `fast_decode`: activations are rounded to 8 bits where the matrices
+    are whole numbers, which is faster and answers a little otherwise. `draft`: a smaller model that makes drafts, in
+    its file's blocks where it has them. `options`: of `Engine`.
     """
     source = models.resolve(model, runs_dir)
     if quant == "auto":
@@ -375,20 +405,29 @@ def launch(
     loaded = models.load(source, dtype=dtype, device=device, quant=quant)
     if fast_decode:
         round_activations(loaded.model)
-    engine = Engine(loaded, name=source.path.stem, **options)
+    drafting = None if draft is None else _load_draft(draft, runs_dir, dtype, device)
+    engine = Engine(loaded, name=source.path.stem, draft=drafting, **options)
     try:
         if source.adapter is not None:
             engine.add_adapter(source.name, source.adapter)
             engine.default = source.name
         for name, path in (with_adapters or {}).items():
             engine.add_adapter(name, path)
-        for path in sorted(folder.iterdir()) if folder is not None else ():
-            if path.is_dir() and path.name not in engine.models:
-                engine.add_adapter(path.name, path, unread=True)
+        for name, path in shelved(folder) if folder is not None else ():
+            if name not in engine.models:
+                engine.add_adapter(name, path, unread=True)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _load_draft(draft: str | Path, runs_dir: str | Path, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
+    """A model for drafts, held as `auto` would. Raises InputError for a run whose adapter it would have to wear."""
+    source = models.resolve(draft, runs_dir)
+    if source.adapter is not None:
+        raise InputError(f"draft: expected a model, got the run {source.name} with an adapter", "merge it first")
+    return models.load(source, dtype=dtype, device=device, quant=models.scheme_at_rest(source, device, dtype))
 
 
 def _close(core: _core.Engine, step: ModelStep) -> None:

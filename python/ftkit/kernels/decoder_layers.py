@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from ftkit import _core
 from ftkit.kernels import operation
 
+KEPT = (torch.float32, torch.uint8)
+"""The core's caches: numbers, or codes of 8 bits with scales."""
+
 
 @operation
 def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> Tensor:
@@ -121,7 +124,9 @@ def whole_step(model: Any, cache: Any) -> _core.DecoderStep | None:
     It computes adapters that it knows, and is good for as long as the model's revision stays the same.
     """
     pages = getattr(cache, "pages", None)
-    if pages is None or model.training or model.device.type != "cpu" or not model.dtype == pages.dtype == torch.float32:
+    if pages is None or model.training or model.device.type != "cpu" or model.dtype != torch.float32:
+        return None
+    if pages.dtype not in KEPT:
         return None
     layers = fused_layers(model)
     if layers is None or not layers.has_head or model.embed_tokens.adapters:
@@ -145,7 +150,7 @@ def supports(dtype: torch.dtype, device: torch.device, batch: Any, cache: Any, m
     pages = getattr(cache, "pages", None)
     if pages is None or torch.is_grad_enabled() or model.training or batch.block_table is None:
         return False
-    return device.type == "cpu" and dtype == pages.dtype == torch.float32
+    return device.type == "cpu" and dtype == torch.float32 and pages.dtype in KEPT
 
 
 def _supports(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: Any, model: Any) -> bool:  # noqa: ARG001
@@ -247,14 +252,16 @@ _UNKNOWN = ()
 
 
 def _lora(module: Any, adapter_id: int, merged: Set[Any] = frozenset()) -> tuple[Any, ...] | None:
-    """(A, B, scale) of an adapter on a linear layer; None where it adds nothing, empty where it is no LoRA."""
+    """(A, B, whether B is given by columns, scale) of an adapter on a linear layer; None where it adds nothing, empty
+    where it is no LoRA."""
     adapter = module.adapter(adapter_id)
     if adapter is None or module in merged:
         return None
     lora = adapter.as_lora()
     if lora is None or adapter.bias is not None or lora[0].dtype != torch.float32:
         return _UNKNOWN
-    return (lora[0].detach(), lora[1].detach(), lora[2])
+    a, b, scale = lora[0].detach(), lora[1].detach(), lora[2]
+    return (a, b, False, scale) if b.is_contiguous() else (a, b.t(), True, scale)
 
 
 def _loras(

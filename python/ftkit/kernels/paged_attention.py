@@ -9,9 +9,9 @@ sequence's token at position p is in slot p % block_tokens of page `block_table[
 head h reads head h // (heads / key_value_heads). Keys and values of the new tokens are in their pages already.
 
 The backends `cpu` (in the core) and `cuda` compute each row by itself: its result depends on its own sequence and on
-nothing else in the batch. They read pages where they are, the core those of float32 and bfloat16; `cuda` has a kernel
-of the tensor core's for long prompts. The reference copies each sequence's pages into one tensor and takes torch's
-attention, which is faster for long prompts on the CPU.
+nothing else in the batch. They read pages where they are, the core those of float32, bfloat16 and 8 bits (see
+`_cache_codes`); `cuda` has a kernel of the tensor core's for long prompts. The reference copies each sequence's pages
+into one tensor and takes torch's attention, which is faster for long prompts on the CPU.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from ftkit import _core
 from ftkit.cuda import launches
 from ftkit.cuda.pages import paged_prefill, takes_prefill
 from ftkit.kernels import _gpu, allows, operation
+from ftkit.kernels._cache_codes import decode
 
 
 @operation
@@ -42,8 +43,9 @@ def paged_attention(
 ) -> Tensor:
     """q [T, heads, head_dim], pages [pages, layers, 2, block_tokens, key_value_heads, head_dim] to q's shape.
 
-    block_table i32 [N, blocks], cu_seqlens i32 [N + 1], positions i32 [T]; on the host: `lengths`, the new tokens of
-    each sequence, and `totals`, its tokens with these. A window counts the token itself.
+    Pages uint8 [..., bytes of a record] hold codes of 8 bits with scales. block_table i32 [N, blocks], cu_seqlens i32
+    [N + 1], positions i32 [T]; on the host: `lengths`, the new tokens of each sequence, and `totals`, its tokens with
+    these. A window counts the token itself.
     """
     del cu_seqlens  # the lengths say the same
     block_tokens = pages.shape[3]
@@ -52,8 +54,10 @@ def paged_attention(
     for sequence, (length, total) in enumerate(zip(lengths, totals, strict=True)):
         begin, end = end, end + length
         table = block_table[sequence, : -(-total // block_tokens)].long()
-        k = keys[table].flatten(0, 1)[:total].transpose(0, 1)  # [key_value_heads, total, head_dim]
-        v = values[table].flatten(0, 1)[:total].transpose(0, 1)
+        k, v = keys[table].flatten(0, 1)[:total], values[table].flatten(0, 1)[:total]
+        if pages.dtype == torch.uint8:
+            k, v = (decode(side, q.shape[-1]).to(q.dtype) for side in (k, v))
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # [key_value_heads, total, head_dim]
         seen = torch.arange(total, device=q.device)
         place = positions[begin:end].unsqueeze(1)
         mask = seen <= place  # [length, total]
@@ -76,7 +80,7 @@ FEW = 4
 
 
 def _supports(q: Tensor, pages: Tensor, *_: object, **__: object) -> bool:
-    numbers = q.dtype == pages.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    numbers = pages.dtype in (q.dtype, torch.uint8) and q.dtype in (torch.float32, torch.bfloat16)
     return numbers and q.device.type == "cpu" and pages.is_contiguous()
 
 

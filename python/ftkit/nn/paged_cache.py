@@ -2,7 +2,8 @@
 
 The pool is a single `uint8` tensor; a page of it holds `block_tokens` tokens of one sequence, for every layer:
 `[layers, 2, block_tokens, key_value_heads, head_dim]`. Which page belongs to whom is decided by the core's scheduler
-and comes with each batch as `block_table`; this file reads and writes where it says.
+and comes with each batch as `block_table`; this file reads and writes where it says. With the dtype int8, a head is a
+record of codes and scales (`kernels/_cache_codes.py`), about 3.6 times smaller than in float32.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ftkit.errors import InputError
+from ftkit.kernels._cache_codes import encode, record_bytes
 from ftkit.kernels.paged_attention import paged_attention
 from ftkit.nn.batch import RaggedBatch
 
@@ -33,7 +35,9 @@ class PagedCache:
 
         Raises InputError when the machine has no room for it.
         """
-        shape = (layers, 2, block_tokens, key_value_heads, head_dim)
+        self._coded = dtype == torch.int8
+        size = record_bytes(head_dim) if self._coded else head_dim
+        shape = (layers, 2, block_tokens, key_value_heads, size)
         page_bytes = math.prod(shape) * dtype.itemsize
         try:
             self.pool = torch.empty((page_count, page_bytes), dtype=torch.uint8, device=device)
@@ -41,7 +45,7 @@ class PagedCache:
             total = page_count * page_bytes
             raise InputError(f"cache: expected room for {total} bytes, got {error}", "make the pool smaller") from error
         self.block_tokens, self.page_count = block_tokens, page_count
-        self.pages = self.pool.view(dtype).view(page_count, *shape)
+        self.pages = self.pool.view(torch.uint8 if self._coded else dtype).view(page_count, *shape)
         self._route: tuple[RaggedBatch, Tensor, Tensor, Tensor, tuple[int, ...]] | None = None
 
     @staticmethod
@@ -49,13 +53,16 @@ class PagedCache:
         *, layers: int, key_value_heads: int, head_dim: int, block_tokens: int = 16, dtype: torch.dtype = torch.float32
     ) -> int:
         """The bytes of a page."""
-        return layers * 2 * block_tokens * key_value_heads * head_dim * dtype.itemsize
+        head_bytes = record_bytes(head_dim) if dtype == torch.int8 else head_dim * dtype.itemsize
+        return layers * 2 * block_tokens * key_value_heads * head_bytes
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, *, scale: float, window: int | None
     ) -> Tensor:
         """Writes k and v [T, key_value_heads, head_dim] to the pages; q [T, heads, head_dim] to the same shape."""
         table, pages, slots, totals = self._places(batch)
+        if self._coded:
+            k, v = encode(k), encode(v)
         self.pages[:, layer, 0].index_put_((pages, slots), k)
         self.pages[:, layer, 1].index_put_((pages, slots), v)
         return paged_attention(

@@ -90,11 +90,15 @@ class Adapters:
             before = self._known.get(name, [])
             if before and before[-1]["hash"] == kept.hash:
                 return self._shown(name)
+            # of the directory of adapters, and not managed so far
+            shelved = not before and name in self._engine.models
             if before and before[-1]["model"] == name:
                 # Of the command line: so that a roll back finds it again.
                 with contextlib.suppress(InputError):
                     contents.keep(self._given[name], room)
             self._move(name, [*before, _generation(kept, lineage, model=f"{name}@{kept.hash[:12]}")])
+            if shelved:
+                self._retire(name)
             self._save()
             return self._shown(name)
 

@@ -7,13 +7,19 @@ admin = false                # may manage adapters, files and jobs, and read the
 models = ["support"]         # that it may ask for; all when not given
 requests_per_minute = 60
 tokens_per_minute = 20000    # of prompts and answers
+
+A server looks at the file every second and takes it over when it has changed; what is wrong then is told on standard
+error, and the keys stay as they were.
 """
 
 import json
 import os
 import re
 import secrets
+import sys
+import threading
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +82,43 @@ def append(path: Path, lines: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Watch:
+    """Reads a file of keys anew whenever it has changed."""
+
+    def __init__(self, path: Path, take: Callable[[str], None], *, seconds: float = 1.0) -> None:
+        """`take` gets the keys of each new state of the file, as `read` gives them; it is looked at every `seconds`."""
+        self._path, self._take, self._seconds = path, take, seconds
+        self._seen = self._state()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="ftkit-keys", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _state(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+    def _work(self) -> None:
+        while not self._ended.wait(self._seconds):
+            state = self._state()
+            if state == self._seen:
+                continue
+            self._seen = state
+            try:
+                self._take(read(self._path))
+            except InputError as error:
+                print(f"warning: {error.message}; the keys stay as they were", file=sys.stderr, flush=True)
+            else:
+                print(f"keys: read anew from {self._path}", file=sys.stderr, flush=True)
 
 
 def _problems(number: int, key: object) -> list[str]:

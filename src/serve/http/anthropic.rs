@@ -10,17 +10,8 @@ use super::parse::{self, Asked};
 use crate::serve::Usage;
 
 /// What clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 9] = [
-    "metadata",
-    "service_tier",
-    "cache_control",
-    "betas",
-    "container",
-    "inference_geo",
-    "speed",
-    "user_profile_id",
-    "workspace_id",
-];
+const IGNORED: [&str; 8] =
+    ["metadata", "cache_control", "betas", "container", "inference_geo", "speed", "user_profile_id", "workspace_id"];
 
 /// A body of `/v1/messages`.
 pub(super) fn parse(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
@@ -50,6 +41,11 @@ fn asked(mut fields: Fields, most: Option<Value>) -> Result<Asked, ApiError> {
         ("stop_sequences", "stop"),
     ] {
         chat.extend(fields.take(name).map(|value| (theirs.to_owned(), value)));
+    }
+    if let Some(tier) = fields.take("service_tier") {
+        // there is no other capacity to buy here: their word for "not in a hurry" is the usual tier
+        let tier = if tier == "standard_only" { json!("default") } else { tier };
+        chat.insert("service_tier".to_owned(), tier);
     }
     // `adaptive` leaves it to the model whether it thinks.
     if fields.take("thinking").is_some_and(|thinking| thinking["type"] != "disabled" && thinking["type"] != "adaptive")

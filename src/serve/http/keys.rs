@@ -4,7 +4,7 @@
 //! bucket of tokens may fall below nothing; then the key waits until it has filled up again.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
@@ -17,7 +17,7 @@ pub fn hashed(key: &str) -> String {
 }
 
 /// A key as it is configured.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 struct Given {
     name: String,
@@ -42,6 +42,8 @@ pub(super) struct Key {
     models: Option<Vec<String>>,
     requests: Option<Bucket>,
     tokens: Option<Bucket>,
+    /// What it was made from.
+    given: Option<Given>,
 }
 
 impl Key {
@@ -54,7 +56,15 @@ impl Key {
 
     /// Everybody, where no key is asked for.
     pub fn anonymous(admin: bool) -> Self {
-        Self { name: "anonymous".to_owned(), hash: None, admin, models: None, requests: None, tokens: None }
+        Self {
+            name: "anonymous".to_owned(),
+            hash: None,
+            admin,
+            models: None,
+            requests: None,
+            tokens: None,
+            given: None,
+        }
     }
 
     /// The only key, with all rights.
@@ -95,7 +105,9 @@ impl Keys {
         let given: Vec<Given> = serde_json::from_str(text)
             .map_err(|error| Error::input(format!("keys: expected a list of keys, got {error}")))?;
         let mut keys = Vec::with_capacity(given.len());
-        for Given { name, hash, admin, models, requests_per_minute, tokens_per_minute } in given {
+        for given in given {
+            let whole = Some(given.clone());
+            let Given { name, hash, admin, models, requests_per_minute, tokens_per_minute } = given;
             let digits = hash.strip_prefix("blake3:").and_then(|digits| blake3::Hash::from_hex(digits).ok());
             let Some(hash) = digits else {
                 return Err(Error::input(format!("keys: {name}: expected blake3: and 64 hexadecimal digits as hash")));
@@ -106,19 +118,9 @@ impl Keys {
                 Some(limit) => Err(Error::input(format!("keys: {name}: expected a limit of at least 1, got {limit}"))),
             };
             let (requests, tokens) = (bucket(requests_per_minute)?, bucket(tokens_per_minute)?);
-            keys.push(Arc::new(Key { name, hash: Some(hash), admin, models, requests, tokens }));
+            keys.push(Arc::new(Key { name, hash: Some(hash), admin, models, requests, tokens, given: whole }));
         }
         Ok(Self(keys))
-    }
-
-    /// One key more.
-    pub fn add(&mut self, key: Key) {
-        self.0.push(Arc::new(key));
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 
     /// The key of this text. Takes as long whether there is one or not, and whichever it is: hashes compare in constant
@@ -132,6 +134,46 @@ impl Keys {
             }
         }
         found
+    }
+}
+
+/// The keys of a server, which may change while it answers.
+#[derive(Debug, Default)]
+pub struct Ring(RwLock<Keys>);
+
+impl Ring {
+    /// These keys, as [`Keys::parse`] reads them, are all from now on. One that is as it was goes on where it is with
+    /// its limits.
+    ///
+    /// # Errors
+    /// They are no keys; then the ones before stay.
+    pub fn replace(&self, text: &str) -> Result<()> {
+        let mut keys = Keys::parse(text)?;
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for key in &mut keys.0 {
+            if let Some(same) = all.0.iter().find(|old| old.given.is_some() && old.given == key.given) {
+                *key = Arc::clone(same);
+            }
+        }
+        // the one of the command line has no entry in a file
+        keys.0.extend(all.0.iter().filter(|key| key.given.is_none()).cloned());
+        *all = keys;
+        Ok(())
+    }
+
+    /// One key more.
+    pub(super) fn add(&self, key: Key) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).0.push(Arc::new(key));
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+
+    /// The key of a text; see [`Keys::find`].
+    pub(super) fn find(&self, text: &str) -> Option<Arc<Key>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).find(text)
     }
 }
 
@@ -189,6 +231,28 @@ mod tests {
         ] {
             assert!(Keys::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn keys_change_and_what_stays_keeps_its_limits() {
+        let entry = |name: &str, limit: u32| {
+            let hash = hashed(name);
+            format!("{{\"name\": \"{name}\", \"hash\": \"{hash}\", \"requests_per_minute\": {limit}}}")
+        };
+        let ring = Ring::default();
+        assert!(ring.is_empty());
+        ring.add(Key::only("boss"));
+        ring.replace(&format!("[{}, {}]", entry("a", 1), entry("b", 1))).unwrap();
+        for name in ["a", "b"] {
+            let key = ring.find(name).unwrap();
+            assert!(key.request().is_ok() && key.request().is_err());
+        }
+        assert!(ring.replace("[{}]").is_err() && ring.find("b").is_some());
+        ring.replace(&format!("[{}, {}]", entry("a", 1), entry("c", 1))).unwrap();
+        assert!(ring.find("b").is_none() && ring.find("c").is_some() && ring.find("boss").unwrap().admin);
+        assert!(ring.find("a").unwrap().request().is_err());
+        ring.replace(&format!("[{}]", entry("a", 2))).unwrap();
+        assert!(ring.find("a").unwrap().request().is_ok() && !ring.is_empty());
     }
 
     #[test]

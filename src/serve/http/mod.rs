@@ -52,7 +52,7 @@ use tokio_stream::StreamExt;
 pub use self::listen::{bind, url};
 
 use self::errors::ApiError;
-use self::keys::{Key, Keys};
+use self::keys::{Key, Ring};
 use self::meter::Caller;
 use super::models::{Model, Models};
 use super::names::Names;
@@ -72,8 +72,8 @@ pub struct Settings {
     pub loopback: bool,
     /// The key that requests must bring.
     pub api_key: Option<String>,
-    /// More keys, as JSON; see [`keys`].
-    pub keys: Option<String>,
+    /// More keys, which may change.
+    pub keys: Arc<Ring>,
     /// Most bytes of a request's body.
     pub body_bytes: usize,
     /// Time in which an answer's first token is due; a request that can't have it by then is refused.
@@ -102,7 +102,7 @@ struct App {
     names: Arc<Names>,
     traffic: Arc<Traffic>,
     settings: Settings,
-    keys: Keys,
+    keys: Arc<Ring>,
     /// Who asks where there are no keys.
     anonymous: Arc<Key>,
     log: Option<log::Log>,
@@ -162,7 +162,7 @@ impl Server {
         models: Arc<Models>,
         settings: Settings,
     ) -> Result<Self> {
-        let mut keys = settings.keys.as_deref().map_or_else(|| Ok(Keys::default()), Keys::parse)?;
+        let keys = Arc::clone(&settings.keys);
         if let Some(text) = &settings.api_key {
             keys.add(Key::only(text));
         }

@@ -10,10 +10,9 @@ use super::parse::{self, Asked};
 use crate::serve::Usage;
 
 /// What clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 10] = [
+const IGNORED: [&str; 9] = [
     "user",
     "metadata",
-    "service_tier",
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -67,7 +66,7 @@ pub(super) fn parse(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
         echo.insert(name.to_owned(), value.clone().unwrap_or(default));
         chat.extend(value.map(|value| (theirs.to_owned(), value)));
     }
-    for name in ["model", "stream", "seed", "top_k", "min_p", "chat_template_kwargs"] {
+    for name in ["model", "stream", "seed", "top_k", "min_p", "service_tier", "chat_template_kwargs"] {
         chat.extend(fields.take(name).map(|value| (name.to_owned(), value)));
     }
     let tools = fields.take("tools").unwrap_or_else(|| json!([]));

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::super::Sampling;
+use super::super::engine::drafts;
 use super::super::fake::{FakeShelf, FakeStep, Listener, PAGED, VOCABULARY, request};
 use super::super::prefix::root;
 use super::super::step::{Shelf, Step};
@@ -15,6 +16,7 @@ fn limits(pages: usize, batch_tokens: usize, sequences: usize) -> Limits {
         pages,
         context_tokens: 60,
         draft_tokens: 0,
+        draft_model: false,
         vocabulary: VOCABULARY,
         end_ids: vec![0],
     }
@@ -45,6 +47,7 @@ fn finish(scheduler: &mut Scheduler, step: &mut FakeStep) {
     let mut logits = Vec::new();
     while !scheduler.idle() {
         let Some(batch) = plan(scheduler, step) else { continue };
+        let batch = drafts(scheduler, step, &mut logits, batch).unwrap();
         logits.clear();
         match step.run(&batch, &mut logits) {
             Ok(()) => scheduler.apply(&logits),
@@ -85,9 +88,13 @@ proptest! {
         batch_tokens in 4usize..40,
         sequences in 1usize..4,
         (draft_tokens, habit) in (0usize..6, prop::sample::select(vec![0.0f32, 3.0, 9.0])),
+        draft_habit in prop::option::of(prop::sample::select(vec![0.0f32, 9.0])),
     ) {
-        let mut scheduler = Scheduler::new(Limits { draft_tokens, ..limits(pages, batch_tokens, sequences) });
+        let draft_model = draft_habit.is_some();
+        let mut scheduler =
+            Scheduler::new(Limits { draft_tokens, draft_model, ..limits(pages, batch_tokens, sequences) });
         let mut step = FakeStep::with_habit(pages, 3, habit);
+        step.draft = draft_habit.map(|habit| Box::new(FakeStep::with_habit(pages, 3, habit)));
         let mut logits = Vec::new();
         let mut listeners = Vec::new();
         (PAGED..PAGED + 5).for_each(|adapter| scheduler.residency().know(adapter));
@@ -97,6 +104,7 @@ proptest! {
             listeners.push(listener);
             for _ in 0..*steps {
                 if let Some(batch) = plan(&mut scheduler, &mut step) {
+                    let batch = drafts(&mut scheduler, &mut step, &mut logits, batch).unwrap();
                     prop_assert!(batch.tokens.len() <= batch_tokens && batch.sequences() <= sequences);
                     logits.clear();
                     step.run(&batch, &mut logits).unwrap();
@@ -482,7 +490,7 @@ fn a_cold_adapter_stalls_nobody_and_comes_when_it_is_there() {
     assert_eq!(scheduler.pool().used(), 6);
     finish(&mut scheduler, &mut step);
     assert_eq!(cold.text(), alone(&[6; 7], &sampling(1, 9), PAGED + 2).text());
-    assert_eq!((scheduler.pool().used(), scheduler.pool().parked(), scheduler.residency().count()), (0, 3, 1));
+    assert_eq!((scheduler.pool().used(), scheduler.pool().parked(), scheduler.resident().0), (0, 3, 1));
     // The next one finds it there, and what was computed under it.
     let again = ask(&mut scheduler, &[6; 7], PAGED + 2);
     steps(&mut scheduler, &mut step, 1);
@@ -501,7 +509,7 @@ fn the_adapter_that_was_used_longest_ago_makes_way() {
         finish(&mut scheduler, &mut step);
         assert_eq!(listener.text(), alone(&[5; 3], &sampling(1, 9), PAGED + adapter).text());
         assert_eq!(scheduler.pool().used(), 0);
-        assert!(scheduler.residency().count() <= resident);
+        assert!(scheduler.resident().0 <= resident);
     }
 }
 
@@ -586,5 +594,34 @@ fn drafts_bring_several_tokens_a_step_and_change_none() {
         }
         assert_eq!(counts[0], 50);
         assert!(counts[1] < 25, "{counts:?} at temperature {temperature}");
+    }
+}
+
+#[test]
+fn a_drafting_model_that_is_the_model_is_always_right() {
+    for temperature in [0.0, 1.0] {
+        let how = Sampling { temperature, ignore_end: true, ..sampling(7, 50) };
+        let limits = Limits { draft_tokens: 4, draft_model: true, ..limits(60, 16, 2) };
+        let mut scheduler = Scheduler::new(limits);
+        let mut step = FakeStep::new(60, 3);
+        step.draft = Some(Box::new(FakeStep::new(60, 3)));
+        // the second finds the first one's pages, and what was drafted must be found in them, too
+        for prompt in [&[3; 8][..], &[3; 8]] {
+            let listener = Listener::default();
+            scheduler.add(request(prompt, how.clone(), -1, &listener));
+            let before = scheduler.counters();
+            finish(&mut scheduler, &mut step);
+            let after = scheduler.counters();
+            assert_eq!(listener.tokens(), alone(prompt, &how, -1).tokens());
+            let drafted = after.drafted_tokens - before.drafted_tokens;
+            assert_eq!(after.accepted_tokens - before.accepted_tokens, drafted);
+            assert!(drafted >= 36, "{drafted} of 50");
+        }
+        // another model's drafts are wrong for an adapter, and change nothing
+        let listener = Listener::default();
+        scheduler.add(request(&[3; 8], how.clone(), 2, &listener));
+        finish(&mut scheduler, &mut step);
+        assert_eq!(listener.tokens(), alone(&[3; 8], &how, 2).tokens());
+        assert_eq!(scheduler.pool().used(), 0);
     }
 }
