@@ -114,6 +114,8 @@ class Engine:
         self.max_waiting = max_waiting
         self.context_tokens = context
         """Most tokens of a prompt and its answer."""
+        self.longest = min(context, pages * block_tokens)
+        """The same, by what the pool holds, too."""
         cache = PagedCache(page_count=pages, device=model.device, **sizes)
         blocks = min(context_pages, pages)
         self._step = ModelStep(model, cache, tokens=max_batch_tokens, sequences=max_sequences, blocks=blocks)
