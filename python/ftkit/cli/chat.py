@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ftkit.cli import print_json
+from ftkit.cli._retriever import Passages, RetrieveBy, RetrieveEvery, Retriever, found, retrieving
 
 
 def command(
@@ -40,6 +41,10 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
+    retriever: Retriever = None,
+    retrieve_by: RetrieveBy = "bm25",
+    retrieve_every: RetrieveEvery = 16,
+    passages: Passages = 1,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="FTKIT_API_KEY", help="The server's key, with an address.", show_envvar=True),
@@ -57,9 +62,12 @@ def command(
 
       ftkit chat http://127.0.0.1:8000
 
+      ftkit chat model.gguf --retriever notes
+
       echo "What is a ragged batch?" | ftkit chat model.gguf --temperature 0
     """
     from ftkit.engine import Sampling
+    from ftkit.errors import InputError
 
     question = None
     if json or not sys.stdin.isatty():
@@ -73,7 +81,12 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-    if model.startswith(("http://", "https://")):
+    remote = model.startswith(("http://", "https://"))
+    if retriever is not None and (remote or engine != "ftkit"):
+        given = "an address" if remote else f"--engine {engine}"
+        raise InputError(f"--retriever: expected a model that answers here, got {given}")
+    collection = None if retriever is None else found(retriever, retrieve_by)
+    if remote:
         answering, names = _remote(model, api_key, adapter or [])
         first, rate = None, answering.rate
     else:
@@ -81,6 +94,8 @@ def command(
         answering, names, rate = _engine(model, adapter or [], engine, **options)
         first = names[0] if names else None
     try:
+        if collection is not None:
+            answering = retrieving(answering, collection, retrieve_by, retrieve_every, passages, runs_dir)
         from ftkit.cli._chat import Chat, one_shot
 
         if question is None:

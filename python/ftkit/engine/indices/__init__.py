@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from ftkit import plugins
 from ftkit.config.cache import cache_directory
-from ftkit.engine.indices._encoder import Encoder
+from ftkit.engine.indices._encoder import Encoder, encoder_of
 from ftkit.engine.indices._passages import Collection, Passage, read
 from ftkit.errors import FtkitError
 
-__all__ = ["Collection", "Encoder", "Index", "Passage", "open_index", "read"]
+__all__ = ["Collection", "Encoder", "Index", "Passage", "encoder_of", "open_index", "read"]
 
 _FORM = 1
 """Changes when what an index consists of does."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftkit.engine.engine import Engine
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
 
@@ -51,3 +52,10 @@ class Encoder:
             hidden = model(RaggedBatch.pack(rows, device=model.device)).float()  # [tokens, d]
             means = torch.stack([part.mean(0) for part in hidden.split([len(row) for row in rows])])
             return torch.nn.functional.normalize(means, dim=1).cpu()
+
+
+def encoder_of(model: LoadedModel | Engine) -> Encoder:
+    """What embeds with a model, or with the one that an engine serves, between its steps."""
+    if isinstance(model, Engine):
+        return Encoder(model.loaded, model._step.lock)
+    return Encoder(model)
