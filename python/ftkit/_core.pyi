@@ -187,6 +187,27 @@ class DecoderLayers:
         go, float32 [rows, vocabulary].
         """
 
+class DecoderStep:
+    """A decoder's step over a pool of pages, from token ids to logits."""
+
+    def __new__(
+        cls, layers: DecoderLayers, embedding: tuple[Any, int], angles: tuple[Tensor, Tensor], pages: Tensor
+    ) -> DecoderStep:
+        """`embedding`: (a matrix as a linear layer's, its width); `angles`: cos and sin of every position, float32
+        [positions, head_dim / 2]; `pages` float32 [P, L, 2, B, K, D]."""
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        adapters: Sequence[int],
+        block_table: Tensor,
+        rows: Tensor,
+        logits: Tensor,
+    ) -> None:
+        """Writes the float32 logits [rows, vocabulary] of a batch to `logits`; i32 tensors, as a ragged batch has
+        them."""
+
 def quant_formats() -> list[tuple[str, int, int]]:
     """The block formats: (name, values in a block, bytes of a block)."""
 

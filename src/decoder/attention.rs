@@ -10,6 +10,7 @@
 //! Sums run over s in order, so a row's result depends on its own sequence and on nothing else in the batch, whatever
 //! the number of threads. Sums are in float32.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use bytemuck::Pod;
@@ -134,13 +135,15 @@ pub fn paged_attention<T: Value>(
             let end = rows.positions[query / group] as usize + 1;
             (window.map_or(0, |window| end.saturating_sub(window)), end)
         });
-        let scaled = queries.clone().flat_map(|query| q[at(query)..][..layout.head_dim].iter());
-        let scaled = scaled.map(|value| value.wide() * scale).collect::<Vec<_>>();
+        let mut scaled = Vec::with_capacity(queries.len() * layout.head_dim);
+        for query in queries.clone() {
+            scaled.extend(q[at(query)..][..layout.head_dim].iter().map(|value| value.wide() * scale));
+        }
         let found = head.attend(Path::best(), &scaled, &spans.collect::<Vec<_>>());
         for (query, found) in queries.clone().zip(found.chunks_exact(layout.head_dim)) {
-            let found: Vec<T> = found.iter().map(|&value| T::narrow(value)).collect();
             // SAFETY: each query of each head is one task's.
-            unsafe { out.write(at(query), &found) };
+            let out = unsafe { out.part(at(query)..at(query) + layout.head_dim) };
+            out.iter_mut().zip(found).for_each(|(out, &value)| *out = T::narrow(value));
         }
     });
     Ok(())
@@ -192,6 +195,18 @@ fn check(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> R
     Ok(())
 }
 
+/// What a thread writes before it reads, kept from one task to the next.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    columns: Vec<f32>,
+    wide: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 /// One head of one sequence's keys and values.
 struct Head<'a, T> {
     pool: &'a [T],
@@ -207,21 +222,42 @@ impl<T: Value> Head<'_, T> {
         let low = spans.iter().map(|span| span.0).min().unwrap_or(0);
         let high = spans.iter().map(|span| span.1).max().unwrap_or(0);
         let count = high - low;
-        let mut scores = vec![0.0; spans.len() * count];
-        let mut wide = vec![0.0; CHUNK * dim];
-        let mut found = [[0.0; 4]; ROWS];
-        self.chunks(low..high, 0, &mut wide, |positions, keys| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch { scores, columns, wide } = scratch;
+            scores.resize(scores.len().max(spans.len() * count), 0.0);
+            columns.resize(dim * CHUNK, 0.0);
+            wide.resize(dim * CHUNK, 0.0);
+            self.attend_with(path, queries, spans, low..high, &mut scores[..spans.len() * count], columns, wide)
+        })
+    }
+
+    /// The same, with room for scores `[queries, positions]`, for keys by columns, and for values in float32.
+    #[allow(clippy::too_many_arguments)]
+    fn attend_with(
+        &self,
+        path: Path,
+        queries: &[f32],
+        spans: &[(usize, usize)],
+        positions: Range<usize>,
+        scores: &mut [f32],
+        columns: &mut [f32],
+        wide: &mut [f32],
+    ) -> Vec<f32> {
+        let (dim, low, high) = (self.layout.head_dim, positions.start, positions.end);
+        let count = high - low;
+        self.chunks(low..high, 0, wide, |positions, keys| {
+            path.transpose(keys, dim, columns, CHUNK);
+            let columns: Vec<&[f32]> = columns.chunks_exact(CHUNK).collect();
+            let at = positions.start - low;
             for (tile, (queries, spans)) in queries.chunks(ROWS * dim).zip(spans.chunks(ROWS)).enumerate() {
                 if spans.iter().all(|span| span.1 <= positions.start || span.0 >= positions.end) {
                     continue;
                 }
-                for (four, keys) in keys.chunks(4).enumerate() {
-                    path.dots(queries, std::array::from_fn(|i| keys[i.min(keys.len() - 1)]), dim, &mut found);
-                    let at = positions.start - low + 4 * four;
-                    for (query, found) in found.iter().take(spans.len()).enumerate() {
-                        let scores = &mut scores[(tile * ROWS + query) * count + at..];
-                        scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
-                    }
+                let mut found = [0.0; ROWS * CHUNK];
+                path.weighted(queries, dim, &columns, CHUNK, &mut found[..spans.len() * CHUNK]);
+                for (query, found) in found.chunks_exact(CHUNK).take(spans.len()).enumerate() {
+                    let scores = &mut scores[(tile * ROWS + query) * count + at..];
+                    scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
                 }
             }
         });
@@ -229,7 +265,7 @@ impl<T: Value> Head<'_, T> {
             math::softmax(&mut scores[first - low..end - low]);
         }
         let mut sums = vec![0.0; spans.len() * dim];
-        self.chunks(low..high, 1, &mut wide, |positions, values| {
+        self.chunks(low..high, 1, wide, |positions, values| {
             let tiles = sums.chunks_mut(ROWS * dim).zip(spans.chunks(ROWS)).zip(scores.chunks(ROWS * count));
             for ((sums, spans), shares) in tiles {
                 // what all queries see at once, and before and after that each what it sees alone

@@ -9,6 +9,7 @@
 
 pub mod attention;
 mod math;
+pub mod step;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -199,6 +200,11 @@ impl<'a> Layers<'a> {
     /// Takes an adapter off the layers.
     pub fn remove_adapter(&mut self, adapter: i32) {
         self.loras.remove(&adapter);
+    }
+
+    /// Whether rows under this adapter can be computed: -1 is none.
+    pub fn knows(&self, adapter: i32) -> bool {
+        adapter < 0 || self.loras.contains_key(&adapter)
     }
 
     /// What the adapters of the spans add to the linear layers from this number on.

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use super::quant::kind_called;
 use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
+use crate::decoder::step::{Entrance, Tokens};
 use crate::decoder::{Batch, Head, Layer, Layers, Linear, Lora, Weight};
 use crate::error::Error;
 use crate::quant::coded::{Numbers, Table};
@@ -18,6 +19,7 @@ use crate::team::{self, Team};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<DecoderLayers>()?;
+    module.add_class::<DecoderStep>()?;
     module.add_class::<PackedMatrix>()?;
     module.add_class::<CodedMatrix>()?;
     module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
@@ -304,6 +306,86 @@ impl DecoderLayers {
             })
         })?;
         Ok(())
+    }
+}
+
+/// A decoder's step over a pool of pages, from token ids to logits.
+#[pyclass(module = "ftkit._core", frozen)]
+pub(super) struct DecoderStep {
+    layers: Py<DecoderLayers>,
+    /// Borrows from the tensors that `_tensors` keeps.
+    entrance: Entrance<'static>,
+    pages: Memory<f32>,
+    block_tokens: usize,
+    _tensors: Vec<Py<PyAny>>,
+}
+
+#[pymethods]
+impl DecoderStep {
+    #[new]
+    fn new(
+        layers: Py<DecoderLayers>,
+        embedding: (GivenWeight<'_>, usize),
+        angles: (Bound<'_, PyAny>, Bound<'_, PyAny>),
+        pages: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let mut keep = Keep(Vec::new());
+        let Weight::Exact(embedding) = keep.linear((embedding.0, embedding.1, None))?.weight else {
+            return Err(Error::failure("embedding: expected a matrix of numbers, got a packed one").into());
+        };
+        let entrance = Entrance { embedding, cos: keep.vector(&angles.0)?, sin: keep.vector(&angles.1)? };
+        let memory = Memory::<f32>::of("pages", pages)?;
+        let &[_, _, 2, block_tokens, _, _] = memory.shape.as_slice() else {
+            return Err(Error::failure(format!("pages: expected [P, L, 2, B, K, D], got {:?}", memory.shape)).into());
+        };
+        keep.0.push(pages.clone().unbind());
+        Ok(Self { layers, entrance, pages: memory, block_tokens, _tensors: keep.0 })
+    }
+
+    /// Writes the float32 logits [rows, vocabulary] of a batch to `logits`; i32 tensors, as the engine has them.
+    #[allow(clippy::too_many_arguments)]
+    fn run(
+        &self,
+        py: Python<'_>,
+        tokens: &Bound<'_, PyAny>,
+        positions: &Bound<'_, PyAny>,
+        cu_seqlens: &Bound<'_, PyAny>,
+        adapters: Vec<i32>,
+        block_table: &Bound<'_, PyAny>,
+        rows: &Bound<'_, PyAny>,
+        logits: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (tokens, positions) = (Memory::<i32>::of("tokens", tokens)?, Memory::<i32>::of("positions", positions)?);
+        let cu_seqlens = Memory::<i32>::of("cu_seqlens", cu_seqlens)?;
+        let block_table = Memory::<i32>::of("block_table", block_table)?;
+        let (wanted, logits) = (Memory::<i32>::of("rows", rows)?, Memory::<f32>::of("logits", logits)?);
+        // SAFETY: the caller's tensors live during the call; `logits` is new and given to be written, the rest to be read.
+        let (batch, logits) = unsafe {
+            let rows =
+                Rows { positions: positions.slice(), cu_seqlens: cu_seqlens.slice(), block_table: block_table.slice() };
+            (Tokens { tokens: tokens.slice(), rows, adapters: &adapters, wanted: wanted.slice() }, logits.slice_mut())
+        };
+        Ok(py.detach(|| self.compute(batch, logits))?)
+    }
+}
+
+impl DecoderStep {
+    /// Whether all of these adapters can be computed here.
+    pub(super) fn knows(&self, adapters: &[i32]) -> bool {
+        let layers = self.layers.get().layers.read().unwrap_or_else(PoisonError::into_inner);
+        adapters.iter().all(|&adapter| layers.knows(adapter))
+    }
+
+    /// Numbers in a row of logits.
+    pub(super) fn vocabulary(&self) -> usize {
+        self.entrance.embedding.rows()
+    }
+
+    pub(super) fn compute(&self, batch: Tokens<'_>, logits: &mut [f32]) -> crate::Result<()> {
+        // SAFETY: this object keeps the tensor alive, and the pages are the engine's alone while its step runs.
+        let pages = unsafe { self.pages.slice_mut() };
+        let layers = self.layers.get().layers.read().unwrap_or_else(PoisonError::into_inner);
+        Team::run(|team| layers.step(team, self.entrance, batch, self.block_tokens, pages, logits))
     }
 }
 

@@ -7,12 +7,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use serde_json::Value;
 
+use super::decoder::DecoderStep;
 use super::tensor::Memory;
 use super::text::{ChatTemplate, Tokenizer};
+use crate::decoder::attention::Rows;
+use crate::decoder::step::Tokens;
 use crate::error::{Error, Result};
 use crate::serve::fairness::MAX_PRIORITY;
 use crate::serve::models::Models;
@@ -414,7 +418,8 @@ fn shown(delta: Delta, reason: Option<&'static str>, usage: Option<(usize, usize
     (delta.text, tokens, reason, usage)
 }
 
-/// The model's step as a Python function over tensors that Python made.
+/// The model's step: one call into the core where the model can be computed so, and otherwise a Python function over
+/// tensors that Python made.
 struct PythonStep {
     step: Py<PyAny>,
     /// i32 tensors: tokens, positions, cu_seqlens, adapter, block table, rows.
@@ -423,7 +428,23 @@ struct PythonStep {
 
 impl Step for PythonStep {
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
-        Python::attach(|py| self.call(py, batch, logits)).map_err(|error| failed(&error))
+        let whole = |py: Python<'_>| -> PyResult<Option<Py<DecoderStep>>> {
+            Ok(self.step.bind(py).getattr(intern!(py, "whole"))?.extract()?)
+        };
+        match Python::attach(whole).map_err(|error| failed(&error))? {
+            Some(whole) if whole.get().knows(&batch.adapter) => {
+                let step = whole.get();
+                logits.resize(batch.rows.len() * step.vocabulary(), 0.0);
+                let rows = Rows {
+                    positions: &batch.positions,
+                    cu_seqlens: &batch.cu_seqlens,
+                    block_table: &batch.block_table,
+                };
+                let tokens = Tokens { tokens: &batch.tokens, rows, adapters: &batch.adapter, wanted: &batch.rows };
+                step.compute(tokens, logits)
+            }
+            _ => Python::attach(|py| self.call(py, batch, logits)).map_err(|error| failed(&error)),
+        }
     }
 
     fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {

@@ -19,7 +19,7 @@ pub(super) const TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1,
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 128, offsets: false, narrow: false, half: true, split });
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, half: true, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

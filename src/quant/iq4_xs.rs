@@ -18,7 +18,7 @@ pub(super) const BYTES: usize = 136;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 128, offsets: false, narrow: false, half: false, split });
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, half: false, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

@@ -16,7 +16,7 @@ pub(super) const BYTES: usize = 110;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 16, zero: 4, offsets: false, narrow: true, half: false, split });
+    Some(IntegerForm { group: 16, zero: 4, offsets: false, bits: 4, half: false, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

@@ -19,7 +19,7 @@ type Grid = search::Integers<-8, 7>;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 8, offsets: false, narrow: true, half: true, split });
+    Some(IntegerForm { group: 32, zero: 8, offsets: false, bits: 4, half: true, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

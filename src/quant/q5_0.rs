@@ -17,7 +17,7 @@ type Grid = search::Integers<-16, 15>;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 16, offsets: false, narrow: false, half: true, split });
+    Some(IntegerForm { group: 32, zero: 16, offsets: false, bits: 5, half: true, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

@@ -15,7 +15,7 @@ pub(super) const BYTES: usize = 176;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 0, offsets: true, narrow: false, half: false, split });
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, bits: 5, half: false, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

@@ -17,7 +17,7 @@ pub(super) const BYTES: usize = 210;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 16, zero: 32, offsets: false, narrow: false, half: false, split });
+    Some(IntegerForm { group: 16, zero: 32, offsets: false, bits: 6, half: false, split });
 
 fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };

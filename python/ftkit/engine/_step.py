@@ -1,11 +1,16 @@
 """The engine's step: one forward pass over a ragged batch, for whichever requests the scheduler put in it."""
 
+import os
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ftkit import _core
 from ftkit.engine._shelf import Shelf
+from ftkit.kernels import PIN, allows
+from ftkit.kernels.decoder_layers import whole_step
 from ftkit.kernels.next_logits import next_logits
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder
@@ -21,8 +26,20 @@ class ModelStep:
         self.shelf = Shelf(model, cache)
         self.lock = threading.Lock()
         """Held during a step; whoever changes the model's adapters holds it too."""
+        self._positions = blocks * cache.block_tokens
+        self._whole: tuple[tuple[Any, ...], _core.DecoderStep | None] | None = None
         sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, tokens)
         self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
+
+    @property
+    def whole(self) -> _core.DecoderStep | None:
+        """The step as one call into the core, which then computes batches of the base and of adapters that it knows
+        there, and others here; None where it has none."""
+        now = (self.model.revision, os.environ.get(PIN))
+        if self._whole is None or self._whole[0] != now:
+            step = whole_step(self.model, self.cache, self._positions) if allows("fused") else None
+            self._whole = (now, step)
+        return self._whole[1]
 
     def __call__(
         self, tokens: int, blocks: int, rows: int, lengths: tuple[int, ...], adapters: tuple[int, ...]

@@ -48,6 +48,10 @@ class _Fused:
     """Under all adapters but those left out (None), or under one or the base alone; None where the core cannot."""
     left_out: set[int]
     """Adapters that the core cannot compute beside others."""
+    revision: tuple[int, int] | None = None
+    """Of the model when it was last looked at."""
+    step: tuple[Any, _core.DecoderStep] | None = None
+    """The step over a cache of pages."""
 
     def current(self) -> bool:
         """Whether the model still has these weights."""
@@ -61,7 +65,7 @@ class _Fused:
         if not gone and not new:
             return
         together = self.layers.get(None)
-        self.adapters, self.layers = now, {}
+        self.adapters, self.layers, self.step = now, {}, None
         if together is not None:
             self.layers[None] = together
             for key in gone:
@@ -83,6 +87,9 @@ def fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLaye
     """The core's view of the layers under all adapters that it can compute beside others, or under one or the base
     alone; None where it has none."""
     found: _Fused | None = getattr(model, "_fused", None)
+    revision = model.revision
+    if found is not None and found.revision == revision and adapter_id in found.layers:
+        return found.layers[adapter_id]
     if found is None or not found.current():
         found = _Fused(
             weights=[(linear._modules, linear.weight) for linear in model.linears().values()],
@@ -92,6 +99,7 @@ def fused_layers(model: Any, adapter_id: int | None = None) -> _core.DecoderLaye
         )
         object.__setattr__(model, "_fused", found)  # no part of the module's state
     found.follow(model)
+    found.revision = revision
     if adapter_id not in found.layers:
         layers = found.layers[adapter_id] = _build(model, adapter_id)
         if layers is not None and adapter_id is None:
@@ -105,6 +113,28 @@ def together(model: Any, batch: Any) -> _core.DecoderLayers | None:
     layers = fused_layers(model)
     alone = model._fused.left_out
     return None if alone and any(adapter_id in alone for adapter_id, _, _ in batch.routes.spans) else layers
+
+
+def whole_step(model: Any, cache: Any, positions: int) -> _core.DecoderStep | None:
+    """The core's step from token ids to logits, over a cache, of sequences of up to so many tokens; None where the core
+    has none. It computes adapters that it knows, and is good for as long as the model's revision stays the same."""
+    pages = getattr(cache, "pages", None)
+    if pages is None or model.training or model.device.type != "cpu" or not model.dtype == pages.dtype == torch.float32:
+        return None
+    layers = fused_layers(model)
+    if layers is None or not layers.has_head or model.embed_tokens.adapters:
+        return None
+    found: _Fused = model._fused
+    if found.step is None or found.step[0] is not cache:
+        embedding = model.embed_tokens.weight.stored()
+        if embedding is None or isinstance(embedding, _core.PackedMatrix):
+            return None
+        with torch.inference_mode():
+            angles = model.rotary(torch.arange(positions, dtype=torch.int32), torch.float32)
+        flat = [angle.contiguous().view(-1) for angle in angles]
+        width = model.config.hidden_size
+        found.step = (cache, _core.DecoderStep(layers, (embedding, width), (flat[0], flat[1]), pages))
+    return found.step[1]
 
 
 def supports(dtype: torch.dtype, device: torch.device, batch: Any, cache: Any, model: Any) -> bool:

@@ -136,6 +136,20 @@ class Layer(nn.Module):
         return output
 
 
+class Attachments(dict[int, Any]):
+    """What is known of a model's adapters by their ids, and how often that changed."""
+
+    changes = 0
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.changes += 1
+
+    def __delitem__(self, key: int) -> None:
+        super().__delitem__(key)
+        self.changes += 1
+
+
 class Decoder(nn.Module):
     """The model: `forward` to the hidden states after the final norm, `head` from these to logits."""
 
@@ -144,7 +158,7 @@ class Decoder(nn.Module):
         self.config = config
         self.recomputed_layers = 0  # of the first layers, the activations are recomputed in the backward pass
         self.fingerprint: str | None = None  # of the weights that were loaded
-        self.attached: dict[int, Any] = {}  # what `adapters` knows of the adapters by their ids
+        self.attached = Attachments()  # what `adapters` knows of the adapters by their ids
         self.embed_tokens = make.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer, make) for layer in range(config.layers))
         self.norm = make.norm("model.norm", config.hidden_size)
@@ -212,6 +226,11 @@ class Decoder(nn.Module):
             if isinstance(module, Linear) and module.bias is not None:
                 found[f"{name}.bias"] = module.bias.detach()
         return found
+
+    @property
+    def revision(self) -> tuple[int, int]:
+        """Another one whenever a linear layer has another weight, or the model other adapters."""
+        return Linear.replaced, self.attached.changes
 
     @property
     def dtype(self) -> torch.dtype:

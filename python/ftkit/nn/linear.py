@@ -10,7 +10,7 @@ each other.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,8 @@ class Linear(nn.Module):
     """A linear layer under its published name, with its adapters by id."""
 
     weight: Weight
+    replaced: ClassVar[int] = 0
+    """How often a weight was put in place, in any layer: whoever keeps what follows from weights looks at it."""
 
     def __init__(self, name: str, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -178,6 +180,11 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.adapters = nn.ModuleDict()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            Linear.replaced += 1
+        super().__setattr__(name, value)
 
     @property
     def shape(self) -> tuple[int, int]:

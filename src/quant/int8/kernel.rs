@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{IntegerForm, Rounded, STEP, TILE};
+use super::{IntegerForm, PLANE, ROWS, Rounded, STEP, TILE};
 use crate::quant::scales::wide;
 use crate::team::{Shared, Team};
 
@@ -20,44 +20,50 @@ pub enum Path {
     Vnni,
 }
 
-/// x as the kernels take it, for matrices of one format.
+/// x as the kernels take it, for matrices of one format; in panels, as [`Rounded`] is.
 pub(super) struct Inputs<'a> {
-    /// a `[count, columns]`.
-    codes: &'a [i8],
-    /// s `[count, columns / 32]`.
-    scales: &'a [f32],
-    /// −z Σ a `[count, columns / group]`.
+    rounded: &'a Rounded,
+    /// −z Σ a `[panels, steps, groups, ROWS]`.
     starts: Vec<i32>,
-    /// s Σ a `[count, columns / group]`; empty without offsets.
+    /// s Σ a `[panels, steps, groups, ROWS]`; empty without offsets.
     sums: Vec<f32>,
 }
 
 impl<'a> Inputs<'a> {
     pub(super) fn new(team: &Team, rounded: &'a Rounded, integers: &IntegerForm) -> Self {
-        let (parts, groups) = (integers.group / 16, integers.groups());
-        let count = rounded.sums.len() / parts;
-        let mut starts = vec![0; count];
-        let mut sums = vec![0.0; if integers.offsets { count } else { 0 }];
+        let size = integers.groups() * ROWS;
+        let places = rounded.scales.len() / ROWS;
+        let mut starts = vec![0; places * size];
+        let mut sums = vec![0.0; if integers.offsets { places * size } else { 0 }];
         let (all_starts, all_sums) = (Shared::new(&mut starts), Shared::new(&mut sums));
-        let run = count.div_ceil(team.tasks(count, 1 << 13));
-        team.each(count.div_ceil(run.max(1)), &|task| {
-            let places = task * run..count.min((task + 1) * run);
-            // SAFETY: each place is one task's.
-            let starts = unsafe { all_starts.part(places.clone()) };
-            let found = rounded.sums[places.start * parts..].chunks_exact(parts).map(|sums| sums.iter().sum::<i32>());
-            starts.iter_mut().zip(found).for_each(|(start, sum)| *start = sum);
-            if integers.offsets {
-                // SAFETY: as above.
-                let sums = unsafe { all_sums.part(places.clone()) };
-                for ((weighted, sum), place) in sums.iter_mut().zip(&*starts).zip(places) {
-                    *weighted = rounded.scales[place / groups] * *sum as f32;
+        let run = places.div_ceil(team.tasks(places * size, 1 << 13));
+        team.each(places.div_ceil(run.max(1)), &|task| {
+            for place in task * run..places.min((task + 1) * run) {
+                let halves = &rounded.sums[place * 2 * ROWS..][..2 * ROWS];
+                // SAFETY: each place is one task's.
+                let starts = unsafe { all_starts.part(place * size..(place + 1) * size) };
+                if size == ROWS {
+                    starts.iter_mut().enumerate().for_each(|(t, start)| *start = halves[t] + halves[ROWS + t]);
+                } else {
+                    starts.copy_from_slice(halves);
                 }
+                if integers.offsets {
+                    let scales = &rounded.scales[place * ROWS..][..ROWS];
+                    // SAFETY: as above.
+                    let sums = unsafe { all_sums.part(place * size..(place + 1) * size) };
+                    for ((sum, start), scale) in sums.iter_mut().zip(&*starts).zip(scales.iter().cycle()) {
+                        *sum = scale * *start as f32;
+                    }
+                }
+                starts.iter_mut().for_each(|start| *start *= -i32::from(integers.zero));
             }
-            starts.iter_mut().for_each(|start| *start *= -i32::from(integers.zero));
         });
-        Self { codes: &rounded.codes, scales: &rounded.scales, starts, sums }
+        Self { rounded, starts, sums }
     }
 }
+
+/// Room for the products of a panel with two tiles `[tile][row]`.
+pub(super) type Found = [[f32; TILE]; 2 * ROWS];
 
 impl Path {
     /// All that this machine has, the best last.
@@ -83,51 +89,57 @@ impl Path {
         *BEST.get_or_init(|| Self::all().pop().unwrap_or(Self::Portable))
     }
 
-    /// Calls `write` with each row of x and its 16 products.
+    /// Tiles that are best multiplied together with several rows.
+    pub(super) fn tiles(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => 2,
+            _ => 1,
+        }
+    }
+
+    /// Calls `write` with each row of x, each of up to [`Path::tiles`] tiles that stand one after another, and the 16
+    /// products.
     pub(super) fn product(
         self,
         integers: &IntegerForm,
-        tile: &[u8],
+        tiles: &[u8],
         inputs: &Inputs<'_>,
-        columns: usize,
-        mut write: impl FnMut(usize, &[f32; TILE]),
+        steps: usize,
+        found: &mut Found,
+        mut write: impl FnMut(usize, usize, &[f32; TILE]),
     ) {
-        let (count, steps) = (inputs.codes.len() / columns, columns / STEP);
-        let groups = integers.groups();
-        assert!(tile.len() == steps * integers.step_bytes() && inputs.scales.len() == count * steps);
-        assert!(inputs.codes.len() == count * columns && inputs.starts.len() == count * steps * groups);
+        let (groups, tile_bytes) = (integers.groups(), steps * integers.step_bytes());
+        let (rounded, many) = (inputs.rounded, tiles.len() / tile_bytes);
+        let places = rounded.count.div_ceil(ROWS) * steps;
+        assert!(tiles.len() == many * tile_bytes && (1..=self.tiles()).contains(&many));
+        assert!(rounded.scales.len() == places * ROWS && rounded.codes.len() == places * 8 * ROWS);
+        assert!(inputs.starts.len() == places * groups * ROWS);
         assert!(!integers.offsets || inputs.sums.len() == inputs.starts.len());
-        let mut first = 0;
-        while first < count {
-            let most = if self == Self::Portable { 1 } else { count - first };
-            let mut found = [[0.0; TILE]; 8];
-            let rows = match most {
-                0 | 1 => 1,
-                2..=4 => most,
-                _ => most.min(8),
-            };
-            // where there are fewer rows than a kernel takes, the last one fills the rest
-            let row = |t: usize| first + t.min(rows - 1);
-            match self {
-                Self::Portable => portable(integers, tile, inputs, columns, first, &mut found[0]),
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the machine has the features (`all`), lengths were checked, rows are below `count`.
-                Self::Avx2 | Self::Vnni => unsafe {
-                    let vnni = self == Self::Vnni;
-                    match rows {
-                        1 => x86::rows::<1>(vnni, integers, tile, inputs, columns, row, &mut found),
-                        2..=4 => x86::rows::<4>(vnni, integers, tile, inputs, columns, row, &mut found),
-                        _ => x86::rows::<8>(vnni, integers, tile, inputs, columns, row, &mut found),
-                    }
-                },
+        for panel in 0..rounded.count.div_ceil(ROWS) {
+            let rows = panel * ROWS..rounded.count.min((panel + 1) * ROWS);
+            // one row with several tiles would read from several places of memory at once
+            let at_once = if rows.len() == 1 { 1 } else { many };
+            for (first, tiles) in (0..many).step_by(at_once).zip(tiles.chunks_exact(at_once * tile_bytes)) {
+                match self {
+                    Self::Portable => rows.clone().zip(&mut *found).for_each(|(row, found)| {
+                        portable(integers, tiles, inputs, steps, row, found);
+                    }),
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: the machine has the features (`all`), lengths were checked, the panel is one of them.
+                    Self::Avx2 | Self::Vnni => unsafe {
+                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), found);
+                    },
+                }
+                for (tile, found) in found.chunks_exact(ROWS).take(at_once).enumerate() {
+                    rows.clone().zip(found).for_each(|(row, found)| write(row, first + tile, found));
+                }
             }
-            found[..rows].iter().enumerate().for_each(|(t, found)| write(first + t, found));
-            first += rows;
         }
     }
 }
 
-fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, columns: usize, t: usize, out: &mut [f32; TILE]) {
+fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, steps: usize, row: usize, out: &mut [f32; TILE]) {
     let (groups, head) = (integers.groups(), integers.head_bytes());
     let number = |step: &[u8], index: usize| {
         if integers.half {
@@ -136,20 +148,29 @@ fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, columns: u
             f32::from_le_bytes([step[4 * index], step[4 * index + 1], step[4 * index + 2], step[4 * index + 3]])
         }
     };
+    let (panel, t) = (row / ROWS, row % ROWS);
+    *out = [0.0; TILE];
     for (index, step) in tile.chunks_exact(integers.step_bytes()).enumerate() {
-        let x = &inputs.codes[t * columns + index * STEP..][..STEP];
-        let scale = inputs.scales[t * (columns / STEP) + index];
+        let place = panel * steps + index;
+        let scale = inputs.rounded.scales[place * ROWS + t];
+        let x = |k: usize| inputs.rounded.codes[(place * 8 + k / 4) * ROWS + t][k % 4];
         for group in 0..groups {
-            let at = (t * (columns / STEP) + index) * groups + group;
+            let at = (place * groups + group) * ROWS + t;
             for (r, out) in out.iter_mut().enumerate() {
                 let mut sum = inputs.starts[at];
                 for k in group * integers.group..(group + 1) * integers.group {
-                    let code = if integers.narrow {
-                        step[head + k % 16 / 4 * 64 + r * 4 + k % 4] >> (k / 16 * 4) & 0x0f
+                    let place = k / 4 * TILE * 4 + r * 4 + k % 4;
+                    let code = if integers.bits == 8 {
+                        step[head + place]
                     } else {
-                        step[head + k / 4 * 64 + r * 4 + k % 4]
+                        let bit = |bit: usize| {
+                            let byte = step[head + PLANE + (bit - 4) * PLANE / 4 + place / 8];
+                            (byte >> (place % 8) & 1) << bit
+                        };
+                        let low = step[head + place % PLANE] >> (k / 16 * 4) & 0x0f;
+                        (4..integers.bits).fold(low, |code, plane| code | bit(plane))
                     };
-                    sum += i32::from(code) * i32::from(x[k]);
+                    sum += i32::from(code) * i32::from(x(k));
                 }
                 *out = (number(step, group * TILE + r) * scale).mul_add(sum as f32, *out);
                 if integers.offsets {

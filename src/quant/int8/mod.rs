@@ -15,6 +15,7 @@ mod bytes;
 mod kernel;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 pub use kernel::Path;
 
@@ -28,6 +29,8 @@ use crate::team::{Shared, Team};
 const TILE: usize = 16;
 /// Values of a row that stand together; x has one scale for them.
 const STEP: usize = 32;
+/// Bytes of 4 bits of a step's codes.
+const PLANE: usize = TILE * STEP / 2;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 18;
 
@@ -40,8 +43,8 @@ pub(super) struct IntegerForm {
     pub zero: u8,
     /// Whether there are offsets.
     pub offsets: bool,
-    /// Codes take 4 bits; otherwise 8.
-    pub narrow: bool,
+    /// What codes take: 4, 5, 6 or 8.
+    pub bits: usize,
     /// Scales and offsets are numbers of half precision.
     pub half: bool,
     /// One block to its codes, and each group's scale and offset.
@@ -71,7 +74,7 @@ impl IntegerForm {
 
     /// Bytes of 32 values of 16 rows.
     fn step_bytes(&self) -> usize {
-        self.head_bytes() + TILE * STEP / if self.narrow { 2 } else { 1 }
+        self.head_bytes() + TILE * STEP / 8 * self.bits
     }
 }
 
@@ -128,9 +131,9 @@ impl Packed {
         self.bytes.as_slice().len()
     }
 
-    fn tile(&self, index: usize) -> &[u8] {
+    fn tiles(&self, tiles: Range<usize>) -> &[u8] {
         let bytes = self.columns / STEP * self.integers.step_bytes();
-        &self.bytes.as_slice()[index * bytes..][..bytes]
+        &self.bytes.as_slice()[tiles.start * bytes..tiles.end * bytes]
     }
 }
 
@@ -155,10 +158,14 @@ fn pack_tile(kind: Kind, integers: &IntegerForm, rows: &[u8], row_bytes: usize, 
                     }
                 }
                 for (k, &code) in codes.iter().enumerate() {
-                    if integers.narrow {
-                        body[k % 16 / 4 * 64 + r * 4 + k % 4] |= code << (k / 16 * 4);
-                    } else {
-                        body[k / 4 * 64 + r * 4 + k % 4] = code;
+                    let place = k / 4 * TILE * 4 + r * 4 + k % 4;
+                    if integers.bits == 8 {
+                        body[place] = code;
+                        continue;
+                    }
+                    body[place % PLANE] |= (code & 0x0f) << (k / 16 * 4);
+                    for bit in 4..integers.bits {
+                        body[PLANE + (bit - 4) * PLANE / 4 + place / 8] |= (code >> bit & 1) << (place % 8);
                     }
                 }
             }
@@ -166,36 +173,50 @@ fn pack_tile(kind: Kind, integers: &IntegerForm, rows: &[u8], row_bytes: usize, 
     }
 }
 
-/// x `[count, columns]` in 8 bits.
+/// Rows of x that stand together: a kernel that takes so many finds what it needs of them side by side.
+const ROWS: usize = 4;
+
+/// x `[count, columns]` in 8 bits, in panels of [`ROWS`] rows; what is behind the last row means nothing.
 #[derive(Debug, Default)]
 struct Rounded {
-    /// a `[count, columns]`.
-    codes: Vec<i8>,
-    /// s `[count, columns / 32]`.
+    /// Rows that there are.
+    count: usize,
+    /// a `[panels, steps, 8, ROWS, 4]`: four of each row, then the next four.
+    codes: Vec<[i8; 4]>,
+    /// s `[panels, steps, ROWS]`.
     scales: Vec<f32>,
-    /// Σ a over 16 values `[count, columns / 16]`.
+    /// Σ a over the halves of a step `[panels, steps, 2, ROWS]`.
     sums: Vec<i32>,
 }
 
 impl Rounded {
     fn fill(&mut self, team: &Team, x: &[f32], columns: usize) {
-        let count = x.len() / columns;
-        self.codes.resize(x.len(), 0);
-        self.scales.resize(x.len() / STEP, 0.0);
-        self.sums.resize(x.len() / 16, 0);
+        self.count = x.len() / columns;
+        let (panels, steps) = (self.count.div_ceil(ROWS), columns / STEP);
+        let places = panels * steps * ROWS;
+        self.codes.resize(places * STEP / 4, [0; 4]);
+        self.scales.resize(places, 0.0);
+        self.sums.resize(places * 2, 0);
         let codes = Shared::new(&mut self.codes);
         let (scales, sums) = (Shared::new(&mut self.scales), Shared::new(&mut self.sums));
-        let run = (TASK / 16).div_ceil(columns);
-        team.each(count.div_ceil(run), &|task| {
-            let first = task * run * columns;
-            for (index, x) in x[first..x.len().min(first + run * columns)].as_chunks::<STEP>().0.iter().enumerate() {
-                let (found, scale, both) = kernel::round(x);
-                let at = first / STEP + index;
-                // SAFETY: each row of x is one task's.
-                unsafe {
-                    codes.write(at * STEP, &found);
-                    scales.write(at, &[scale]);
-                    sums.write(2 * at, &both);
+        let run = (TASK / 16).div_ceil(columns * ROWS);
+        team.each(panels.div_ceil(run), &|task| {
+            let panels = task * run..panels.min((task + 1) * run);
+            let part = |size: usize| panels.start * steps * size..panels.end * steps * size;
+            // SAFETY: each panel is one task's.
+            let (codes, scales, sums) =
+                unsafe { (codes.part(part(8 * ROWS)), scales.part(part(ROWS)), sums.part(part(2 * ROWS))) };
+            for (row, x) in x.chunks_exact(columns).enumerate().take(panels.end * ROWS).skip(panels.start * ROWS) {
+                let (panel, t) = (row / ROWS - panels.start, row % ROWS);
+                for (step, x) in x.as_chunks::<STEP>().0.iter().enumerate() {
+                    let at = panel * steps + step;
+                    let (found, scale, both) = kernel::round(x);
+                    for (four, found) in found.as_chunks::<4>().0.iter().enumerate() {
+                        codes[(at * 8 + four) * ROWS + t] = *found;
+                    }
+                    scales[at * ROWS + t] = scale;
+                    sums[2 * at * ROWS + t] = both[0];
+                    sums[(2 * at + 1) * ROWS + t] = both[1];
                 }
             }
         });
@@ -239,8 +260,8 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
         rounded.fill(team, x, columns);
         // matrices of one format mostly: their inputs are prepared once
         let mut prepared: Vec<(&IntegerForm, kernel::Inputs<'_>)> = Vec::with_capacity(1);
-        // tiles of all matrices: (matrix, its inputs, tile, its first column of y)
-        let mut tiles = Vec::with_capacity(width / TILE + matrices.len());
+        // tiles of all matrices, as many together as go well: (matrix, its inputs, tiles, their first column of y)
+        let mut tiles = Vec::with_capacity(width / TILE / path.tiles() + matrices.len());
         let mut begin = 0;
         for matrix in matrices {
             let form = &matrix.integers;
@@ -248,18 +269,22 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
                 prepared.push((form, kernel::Inputs::new(team, rounded, form)));
                 prepared.len() - 1
             });
-            tiles.extend((0..matrix.rows.div_ceil(TILE)).map(|tile| (*matrix, inputs, tile, begin + tile * TILE)));
+            let count = matrix.rows.div_ceil(TILE);
+            let together = (0..count).step_by(path.tiles()).map(|tile| tile..count.min(tile + path.tiles()));
+            tiles.extend(together.map(|tiles| (*matrix, inputs, tiles.clone(), begin + tiles.start * TILE)));
             begin += matrix.rows;
         }
         let out = Shared::new(y);
         let run = tiles.len().div_ceil(team.tasks(count * width * columns, TASK));
         team.each(tiles.len().div_ceil(run), &|task| {
-            for &(matrix, inputs, tile, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
-                let inputs = &prepared[inputs].1;
-                let rows = (matrix.rows - tile * TILE).min(TILE);
-                path.product(&matrix.integers, matrix.tile(tile), inputs, columns, |t, found| {
+            let mut room: kernel::Found = [[0.0; TILE]; 2 * ROWS];
+            for (matrix, inputs, tiles, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
+                let (inputs, end) = (&prepared[*inputs].1, at + matrix.rows - tiles.start * TILE);
+                let packed = matrix.tiles(tiles.clone());
+                path.product(&matrix.integers, packed, inputs, columns / STEP, &mut room, |t, tile, found| {
+                    let at = at + tile * TILE;
                     // SAFETY: these columns of y are this task's alone.
-                    unsafe { out.write(t * width + at, &found[..rows]) };
+                    unsafe { out.write(t * width + at, &found[..TILE.min(end - at)]) };
                 });
             }
         });

@@ -123,6 +123,33 @@ impl Path {
         }
     }
 
+    /// Turns rows into columns: `out` `[width, stride]` has `rows[s][d]` at `[d, s]`; what is behind the last row stays.
+    ///
+    /// Panics where lengths don't agree.
+    pub fn transpose(self, rows: &[&[f32]], width: usize, out: &mut [f32], stride: usize) {
+        assert!(rows.len() <= stride && out.len() >= width * stride && rows.iter().all(|row| row.len() >= width));
+        let mut whole = (0, 0);
+        #[cfg(target_arch = "x86_64")]
+        if self != Self::Portable {
+            whole = (rows.len() / 8 * 8, width / 8 * 8);
+            for s in (0..whole.0).step_by(8) {
+                for d in (0..whole.1).step_by(8) {
+                    // SAFETY: the machine has AVX (`all`); eight rows from s on have eight numbers from d on, and so has
+                    // `out` in eight of its rows.
+                    unsafe {
+                        let from = std::array::from_fn(|i| rows[s + i].as_ptr().add(d));
+                        x86::transpose_8x8(from, out.as_mut_ptr().add(d * stride + s), stride);
+                    }
+                }
+            }
+        }
+        for (s, row) in rows.iter().enumerate() {
+            for d in if s < whole.0 { whole.1 } else { 0 }..width {
+                out[d * stride + s] = row[d];
+            }
+        }
+    }
+
     /// Asks for the first bytes of what comes next: converting blocks takes so many instructions for so few bytes that
     /// the processor by itself sees too short a way ahead to hide the memory's latency.
     #[inline]

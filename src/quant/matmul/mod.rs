@@ -104,6 +104,23 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// The values of one row.
+    ///
+    /// # Errors
+    /// There is no such row, or `out` has room for more or less.
+    pub fn row(&self, row: usize, out: &mut [f32]) -> Result<()> {
+        if row >= self.rows || out.len() != self.columns {
+            return Err(Error::failure(format!(
+                "expected one of {} rows and room for {} values, got {row} and {}",
+                self.rows,
+                self.columns,
+                out.len()
+            )));
+        }
+        self.values(Path::best(), row, out);
+        Ok(())
+    }
+
     /// All values `[rows, columns]`, in parallel.
     ///
     /// # Errors

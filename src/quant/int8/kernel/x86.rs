@@ -4,8 +4,8 @@
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
-use super::super::{IntegerForm, STEP, TILE};
-use super::Inputs;
+use super::super::{IntegerForm, PLANE, ROWS, STEP};
+use super::{Found, Inputs};
 
 /// 32 values in 8 bits, as the portable function does it.
 #[target_feature(enable = "avx2")]
@@ -51,158 +51,191 @@ pub(super) fn round(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
 /// Bytes ahead of what is used that are asked for: the processor by itself looks too short a way ahead.
 const AHEAD: usize = 8192;
 
-/// What a kernel needs to know of a tile and of T rows of x.
-struct Work<'a, const T: usize> {
+/// What a kernel needs to know: tiles that stand one after another, and a panel of x.
+struct Work<'a> {
     integers: &'a IntegerForm,
-    tile: &'a [u8],
-    inputs: &'a Inputs<'a>,
-    /// Steps in a row.
+    tiles: *const u8,
     steps: usize,
-    rows: [usize; T],
+    /// a `[steps, 8, ROWS]`, four together.
+    codes: *const i32,
+    /// s `[steps, ROWS]`.
+    scales: *const f32,
+    /// −z Σ a `[steps, groups, ROWS]`.
+    starts: *const i32,
+    /// s Σ a `[steps, groups, ROWS]`, where there are offsets.
+    sums: *const f32,
 }
 
-impl<const T: usize> Work<'_, T> {
-    /// The codes of row t from a step's column `k` on, four of them.
+impl Work<'_> {
+    /// Four codes of row t.
     ///
     /// # Safety
-    /// `step` < steps, k + 4 ≤ 32.
+    /// `step` < steps, `four` < 8, t < ROWS.
     #[inline(always)]
-    unsafe fn four(&self, t: usize, step: usize, k: usize) -> i32 {
-        // SAFETY: the row is below the count, so its codes of this step exist.
-        unsafe {
-            let at = (self.rows[t] * self.steps + step) * STEP + k;
-            self.inputs.codes.as_ptr().add(at).cast::<i32>().read_unaligned()
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn scale(&self, t: usize, step: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { *self.inputs.scales.get_unchecked(self.rows[t] * self.steps + step) }
-    }
-
-    #[inline(always)]
-    unsafe fn start<const GROUPS: usize>(&self, t: usize, step: usize, group: usize) -> i32 {
-        // SAFETY: the caller's promise.
-        unsafe { *self.inputs.starts.get_unchecked((self.rows[t] * self.steps + step) * GROUPS + group) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum<const GROUPS: usize>(&self, t: usize, step: usize, group: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { *self.inputs.sums.get_unchecked((self.rows[t] * self.steps + step) * GROUPS + group) }
+    unsafe fn four(&self, step: usize, four: usize, t: usize) -> i32 {
+        // SAFETY: the caller's promise; four bytes need not be aligned as a number is.
+        unsafe { self.codes.add((step * 8 + four) * ROWS + t).read_unaligned() }
     }
 }
 
-/// The products of T rows of x, by their numbers.
+/// The products of a panel's first `rows` rows with one tile, or, with VNNI, up to two, to `[tile][row]`.
 ///
 /// # Safety
-/// The machine has the path's features; the tile and the inputs have the lengths that `Path::product` checks, and rows are
-/// below the inputs' count.
-pub(super) unsafe fn rows<const T: usize>(
+/// The machine has the path's features, the tiles are whole, and the inputs have the lengths that `Path::product` checks
+/// and this panel.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn panel(
     use_vnni: bool,
     integers: &IntegerForm,
-    tile: &[u8],
+    tiles: &[u8],
     inputs: &Inputs<'_>,
-    columns: usize,
-    row: impl Fn(usize) -> usize,
-    out: &mut [[f32; TILE]; 8],
+    steps: usize,
+    panel: usize,
+    rows: usize,
+    out: &mut Found,
 ) {
-    let work = Work { integers, tile, inputs, steps: columns / STEP, rows: std::array::from_fn::<_, T, _>(row) };
+    let (rounded, place, groups) = (inputs.rounded, panel * steps * ROWS, integers.groups());
+    let work = Work {
+        integers,
+        tiles: tiles.as_ptr(),
+        steps,
+        codes: rounded.codes.as_ptr().wrapping_add(place * 8).cast(),
+        scales: rounded.scales.as_ptr().wrapping_add(place),
+        starts: inputs.starts.as_ptr().wrapping_add(place * groups),
+        sums: inputs.sums.as_ptr().wrapping_add(place * groups),
+    };
+    let two = tiles.len() > steps * integers.step_bytes();
+    /// The kernel for some rows (and tiles).
+    macro_rules! call {
+        ($kernel:ident, $($size:literal),+) => {
+            match (integers.bits, groups) {
+                (4, 1) => $kernel::<$($size),+, 4, 1>(&work, out),
+                (4, _) => $kernel::<$($size),+, 4, 2>(&work, out),
+                (5, _) => $kernel::<$($size),+, 5, 1>(&work, out),
+                (6, _) => $kernel::<$($size),+, 6, 2>(&work, out),
+                _ => $kernel::<$($size),+, 8, 1>(&work, out),
+            }
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
-        match (use_vnni, integers.narrow, integers.groups()) {
-            (true, true, 1) => vnni::<T, true, 1>(&work, out),
-            (true, true, _) => vnni::<T, true, 2>(&work, out),
-            (true, false, 1) => vnni::<T, false, 1>(&work, out),
-            (true, false, _) => vnni::<T, false, 2>(&work, out),
-            (false, true, 1) => avx2::<T, true, 1>(&work, out),
-            (false, true, _) => avx2::<T, true, 2>(&work, out),
-            (false, false, 1) => avx2::<T, false, 1>(&work, out),
-            (false, false, _) => avx2::<T, false, 2>(&work, out),
+        match (use_vnni, rows) {
+            (true, 1) => call!(vnni, 1, 1),
+            (true, _) if two => call!(vnni, 4, 2),
+            (true, _) => call!(vnni, 4, 1),
+            (false, 1) => call!(avx2, 1),
+            (false, _) => call!(avx2, 4),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const T: usize, const NARROW: bool, const GROUPS: usize>(
-    work: &Work<'_, T>,
-    out: &mut [[f32; TILE]; 8],
+unsafe fn vnni<const T: usize, const N: usize, const BITS: usize, const GROUPS: usize>(
+    work: &Work<'_>,
+    out: &mut Found,
 ) {
     let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
     let (half, offsets) = (work.integers.half, work.integers.offsets);
     let mask = _mm512_set1_epi8(0x0f);
-    let mut sums = [_mm512_setzero_ps(); T];
+    let mut sums = [[_mm512_setzero_ps(); T]; N];
     for step in 0..work.steps {
-        // SAFETY: the tile has `steps` steps of these bytes, and the inputs as many for each row; prefetching beyond the
+        // SAFETY: each tile has `steps` steps of these bytes, and the inputs as many for each row; prefetching beyond the
         // end changes nothing.
         unsafe {
-            let start = work.tile.as_ptr().add(step * bytes);
-            for line in (0..bytes).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+            let start: [_; N] = std::array::from_fn(|n| work.tiles.add((n * work.steps + step) * bytes));
+            for start in start {
+                for line in (0..bytes).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+                }
             }
-            let body = start.add(head);
-            let mut whole = [[_mm512_setzero_si512(); T]; GROUPS];
+            let mut whole = [[[_mm512_setzero_si512(); T]; N]; GROUPS];
             for (group, whole) in whole.iter_mut().enumerate() {
-                for (t, whole) in whole.iter_mut().enumerate() {
-                    *whole = _mm512_set1_epi32(work.start::<GROUPS>(t, step, group));
+                for t in 0..T {
+                    let start = _mm512_set1_epi32(*work.starts.add((step * GROUPS + group) * ROWS + t));
+                    whole.iter_mut().for_each(|whole| whole[t] = start);
                 }
             }
-            if NARROW {
-                for j in 0..4 {
-                    let both = _mm512_loadu_si512(body.add(64 * j).cast());
-                    let low = _mm512_and_si512(both, mask);
-                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
-                    for t in 0..T {
-                        let (a, b) = (work.four(t, step, 4 * j), work.four(t, step, 16 + 4 * j));
-                        whole[0][t] = _mm512_dpbusd_epi32(whole[0][t], low, _mm512_set1_epi32(a));
-                        whole[GROUPS - 1][t] = _mm512_dpbusd_epi32(whole[GROUPS - 1][t], high, _mm512_set1_epi32(b));
-                    }
-                }
-            } else {
-                for j in 0..8 {
-                    let codes = _mm512_loadu_si512(body.add(64 * j).cast());
+            for j in 0..if BITS == 8 { 8 } else { 4 } {
+                let bytes = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * j).cast()));
+                if BITS == 8 {
                     let group = j / 4 * (GROUPS - 1);
                     for t in 0..T {
-                        let four = _mm512_set1_epi32(work.four(t, step, 4 * j));
-                        whole[group][t] = _mm512_dpbusd_epi32(whole[group][t], codes, four);
+                        let a = _mm512_set1_epi32(work.four(step, j, t));
+                        for n in 0..N {
+                            whole[group][n][t] = _mm512_dpbusd_epi32(whole[group][n][t], bytes[n], a);
+                        }
+                    }
+                    continue;
+                }
+                let mut low = bytes.map(|bytes| _mm512_and_si512(bytes, mask));
+                let mut high = bytes.map(|bytes| _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask));
+                for bit in 4..BITS {
+                    let value = _mm512_set1_epi8(1 << bit);
+                    for n in 0..N {
+                        // the codes that have the bit
+                        let plane = start[n].add(head + PLANE + (bit - 4) * PLANE / 4).cast::<u64>();
+                        low[n] = _mm512_mask_add_epi8(low[n], plane.add(j).read_unaligned(), low[n], value);
+                        high[n] = _mm512_mask_add_epi8(high[n], plane.add(4 + j).read_unaligned(), high[n], value);
+                    }
+                }
+                for t in 0..T {
+                    let a = _mm512_set1_epi32(work.four(step, j, t));
+                    let b = _mm512_set1_epi32(work.four(step, 4 + j, t));
+                    for n in 0..N {
+                        whole[0][n][t] = _mm512_dpbusd_epi32(whole[0][n][t], low[n], a);
+                        let whole = &mut whole[GROUPS - 1][n][t];
+                        *whole = _mm512_dpbusd_epi32(*whole, high[n], b);
                     }
                 }
             }
-            let number = |index: usize| {
+            let number = |n: usize, index: usize| {
                 if half {
-                    _mm512_cvtph_ps(_mm256_loadu_si256(start.add(32 * index).cast()))
+                    _mm512_cvtph_ps(_mm256_loadu_si256(start[n].add(32 * index).cast()))
                 } else {
-                    _mm512_loadu_ps(start.add(64 * index).cast())
+                    _mm512_loadu_ps(start[n].add(64 * index).cast())
                 }
             };
             for (group, whole) in whole.iter().enumerate() {
-                let scale = number(group);
-                for t in 0..T {
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(work.scale(t, step)));
-                    sums[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole[t]), sums[t]);
+                for n in 0..N {
+                    let scale = number(n, group);
+                    for t in 0..T {
+                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*work.scales.add(step * ROWS + t)));
+                        sums[n][t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole[n][t]), sums[n][t]);
+                    }
                 }
                 if offsets {
-                    let offset = number(GROUPS + group);
-                    for t in 0..T {
-                        let sum = _mm512_set1_ps(work.sum::<GROUPS>(t, step, group));
-                        sums[t] = _mm512_fmadd_ps(offset, sum, sums[t]);
+                    for n in 0..N {
+                        let offset = number(n, GROUPS + group);
+                        for t in 0..T {
+                            let sum = _mm512_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
+                            sums[n][t] = _mm512_fmadd_ps(offset, sum, sums[n][t]);
+                        }
                     }
                 }
             }
         }
     }
-    for (out, sum) in out.iter_mut().zip(sums) {
-        // SAFETY: room for sixteen floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
+    for (out, sums) in out.chunks_exact_mut(ROWS).zip(sums) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            // SAFETY: room for sixteen floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
+        }
     }
 }
 
+/// Bytes of ones where the bits are set, the lowest first.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn spread_bits(bits: u32) -> __m256i {
+    let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+    let each = _mm256_shuffle_epi8(_mm256_set1_epi32(bits.cast_signed()), byte);
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+    _mm256_cmpeq_epi8(_mm256_and_si256(each, bit), bit)
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
-    work: &Work<'_, T>,
-    out: &mut [[f32; TILE]; 8],
-) {
+unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize>(work: &Work<'_>, out: &mut Found) {
     let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
     let (half, offsets) = (work.integers.half, work.integers.offsets);
     // the products of two codes up to 127 fit into 16 bits; larger ones are taken with their sign
@@ -213,7 +246,7 @@ unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
         for step in 0..work.steps {
             // SAFETY: as in `vnni`; each load takes one side of 16 rows.
             unsafe {
-                let start = work.tile.as_ptr().add(step * bytes);
+                let start = work.tiles.add(step * bytes);
                 for line in (0..bytes).step_by(64) {
                     _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
                 }
@@ -221,34 +254,41 @@ unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
                 let mut whole = [[_mm256_setzero_si256(); T]; GROUPS];
                 for (group, whole) in whole.iter_mut().enumerate() {
                     for (t, whole) in whole.iter_mut().enumerate() {
-                        let start = if signed { 0 } else { work.start::<GROUPS>(t, step, group) };
+                        let start = if signed { 0 } else { *work.starts.add((step * GROUPS + group) * ROWS + t) };
                         *whole = _mm256_set1_epi32(start);
                     }
                 }
-                if NARROW {
+                if BITS < 8 {
                     for j in 0..4 {
                         let both = _mm256_loadu_si256(body.add(64 * j).cast());
-                        let low = _mm256_and_si256(both, mask);
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        let mut low = _mm256_and_si256(both, mask);
+                        let mut high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        for bit in 4..BITS {
+                            let value = _mm256_set1_epi8(1 << bit);
+                            let plane = start.add(head + PLANE + (bit - 4) * PLANE / 4 + 4 * side).cast::<u32>();
+                            let spread = |four: usize| spread_bits(plane.add(2 * four).read_unaligned());
+                            low = _mm256_or_si256(low, _mm256_and_si256(spread(j), value));
+                            high = _mm256_or_si256(high, _mm256_and_si256(spread(4 + j), value));
+                        }
                         for t in 0..T {
-                            for (group, codes, k) in [(0, low, 0), (GROUPS - 1, high, 16)] {
-                                let four = _mm256_set1_epi32(work.four(t, step, k + 4 * j));
-                                let products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), ones);
+                            for (group, nibbles, four) in [(0, low, j), (GROUPS - 1, high, 4 + j)] {
+                                let a = _mm256_set1_epi32(work.four(step, four, t));
+                                let products = _mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, a), ones);
                                 whole[group][t] = _mm256_add_epi32(whole[group][t], products);
                             }
                         }
                     }
                 } else {
                     for j in 0..8 {
-                        let codes = _mm256_loadu_si256(body.add(64 * j).cast());
-                        let true_codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                        let bytes = _mm256_loadu_si256(body.add(64 * j).cast());
+                        let true_codes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
                         let group = j / 4 * (GROUPS - 1);
                         for t in 0..T {
-                            let four = _mm256_set1_epi32(work.four(t, step, 4 * j));
+                            let a = _mm256_set1_epi32(work.four(step, j, t));
                             let pairs = if signed {
-                                _mm256_maddubs_epi16(_mm256_abs_epi8(true_codes), _mm256_sign_epi8(four, true_codes))
+                                _mm256_maddubs_epi16(_mm256_abs_epi8(true_codes), _mm256_sign_epi8(a, true_codes))
                             } else {
-                                _mm256_maddubs_epi16(codes, four)
+                                _mm256_maddubs_epi16(bytes, a)
                             };
                             whole[group][t] = _mm256_add_epi32(whole[group][t], _mm256_madd_epi16(pairs, ones));
                         }
@@ -264,13 +304,13 @@ unsafe fn avx2<const T: usize, const NARROW: bool, const GROUPS: usize>(
                 for (group, whole) in whole.iter().enumerate() {
                     let scale = number(group);
                     for t in 0..T {
-                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(work.scale(t, step)));
+                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*work.scales.add(step * ROWS + t)));
                         sums[t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(whole[t]), sums[t]);
                     }
                     if offsets {
                         let offset = number(GROUPS + group);
                         for t in 0..T {
-                            let sum = _mm256_set1_ps(work.sum::<GROUPS>(t, step, group));
+                            let sum = _mm256_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
                             sums[t] = _mm256_fmadd_ps(offset, sum, sums[t]);
                         }
                     }

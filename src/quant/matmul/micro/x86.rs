@@ -217,3 +217,27 @@ unsafe fn last_columns<const ROWS: usize>(
         }
     }
 }
+
+/// Eight numbers of eight rows, to eight rows `stride` apart.
+///
+/// # Safety
+/// They can be read, and the others written.
+#[target_feature(enable = "avx")]
+pub(super) unsafe fn transpose_8x8(from: [*const f32; 8], to: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    let rows = from.map(|row| unsafe { _mm256_loadu_ps(row) });
+    let pairs: [__m256; 8] = std::array::from_fn(|i| {
+        let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
+        if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
+    });
+    let fours: [__m256; 8] = std::array::from_fn(|i| {
+        let (a, b) = (pairs[i / 4 * 4 + i % 4 / 2], pairs[i / 4 * 4 + i % 4 / 2 + 2]);
+        if i % 2 == 0 { _mm256_shuffle_ps::<0x44>(a, b) } else { _mm256_shuffle_ps::<0xee>(a, b) }
+    });
+    for d in 0..8 {
+        let (a, b) = (fours[d % 4], fours[d % 4 + 4]);
+        let row = if d < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) };
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_ps(to.add(d * stride), row) };
+    }
+}
