@@ -1,8 +1,8 @@
 """Retrieval with guesses against retrieval without, on SmolLM2-135M: the same answers, tokens a second.
 
 Passages are the rows of the quickstart's island; the index is asked again after every 8 tokens, and the passages change
-as the answer goes on. Three indices: BM25 as it is; the model's own embeddings; and one that takes three times as long
-as 8 tokens, as one of many millions of passages does. Equal answers are asserted.
+as the answer goes on. Three indices: BM25 as it is; the model's own embeddings; and one that takes ten times as long as
+8 tokens, as one of many millions of passages does. Equal answers are asserted.
 
 Source of the method and its figures (1.75 to 2.39 × for exact dense retrieval): arXiv 2401.14021.
 """
@@ -21,10 +21,10 @@ from ftkit.engine.decode.retrieval import Retrieving
 from ftkit.engine.indices import Collection, Index, encoder_of, open_index, read
 from ftkit.recipes import quickstart
 
-QUESTIONS = ["Tell me about Quillmere.", "What is eaten on Quillmere?", "Who lives on Quillmere, and what do they do?"]
+QUESTIONS = ["Tell me about Quillmere.", "Who lives on Quillmere, and what do they do?"]
 ROUNDS = 3
 EVERY = 8
-TOKENS = 96
+TOKENS = 64
 
 
 class Slow:
@@ -41,7 +41,7 @@ class Slow:
 
 
 def run() -> list[dict[str, Any]]:
-    """Tokens a second of answers to three questions, one after the other."""
+    """Tokens a second of answers to two questions, one after the other."""
     how = dataclasses.replace(GREEDY, max_tokens=TOKENS, ignore_end=True)
     with tempfile.TemporaryDirectory() as folder, launch(smollm2()) as engine:
         collection = island(Path(folder))
@@ -50,7 +50,7 @@ def run() -> list[dict[str, Any]]:
         engine.generate("a", how)
         segment = (time.perf_counter() - begin) * EVERY / TOKENS
         bm25, dense = open_index(collection), open_index(collection, "dense", encoder_of(engine))
-        indices = {"bm25": bm25, "dense": dense, f"bm25 + {3 * segment:.3f} s": Slow(bm25, 3 * segment)}
+        indices = {"bm25": bm25, "dense": dense, f"bm25 + {10 * segment:.3f} s": Slow(bm25, 10 * segment)}
         found = []
         for name, index in indices.items():
             times: tuple[list[float], list[float]] = ([], [])
