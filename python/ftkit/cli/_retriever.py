@@ -23,10 +23,7 @@ Passages = Annotated[int, typer.Option("--passages", min=1, max=32, help="Passag
 
 
 def found(place: Path, by: str) -> Any:
-    """The passages of a place; says on standard error how many they are, and what was left out.
-
-    Raises InputError for a place or a way that can't be used, before a model is loaded.
-    """
+    """The passages of a place. Raises InputError for a place or a way that can't be used, before a model is loaded."""
     from ftkit import plugins
     from ftkit.engine.indices import read
     from ftkit.errors import InputError
@@ -35,11 +32,14 @@ def found(place: Path, by: str) -> Any:
     if equals and (way != "dense" or not model):
         raise InputError(f"--retrieve-by: expected bm25, dense or dense=MODEL, got {by!r}")
     plugins.load("engine.indices", way)
-    collection = read(place)
+    return read(place)
+
+
+def told(collection: Any) -> None:
+    """Says on standard error how many passages there are, and what was left out."""
     for note in collection.notes:
-        print(f"{place}: {note}", file=sys.stderr)
-    print(f"{len(collection.passages):,} passages from {place}", file=sys.stderr, flush=True)
-    return collection
+        print(f"{collection.path}: {note}", file=sys.stderr)
+    print(f"{len(collection.passages):,} passages from {collection.path}", file=sys.stderr, flush=True)
 
 
 def retrieving(engine: Any, collection: Any, by: str, every: int, passages: int, runs_dir: str) -> Any:

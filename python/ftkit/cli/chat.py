@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ftkit.cli import print_json
-from ftkit.cli._retriever import Passages, RetrieveBy, RetrieveEvery, Retriever, found, retrieving
+from ftkit.cli._retriever import Passages, RetrieveBy, RetrieveEvery, Retriever, found, retrieving, told
 
 
 def command(
@@ -86,6 +86,8 @@ def command(
         given = "an address" if remote else f"--engine {engine}"
         raise InputError(f"--retriever: expected a model that answers here, got {given}")
     collection = None if retriever is None else found(retriever, retrieve_by)
+    if collection is not None:
+        told(collection)
     if remote:
         answering, names = _remote(model, api_key, adapter or [])
         first, rate = None, answering.rate

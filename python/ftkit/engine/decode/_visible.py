@@ -15,19 +15,25 @@ class Visible:
         self._shown = self._decoded = 0
         self._waiting: list[tuple[int, int, Token]] = []
 
-    def push(self, tokens: Sequence[Token], *, last: bool) -> tuple[str, tuple[Token, ...], bool]:
-        """What can be seen now, its tokens, and whether a stop string ended the answer. `last`: nothing follows."""
+    def push(self, tokens: Sequence[Token], *, last: bool) -> tuple[str, tuple[Token, ...], int | None]:
+        """What can be seen now, its tokens, and the number of the stop string that ended the answer, if one did.
+
+        `last`: nothing follows.
+        """
         for token in tokens:
             self._take(self._decoder.push(token.id), token)
         if last:
             self._take(self._decoder.finish(), None)
         # the first to be complete wins, as in the core
-        places = [(place + len(stop), place) for stop in self._stops if stop and (place := self._held.find(stop)) >= 0]
-        stopped = bool(places)
-        end = min(places)[1] if stopped else len(self._held) - (0 if last else self._begun())
+        places = [
+            (place + len(stop), place, number)
+            for number, stop in enumerate(self._stops)
+            if stop and (place := self._held.find(stop)) >= 0
+        ]
+        _, end, stopped = min(places, default=(0, len(self._held) - (0 if last else self._begun()), None))
         text, self._held = self._held[:end], self._held[end:]
         self._shown += len(text)
-        if stopped:
+        if stopped is not None:
             out = [token for start, _, token in self._waiting if start < self._shown]
         else:
             out = [token for _, stop, token in self._waiting if last or stop <= self._shown]

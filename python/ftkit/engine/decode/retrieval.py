@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from ftkit.engine.decode._speculation import Ids, Segment, plain, speculative
 from ftkit.engine.decode._stride import Stride
@@ -34,12 +34,17 @@ QUESTION_CHARACTERS = 1000
 _GOLDEN = 0x9E3779B97F4A7C15
 """Odd, so that no two positions of an answer have the same seed."""
 
+Submit: TypeAlias = Callable[[list[int], Sampling], Iterator[Delta]]
+"""Asks for what follows these tokens."""
+
 
 @dataclass(frozen=True)
 class Sourced(Delta):
     """What became visible of an answer; the last one names the passages that it was written under."""
 
     sources: tuple[Passage, ...] = ()
+    stop: int | None = None
+    """The number of the stop string that ended it, if one did."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,18 @@ class Retrieving:
         """The names that requests may ask for."""
         return self._engine.models
 
-    def stream(self, prompt: Prompt, sampling: Sampling = DEFAULT, *, model: str | None = None) -> Iterator[Sourced]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling = DEFAULT, *, model: str | None = None, submit: Submit | None = None
+    ) -> Iterator[Sourced]:
         """An answer as it grows, `every` tokens at a time.
 
-        `prompt`: a conversation that ends with a question, or a text, before which passages are put. Raises InputError
+        `prompt`: a conversation that ends with a question, or a text, before which passages are put. `submit` asks for
+        a part of it, where that isn't the engine with `model`. Raises InputError
         for a prompt or parameters that can't be answered, presence and frequency penalties among them; FtkitError when
         the queue is full or the step fails.
         """
-        task = _Task(self._engine, self._collection, prompt, sampling, model, self._every)
+        submit = submit or (lambda tokens, part: self._engine.stream(tokens, part, model=model))
+        task = _Task(self._engine, self._collection, prompt, sampling, submit, self._every)
         if self._speculate:
             stride = Stride(overlap=self._overlap, fixed=self._stride)
             segments = speculative(
@@ -146,13 +155,13 @@ class Retrieving:
             usage = usage or segment.usage
             generated += segment.generated
             text, tokens, stopped = visible.push(segment.tokens, last=segment.reason is not None)
-            reason = "stop" if stopped else segment.reason
+            reason = segment.reason if stopped is None else "stop"
             if reason is None:
                 if text or tokens:
                     yield Sourced(text, tokens)
                 continue
             sources = tuple(self._collection.passages[number] for number in used)
-            yield Sourced(text, tokens, reason, *usage, generated, sources)
+            yield Sourced(text, tokens, reason, *usage, generated, sources, stopped)
             return
 
 
@@ -165,13 +174,13 @@ class _Task:
         collection: Collection,
         prompt: Prompt,
         sampling: Sampling,
-        model: str | None,
+        submit: Submit,
         every: int,
     ) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(sampling, name):
                 raise InputError(f"{name}: expected 0 with retrieval, got {getattr(sampling, name)}")
-        self._engine, self._collection, self._every, self._model = engine, collection, every, model
+        self._engine, self._collection, self._every, self._submit = engine, collection, every, submit
         self._before, self._question, self._after = _parts(prompt)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         # stop strings may begin in one segment and end in another: they are looked for in the whole answer
@@ -193,7 +202,7 @@ class _Task:
         assert sampling.seed is not None
         how = replace(sampling, max_tokens=count, seed=(sampling.seed + len(answer) * _GOLDEN) % 2**64)
         found: list[Token] = []
-        for delta in self._engine.stream(tokens, how, model=self._model):
+        for delta in self._submit(tokens, how):
             found += delta.tokens
             reason = delta.finish_reason
             if reason is None:

@@ -26,13 +26,14 @@ _MARGIN = 8
 
 
 def build(texts: Sequence[str], folder: Path, encoder: Encoder | None) -> None:
-    """Embeds the texts, and says on standard error how far it is."""
+    """Embeds the texts, and says in a terminal how far it is."""
     encoder = _needed(encoder)
     parts = []
     for start in range(0, len(texts), _PORTION):
         parts.append(encoder.many(texts[start : start + _PORTION]))
-        done = min(start + _PORTION, len(texts))
-        print(f"embedding: {done:,} of {len(texts):,} passages", file=sys.stderr, flush=True)
+        if len(texts) > _PORTION and sys.stderr.isatty():  # where nobody parses it
+            done = min(start + _PORTION, len(texts))
+            print(f"embedding: {done:,} of {len(texts):,} passages", file=sys.stderr, flush=True)
     save_file({"embeddings": torch.cat(parts)}, folder / _FILE)
 
 
