@@ -20,7 +20,7 @@ from ftkit.cuda.source import Variant
 _PLACE = re.compile(r"(\.L_\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 _FUNCTION = re.compile(r"\s*\.text\.(\w+):")
-_SHARED = ("LDS", "STS", "LDSM", "LDGSTS")
+_SHARED, _GLOBAL = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "STG")
 _WIDTHS = {"64": 2, "128": 4, "2": 2, "4": 4}
 
 
@@ -55,6 +55,8 @@ class Loop:
     ldmatrix: int
     shared_clocks: int
     """That its accesses to shared memory take without bank conflicts."""
+    global_clocks: int
+    """That its accesses to global memory take of the first level of the cache."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Code:
     use: Use
     instructions: Counter[str]
     loop: Loop | None
+    whole: Loop
+    """All of it, as if it were one round."""
 
     @property
     def local(self) -> int:
@@ -133,15 +137,16 @@ def _code(lines: list[str], use: Use) -> Code:
         if target and places.get(target[1], end) < end:
             loops.append(_loop([one for one, _ in code[places[target[1]] : end + 1]]))
     main = max(loops, key=lambda loop: (loop.products, -loop.issued if loop.products else loop.issued), default=None)
-    return Code(use, Counter(name.split(".")[0] for name, _ in code), main)
+    names = [name for name, _ in code]
+    return Code(use, Counter(name.split(".")[0] for name in names), main, _loop(names))
 
 
 def _loop(names: list[str]) -> Loop:
     parts = [name.split(".") for name in names]
-    clocks = sum(
-        max((_WIDTHS[word] for word in words[1:] if word in _WIDTHS), default=1)
-        for words in parts
-        if words[0] in _SHARED
-    )
     kinds = Counter(words[0] for words in parts)
-    return Loop(len(names), kinds["HMMA"], kinds["LDSM"], clocks)
+
+    def clocks(accesses: tuple[str, ...]) -> int:
+        widths = ([_WIDTHS[word] for word in words[1:] if word in _WIDTHS] for words in parts if words[0] in accesses)
+        return sum(max(one, default=1) for one in widths)
+
+    return Loop(len(names), kinds["HMMA"], kinds["LDSM"], clocks(_SHARED), clocks(_GLOBAL))

@@ -1,12 +1,15 @@
-"""Training over quantized weights: a LoRA step of SmolLM2-135M against the step over dense weights, and the products of
-a layer over nf4, forward and backward, against bitsandbytes' on the CPU.
+"""Training over quantized weights: a LoRA step of SmolLM2-135M against the step over dense weights, and over nf4
+against transformers with peft and bitsandbytes on the CPU; and the products of a layer over nf4 alone.
 
-Rank 16 on all linear layers, float32, AdamW, one ragged batch of rows of 256 tokens; sides take turns in one process.
-The products against bitsandbytes are those of one decoder layer's seven matrices for 1,024 tokens.
+Rank 16 on all linear layers, AdamW, rows of 256 tokens; sides take turns in one process. Ours computes in float32,
+bitsandbytes in float32 and, where it is at its best, in bfloat16. The products are those of one decoder layer's seven
+matrices for 1,024 tokens, forward and backward; bitsandbytes' are made in bfloat16 whatever x is.
 """
 
 import importlib.util
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +25,7 @@ from ftkit.quant.nf4 import scheme
 
 ROUNDS = 3
 SCHEMES = ("gguf", "nf4", "int4_group", "int8")
+PRECISIONS = ("float32", "bfloat16")
 ROWS, LENGTH = 8, 256
 TOKENS = 1024
 
@@ -29,6 +33,9 @@ TOKENS = 1024
 def run() -> list[dict[str, Any]]:
     """Tokens a second of a step over each scheme, and of a layer's products."""
     sides = {name: _step(name) for name in ("none", *SCHEMES)}
+    peer = importlib.util.find_spec("bitsandbytes") is not None
+    if peer:
+        sides |= {f"bitsandbytes, {dtype}": _theirs(getattr(torch, dtype)) for dtype in PRECISIONS}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(ROUNDS + 1):
         for name, step in sides.items():
@@ -37,11 +44,17 @@ def run() -> list[dict[str, Any]]:
             if number:  # the first warms up
                 rates[name].append(ROWS * LENGTH / (time.perf_counter() - start))
     found = [line(f"train step, {name}", "tokens/s of dense", rates[name], rates["none"]) for name in SCHEMES]
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not peer:
         print("quantized_step: bitsandbytes left out, it is not installed (uv sync --group test)", file=sys.stderr)
         return found
+    for name in (f"bitsandbytes, {dtype}" for dtype in PRECISIONS):
+        found.append(line(f"train step, nf4, {name}", "tokens/s of bitsandbytes", rates["nf4"], rates[name]))
     ours, theirs = _products()
     return [*found, line("products of a layer, nf4", "tokens/s of bitsandbytes", ours, theirs)]
+
+
+def _rows(number: int) -> list[list[int]]:
+    return [[1000 + (number * 7919 + row * 31 + at * 17) % 40000 for at in range(LENGTH)] for row in range(ROWS)]
 
 
 def _step(quant: str) -> Callable[[int], None]:
@@ -51,11 +64,40 @@ def _step(quant: str) -> Callable[[int], None]:
     optimizer = torch.optim.AdamW(adapters.trainable(model).values(), lr=1e-4)
 
     def step(number: int) -> None:
-        rows = [[1000 + (number * 7919 + row * 31 + at * 17) % 40000 for at in range(LENGTH)] for row in range(ROWS)]
+        rows = _rows(number)
         batch = RaggedBatch.pack(rows, targets=[[*row[1:], -100] for row in rows], adapter=0)
         optimizer.zero_grad()
         found = sft.loss(model, batch)
         (found.sum.sum() / (ROWS * (LENGTH - 1))).backward()
+        optimizer.step()
+
+    return step
+
+
+def _theirs(dtype: torch.dtype) -> Callable[[int], None]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    with tempfile.TemporaryDirectory() as place:
+        words = ["export", str(smollm2()), "--to", "safetensors", "--out", f"{place}/dense"]
+        subprocess.run([sys.executable, "-m", "ftkit", *words], check=True, capture_output=True)
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        base = AutoModelForCausalLM.from_pretrained(
+            f"{place}/dense", quantization_config=settings, dtype=dtype, device_map="cpu"
+        )
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(number: int) -> None:
+        ids = torch.tensor(_rows(number))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
 
     return step

@@ -179,14 +179,13 @@ class DecoderLayers:
         block_table: Tensor,
         pages: Tensor,
         spans: Sequence[tuple[int, int, int]],
-        logits: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Computes x float32 [T, d] through all layers, in place; keys and values go to `pages`.
 
-        `spans`: (adapter, first row, row after the last). `logits`: rows of x, i32 and rising, and where their logits
-        go, float32 [rows, vocabulary].
+        `spans`: (adapter, first row, row after the last).
         """
 
+@final
 class DecoderStep:
     """A decoder's step over a pool of pages, from token ids to logits."""
 
@@ -194,7 +193,9 @@ class DecoderStep:
         cls, layers: DecoderLayers, embedding: tuple[Any, int], angles: tuple[Tensor, Tensor], pages: Tensor
     ) -> DecoderStep:
         """`embedding`: (a matrix as a linear layer's, its width); `angles`: cos and sin of every position, float32
-        [positions, head_dim / 2]; `pages` float32 [P, L, 2, B, K, D]."""
+        [positions · head_dim / 2]; `pages` float32 [P, L, 2, B, K, D]."""
+    def knows(self, adapters: Sequence[int]) -> bool:
+        """Whether the batches of these adapters can be computed here."""
     def run(
         self,
         tokens: Tensor,

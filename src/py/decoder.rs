@@ -256,8 +256,7 @@ impl DecoderLayers {
         self.layers.read().unwrap_or_else(PoisonError::into_inner).has_head()
     }
 
-    /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`, the logits of `rows` to `logits`.
-    #[pyo3(signature = (x, cos, sin, positions, cu_seqlens, block_table, pages, spans, logits = None))]
+    /// Computes `x` [T, d] through all layers, in place; keys and values go to `pages`.
     #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
@@ -270,12 +269,7 @@ impl DecoderLayers {
         block_table: &Bound<'_, PyAny>,
         pages: &Bound<'_, PyAny>,
         spans: Vec<(i32, usize, usize)>,
-        logits: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<()> {
-        let logits = logits.map(|(rows, out)| -> PyResult<_> {
-            Ok((Memory::<i32>::of("rows", &rows)?, Memory::<f32>::of("logits", &out)?))
-        });
-        let logits = logits.transpose()?;
         let (x, pages) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("pages", pages)?);
         let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
         let positions = Memory::<i32>::of("positions", positions)?;
@@ -297,13 +291,7 @@ impl DecoderLayers {
             };
             let batch = Batch { cos, sin, rows, spans: &spans };
             let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
-            Team::run(|team| {
-                layers.forward(team, batch, block_tokens, pages, x)?;
-                let Some((rows, out)) = &logits else { return Ok(()) };
-                // SAFETY: as above; `logits` is new and given to be written, `rows` to be read.
-                let (rows, out) = unsafe { (rows.slice(), out.slice_mut()) };
-                layers.logits(team, &spans, rows, x, out)
-            })
+            Team::run(|team| layers.forward(team, batch, block_tokens, pages, x))
         })?;
         Ok(())
     }
@@ -342,6 +330,12 @@ impl DecoderStep {
         Ok(Self { layers, entrance, pages: memory, block_tokens, _tensors: keep.0 })
     }
 
+    /// Whether all of these adapters can be computed here.
+    #[allow(clippy::needless_pass_by_value)]
+    fn knows(&self, adapters: Vec<i32>) -> bool {
+        self.all_known(&adapters)
+    }
+
     /// Writes the float32 logits [rows, vocabulary] of a batch to `logits`; i32 tensors, as the engine has them.
     #[allow(clippy::too_many_arguments)]
     fn run(
@@ -370,8 +364,7 @@ impl DecoderStep {
 }
 
 impl DecoderStep {
-    /// Whether all of these adapters can be computed here.
-    pub(super) fn knows(&self, adapters: &[i32]) -> bool {
+    pub(super) fn all_known(&self, adapters: &[i32]) -> bool {
         let layers = self.layers.get().layers.read().unwrap_or_else(PoisonError::into_inner);
         adapters.iter().all(|&adapter| layers.knows(adapter))
     }

@@ -519,7 +519,7 @@ impl Step for PythonStep {
             Ok(self.step.bind(py).getattr(intern!(py, "whole"))?.extract()?)
         };
         match Python::attach(whole).map_err(|error| failed(&error))? {
-            Some(whole) if whole.get().knows(&batch.adapter) => {
+            Some(whole) if whole.get().all_known(&batch.adapter) => {
                 let step = whole.get();
                 logits.resize(batch.rows.len() * step.vocabulary(), 0.0);
                 let rows = Rows {

@@ -48,6 +48,7 @@ macro_rules! kinds {
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             pub(super) fn dequantize_512(self, blocks: &[u8], out: &mut [f32]) {
                 match self {
+                    Self::Q2K => q2_k::dequantize_512(blocks, out),
                     Self::Q4_0 => q4_0::dequantize_512(blocks, out),
                     Self::Q4_1 => q4_1::dequantize_512(blocks, out),
                     Self::Iq4Nl => iq4_nl::dequantize_512(blocks, out),
@@ -62,6 +63,7 @@ macro_rules! kinds {
             #[target_feature(enable = "avx2,fma")]
             pub(super) fn dequantize_256(self, blocks: &[u8], out: &mut [f32]) {
                 match self {
+                    Self::Q2K => q2_k::dequantize_256(blocks, out),
                     Self::Q4_0 => q4_0::dequantize_256(blocks, out),
                     Self::Q4_1 => q4_1::dequantize_256(blocks, out),
                     Self::Iq4Nl => iq4_nl::dequantize_256(blocks, out),

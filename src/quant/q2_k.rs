@@ -6,6 +6,8 @@
 use super::int8::IntegerForm;
 use super::nested;
 use super::scales::half_at;
+#[cfg(target_arch = "x86_64")]
+use super::scales::x86;
 use super::weights::Weights;
 
 /// Values in a block.
@@ -33,16 +35,38 @@ fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]
 /// w = (d s) q − (d' m).
 #[inline(always)]
 pub(super) fn dequantize(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, shift, scale, offset, out| {
+        for (out, code) in out.iter_mut().zip(codes) {
+            *out = scale * f32::from((code >> shift) & 3) - offset;
+        }
+    });
+}
+
+/// The same by AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub(super) fn dequantize_512(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, shift, scale, offset, out| x86::two_bits_512(codes, shift, scale, offset, out));
+}
+
+/// The same by AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dequantize_256(blocks: &[u8], out: &mut [f32]) {
+    each(blocks, out, |codes, shift, scale, offset, out| x86::two_bits_256(codes, shift, scale, offset, out));
+}
+
+#[inline(always)]
+fn each(blocks: &[u8], out: &mut [f32], put: impl Fn(&[u8; 16], u32, f32, f32, &mut [f32; 16])) {
     for (block, out) in blocks.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
         let (d, d_offset) = (half_at(block, 80), half_at(block, 82));
+        let codes = block[16..80].as_chunks::<16>().0;
         for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             let packed = block[group];
             let (scale, offset) = (d * f32::from(packed & 0x0f), d_offset * f32::from(packed >> 4));
-            let (half, shift, side) = (group / 8, group % 8 / 2 * 2, group % 2);
-            let codes = &block[16 + half * 32 + side * 16..][..16];
-            for (out, codes) in out.iter_mut().zip(codes) {
-                *out = scale * f32::from((codes >> shift) & 3) - offset;
-            }
+            put(&codes[group / 8 * 2 + group % 2], group as u32 % 8 / 2 * 2, scale, offset, out);
         }
     }
 }

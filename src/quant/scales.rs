@@ -46,7 +46,7 @@ pub(super) fn pack_scales_and_offsets(scales: &[u8; 8], offsets: &[u8; 8], packe
     }
 }
 
-/// What compilers don't find by themselves: 4-bit codes as float32 vectors.
+/// What compilers don't find by themselves: codes of 4 and of 2 bits as float32 vectors.
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     #[allow(clippy::wildcard_imports)]
@@ -91,6 +91,38 @@ pub(super) mod x86 {
                 // SAFETY: room for eight floats.
                 unsafe { _mm256_storeu_ps(out.as_mut_ptr(), values) };
             }
+        }
+    }
+
+    /// The two bits from `shift` on of 16 bytes, as bytes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn two_bits(bytes: &[u8; 16], shift: u32) -> __m128i {
+        // SAFETY: sixteen bytes are there.
+        let all = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+        _mm_and_si128(_mm_srl_epi16(all, _mm_cvtsi32_si128(shift.cast_signed())), _mm_set1_epi8(3))
+    }
+
+    /// out = code d − m, the product rounded, then the difference.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+    pub(in super::super) fn two_bits_512(bytes: &[u8; 16], shift: u32, d: f32, m: f32, out: &mut [f32; 16]) {
+        let codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(two_bits(bytes, shift)));
+        let values = _mm512_sub_ps(_mm512_mul_ps(codes, _mm512_set1_ps(d)), _mm512_set1_ps(m));
+        // SAFETY: room for sixteen floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
+    }
+
+    /// The same with vectors half as wide.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(in super::super) fn two_bits_256(bytes: &[u8; 16], shift: u32, d: f32, m: f32, out: &mut [f32; 16]) {
+        let codes = two_bits(bytes, shift);
+        for (part, out) in [codes, _mm_srli_si128::<8>(codes)].into_iter().zip(out.as_chunks_mut::<8>().0) {
+            let codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(part));
+            let values = _mm256_sub_ps(_mm256_mul_ps(codes, _mm256_set1_ps(d)), _mm256_set1_ps(m));
+            // SAFETY: room for eight floats.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), values) };
         }
     }
 

@@ -160,12 +160,25 @@ impl Sampler {
 }
 
 fn check(logits: &[f32]) -> Result<()> {
-    let numbers = logits.iter().all(|logit| !logit.is_nan() && *logit < f32::INFINITY);
-    if numbers && logits.iter().any(|logit| logit.is_finite()) {
+    // without a way out of the loop: several are looked at together
+    let numbers = logits.iter().fold(true, |numbers, &logit| numbers & (logit < f32::INFINITY));
+    if numbers && largest(logits) > f32::NEG_INFINITY {
         return Ok(());
     }
     Err(Error::failure("the model's logits are not finite numbers")
         .hint("the weights or an adapter hold NaN or infinite values"))
+}
+
+/// The largest of numbers that are not NaN.
+fn largest(logits: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (whole, rest) = logits.as_chunks::<16>();
+    for chunk in whole {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if logit > *lane { logit } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |largest, &logit| largest.max(logit))
 }
 
 /// Larger weights first, and the smaller id among equals.
@@ -175,13 +188,8 @@ fn descending(a: &(f64, u32), b: &(f64, u32)) -> Ordering {
 
 /// The id of the largest logit, the smallest id among equals.
 fn likeliest(logits: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (id, &logit) in (0u32..).zip(logits) {
-        if logit > best.0 {
-            best = (logit, id);
-        }
-    }
-    best.1
+    let largest = largest(logits);
+    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 
 /// Keeps the `count` largest, sorted.

@@ -14,6 +14,7 @@ import torch
 
 from ftkit import adapters, models
 from ftkit.engine import Completion, Engine, Sampling
+from ftkit.engine._step import ModelStep
 from ftkit.errors import FtkitError, InputError
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import RaggedBatch
@@ -132,18 +133,18 @@ def test_few_pages_only_make_it_slower(loaded: LoadedModel, alone: list[Completi
         assert engine.metrics["preemptions_total"] == 0  # they said how long they may become
 
 
-def test_a_step_that_fails_fails_its_requests_only(engine: Engine, alone: list[Completion]) -> None:
-    model = engine._step.model
-
+@pytest.mark.parametrize("backends", ["", "reference"])
+def test_a_step_that_fails_fails_its_requests_only(
+    engine: Engine, alone: list[Completion], backends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    hook = model.embed_tokens.register_forward_pre_hook(broken)
-    try:
+    with monkeypatch.context() as patched:
+        patched.setenv("FTKIT_KERNELS", backends)
+        patched.setattr(ModelStep, *(("__call__", broken) if backends else ("whole", property(broken))))
         with pytest.raises(FtkitError, match="RuntimeError: out of luck"):
             engine.generate(chat(QUESTIONS[0]), greedy(10))
-    finally:
-        hook.remove()
     assert engine.generate(chat(QUESTIONS[0]), greedy(10)).text == alone[0].text
     until(lambda: engine.metrics["blocks_used"] == 0)
 

@@ -7,13 +7,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from llama_agreement import with_llama_cpp
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ftkit import adapters, merge, models
 from ftkit.config import RunConfig
 from ftkit.engine import launch
-from ftkit.engine.llama_cpp import open_model
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import InputError
 from ftkit.export import Material, export
@@ -241,24 +241,8 @@ def test_256_prompts_are_answered_alike(smollm2: Path, live: tuple[LoadedModel, 
 
 @pytest.mark.llama
 def test_llama_cpp_agrees_with_the_written_file_as_it_does_with_the_base(smollm2: Path, written: Path) -> None:
-    """The share of positions whose likeliest token is the same; its activations are rounded to 8 bits, ours are not."""
     pytest.importorskip("llama_cpp")
-    text = (Path(__file__).parent.parent.parent / "bench/held_out.txt").read_text(encoding="utf-8")
-    shares = {}
-    for name, path in (("base", smollm2), ("written", written)):
-        ours = models.load(path, quant="gguf")
-        pieces = [ours.tokenizer.encode(text)[start : start + 256] for start in range(0, 1024, 256)]
-        theirs = open_model(path, n_ctx=256, n_threads=2, n_batch=256, logits_all=True)
-        same = []
-        for tokens in pieces:
-            theirs.reset()
-            theirs.eval(tokens)
-            with torch.inference_mode():
-                mine = ours.model.head(ours.model(RaggedBatch.pack([tokens]))).argmax(-1).numpy()
-            same.append(np.array(theirs.scores[: len(tokens)]).argmax(-1) == mine)
-        theirs.close()
-        shares[name] = float(np.concatenate(same).mean())
-    print(f"top-1 agreement with llama.cpp: {shares}")
-    # a standard error of such a share over 1,024 positions is 0.4 %
-    assert shares["written"] >= shares["base"] - 0.01
-    assert shares["base"] > 0.95
+    base, found = with_llama_cpp(smollm2), with_llama_cpp(written)
+    print(f"top-1 agreement with llama.cpp: {base} of the base, {found} of what was written")
+    assert found >= base - 0.01
+    assert base > 0.95

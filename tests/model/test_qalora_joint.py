@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from llama_agreement import with_llama_cpp
 from torch import Tensor
 
 from ftkit import adapters, merge, models
@@ -91,6 +92,12 @@ def test_the_file_answers_as_the_adapter_in_training_and_in_serving(
         unmerged = engine.generate_many(PROMPTS, greedy, model="tuned")
         assert [a.tokens for a in unmerged] == [a.tokens for a in other.generate_many(PROMPTS, greedy)]
         assert [a.tokens for a in engine.generate_many(PROMPTS, greedy)] != [a.tokens for a in unmerged]
+
+
+@pytest.mark.llama
+def test_llama_cpp_reads_the_file_as_we_do(written: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    assert with_llama_cpp(written) > 0.93
 
 
 def test_a_run_learns_from_the_dense_model_within_its_plan(smollm2: Path, tmp_path: Path) -> None:

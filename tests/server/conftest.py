@@ -46,6 +46,16 @@ def client(server: Server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A tiny model whose template knows tools, as `speaker`, behind a key."""
+    server = start(
+        str(speaker(tmp_path_factory.mktemp("caller") / "speaker", "qwen2_5")), "--port=0", f"--api-key={KEY}"
+    )
+    yield server
+    assert stop(server) == 0
+
+
+@pytest.fixture(scope="session")
 def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
     home = tmp_path_factory.mktemp("managed")
     base = speaker(home / "speaker", "chatml")

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -92,6 +93,31 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(managed: Manage
         assert str(managed.state) not in refused.text
     assert managed.answer("fits") == before
     assert managed.http.get("/v1/adapters/fits").json()["generation"] == 1
+
+
+class Payload:
+    """Leaves a mark where it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._mark,)
+
+
+def test_a_pickle_is_never_opened(managed: Managed, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    for kept in (True, False):
+        folder = managed.folder / f"pickled-{kept}"
+        shutil.copytree(managed.folder / "v3", folder)
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(mark)))
+        if not kept:
+            (folder / "adapter_model.safetensors").unlink()
+        assert managed.load("pickled", folder.name).status_code == (200 if kept else 400)
+    assert managed.answer("pickled") == managed.answer("pickled")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists()
 
 
 def test_a_replaced_adapter_stays_with_the_requests_that_began_with_it(managed: Managed) -> None:

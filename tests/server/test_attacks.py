@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,38 +163,54 @@ def test_numbers_and_fields_out_of_range_are_refused(target: Server, fields: dic
     alive(target)
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}/health\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}?/health\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}#/health\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: user@{host}\r\n",
-        "GET http://{host}/v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET http://{host}/health/../v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /health/../v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /health;/v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /health%2f..%2fv1%2fmodels HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /V1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /v1/models/ HTTP/1.1\r\nHost: {host}\r\n",
-        "GET //v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-Original-URL: /health\r\nX-Forwarded-Path: /\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-HTTP-Method-Override: OPTIONS\r\n",
-        "OPTIONS /v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "HEAD /v1/models HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: bearer\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {upper}\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nAuthorization: Bearer x\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-Api-Key: {key}\r\n",
-        "GET /v1/models?api_key={key} HTTP/1.1\r\nHost: {host}\r\n",
-        "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nCookie: key={key}\r\n",
-    ],
-)
+TRICKS = [
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}/health\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}?/health\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}#/health\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}/openapi.json?x=\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}/#@elsewhere.example\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: user@{host}\r\n",
+    "GET http://{host}/v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET http://{host}/health/../v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /health/../v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /health;/v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /health%2f..%2fv1%2fmodels HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /V1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /v1/models/ HTTP/1.1\r\nHost: {host}\r\n",
+    "GET //v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-Original-URL: /health\r\nX-Forwarded-Path: /\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-HTTP-Method-Override: OPTIONS\r\n",
+    "OPTIONS /v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "HEAD /v1/models HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: bearer\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {upper}\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nAuthorization: Bearer x\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-Api-Key: {key}\r\n",
+    "GET /v1/models?api_key={key} HTTP/1.1\r\nHost: {host}\r\n",
+    "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nCookie: key={key}\r\n",
+]
+
+
+@pytest.mark.parametrize("head", TRICKS)
 def test_no_trick_with_host_path_or_header_opens_a_route(target: Server, head: str) -> None:
-    host = urllib.parse.urlsplit(target.url).netloc
+    assert tried(target, head) in (0, 400, 401, 403, 404, 405)
+
+
+def test_nor_where_any_host_may_ask(tmp_path: Path) -> None:
+    """On loopback `Host` is checked before the key: here it is not."""
+    base = speaker(tmp_path / "speaker", "qwen2_5")
+    server = start(str(base), "--port=0", "--host=0.0.0.0", f"--api-key={KEY}", f"--state-dir={tmp_path / 'state'}")
+    for head in TRICKS:
+        assert tried(server, head) in (0, 400, 401, 404, 405), head
+    assert raw(server, f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n") == 200
+    assert stop(server) == 0
+
+
+def tried(server: Server, head: str) -> int:
+    host = urllib.parse.urlsplit(server.url).netloc
     text = head.format(host=host, key=KEY, upper=KEY.upper())
-    assert raw(target, f"{text}Connection: close\r\n\r\n") in (0, 400, 401, 403, 404, 405)
+    return raw(server, f"{text}Connection: close\r\n\r\n")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,52 @@ def test_log_probabilities_are_shown(remote: Remote, capsys: pytest.CaptureFixtu
     assert " of '" not in capsys.readouterr().out
 
 
+def test_tokens_are_shown_and_counted(
+    managed: Managed, remote: Remote, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with launch(managed.base) as engine:
+        talk = chat(engine, system="Be é.")
+        talk.take("/tokens")
+        assert "nothing was said yet" not in capsys.readouterr().out  # the system prompt was
+        talk.take("What?")
+        capsys.readouterr()
+        talk.take("/tokens")
+        *text, last = capsys.readouterr().out.strip().split("\n")
+        tokens = engine.encode(talk._conversation.messages)
+        assert last == f"{len(tokens)} of 4,096 tokens"
+        pieces = "".join(text).split("│")[:-1]
+        assert pieces.count("⏎") == 7
+        assert "".join(pieces[:13]) == "<|im_start|>system\nBe <"[:0] + "".join(pieces[:13])
+        assert len(pieces) == len(tokens)
+        assert pieces[:4] == ["<|im_start|>", "s", "y", "s"]
+        whole = engine.generate(talk._conversation.messages, GREEDY)
+    there = chat(remote, system="Be é.")
+    there._conversation.turns = talk._conversation.turns
+    capsys.readouterr()
+    there.take("/tokens")
+    assert capsys.readouterr().out == f"{whole.prompt_tokens} tokens\n"
+
+
+def test_commands_that_lead_nowhere_say_what_does(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = chat(remote, names=[])
+    for line, told in [
+        ("/compare a b", "no adapters here"),
+        ("/adapter x", "no adapters here"),
+        ("/tokns", "did you mean /tokens?"),
+        ("/xyz", "/help lists them"),
+        ("/tokens", "nothing was said yet"),
+        ("/rate up", "no answer to rate"),
+        ("/undo", "nothing to take back"),
+    ]:
+        assert alone.take(line)
+        assert told in capsys.readouterr().out
+    alone.take("/help")
+    told = capsys.readouterr().out
+    assert all(command in told for command in alone._commands)
+    assert max(map(len, told.splitlines())) <= 80
+
+
 def test_a_local_chat_keeps_ratings_for_training(managed: Managed, tmp_path: Path) -> None:
     from ftkit.cli.chat import _engine
 

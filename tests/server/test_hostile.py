@@ -266,7 +266,10 @@ def test_a_caller_who_does_not_wait_is_forgotten(server: Server) -> None:
 
 def test_the_page_is_whole_and_loads_nothing_from_elsewhere(server: Server) -> None:
     host = urllib.parse.urlsplit(server.url).netloc
-    for path in ("/", "/chat.js", "/studio.js", "/chat.css"):
+    page = Path(__file__).parents[2] / "src" / "serve" / "http" / "page"
+    files = [path.name for path in page.iterdir() if path.suffix in (".js", ".css")]
+    assert len(files) > 5
+    for path in ("/", *(f"/page/{name}" for name in files)):
         answer = raw(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")

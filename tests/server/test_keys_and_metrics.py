@@ -216,12 +216,12 @@ def test_a_stuck_engine_is_noticed_and_a_slow_one_is_not(tmp_path: Path) -> None
             import pathlib, sys, time
             from ftkit.cli import main
             from ftkit.engine._step import ModelStep
-            call = ModelStep.__call__
-            def slow(self, *args):
+            whole = ModelStep.whole
+            def slow(self):
                 while pathlib.Path({str(hang)!r}).exists():
                     time.sleep(0.02)
-                return call(self, *args)
-            ModelStep.__call__ = slow
+                return whole.fget(self)
+            ModelStep.whole = property(slow)
             sys.argv = ["ftkit", "serve", {str(base)!r}, "--port=0", "--stuck-seconds=1", "--state-dir={tmp_path}/s"]
             main()
             """

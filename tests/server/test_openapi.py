@@ -100,8 +100,9 @@ def test_what_is_sent_is_what_the_document_says(witness: Witness) -> None:
     ask("POST", "/markdown", "*a*")
     for path in ("/api/tags", "/api/version", "/v1/models", "/metrics", "/health", "/ready", "/openapi.json"):
         ask("GET", path)
-    for path in ("/", "/chat.js", "/studio.js", "/chat.css"):
-        ask("GET", path)
+    ask("GET", "/")
+    for name in ("chat.js", "style.css"):
+        ask("GET", f"/page/{name}", template="/page/{name}")
     ask("GET", "/v1/models/speaker", template="/v1/models/{name}")
     ask("POST", "/v1/adapters", {"name": "a", "path": "v1"})
     ask("POST", "/v1/adapters", {"name": "a", "path": "v2"})

@@ -1,6 +1,7 @@
 """The chat's terminal: reads lines, prints answers as they come, and knows the commands."""
 
 import dataclasses
+import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,26 +14,29 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from ftkit.cli import _side_by_side
+from ftkit.cli import _side_by_side, _tokens
 from ftkit.engine import Sampling
 from ftkit.engine.conversation import Conversation
 from ftkit.errors import FtkitError
 
 _HELP = """\
-/adapter [NAME]   answers come from this adapter; without a name: the base model
-/system [TEXT]    sets the system prompt; without a text: takes it away
+/adapter [NAME]   answers come from this adapter; alone: from the base model
+/system [TEXT]    sets the system prompt; alone: takes it away
 /undo             takes the last question and its answer back
 /retry            asks the last question again
 /save FILE        appends the conversation to a JSONL file to train on
-/compare [A B]    two adapters answer side by side, as `base` the base model; without names: one again
-/rate up|down     rates the last answer; after two of them: /rate 1 or /rate 2, which is better
+/compare [A B]    two answers at once (`base`: no adapter); alone: one again
+/rate up|down     rates the last answer; of two: /rate 1 or /rate 2, the better
 /logprobs         shows how likely each token was, or no longer
+/tokens           shows the conversation as the model reads it, token by token
 /stats            tokens and speed so far
 /clear            begins anew
 /help             this
 /quit             leaves (as Ctrl-D does)
 
 Enter sends; Alt-Enter begins a new line. Ctrl-C stops an answer."""
+
+_ALONE = "there are no adapters here; `ftkit chat MODEL --adapter NAME=DIR` brings them"
 
 
 class Chat:
@@ -69,6 +73,7 @@ class Chat:
             "/compare": self._compare,
             "/rate": self._rate,
             "/logprobs": self._logprobs,
+            "/tokens": self._tokens,
             "/save": self._save,
             "/stats": self._stats,
             "/clear": self._clear,
@@ -109,7 +114,9 @@ class Chat:
         word, _, rest = line.partition(" ")
         command = self._commands.get(word)
         if command is None:
-            print(f"expected one of {', '.join(self._commands)}, got {word}")
+            near = difflib.get_close_matches(word, self._commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else "/help lists them"
+            print(f"expected a command, got {word}; {hint}")
             return True
         return command(rest.strip())
 
@@ -157,6 +164,9 @@ class Chat:
         return texts[0], generated
 
     def _compare(self, text: str) -> bool:
+        if not self._names:
+            print(_ALONE)
+            return True
         names = text.split()
         unknown = [name for name in names if name != "base" and name not in self._names]
         if unknown or len(names) not in (0, 2):
@@ -203,9 +213,21 @@ class Chat:
         print("the next answers show how likely their tokens were" if on else "answers are text again")
         return True
 
+    def _tokens(self, _: str) -> bool:
+        if not self._conversation.messages:
+            print("nothing was said yet")
+            return True
+        try:
+            Console().print(_tokens.shown(self._engine, self._conversation.messages, self._model))
+        except FtkitError as error:
+            print(f"error: {error}")
+        return True
+
     def _adapter(self, name: str) -> bool:
-        if name and name not in self._names:
-            print(f"expected one of {', '.join(self._names) or 'no adapters'}, got {name}")
+        if not self._names:
+            print(_ALONE)
+        elif name and name not in self._names:
+            print(f"expected one of {', '.join(self._names)}, got {name}")
         else:
             self._model = name or None
             print(f"answers come from {name or 'the base model'}")

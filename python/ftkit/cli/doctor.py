@@ -1,5 +1,7 @@
 """Say what this machine is, and what ftkit uses of it: one thing to paste into a bug report."""
 
+from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +11,7 @@ from ftkit.cli import print_json
 
 def command(
     gpu: Annotated[bool, typer.Option("--gpu", help="Run every kernel on the GPU: is it right, and how fast?")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --gpu: a folder for the report, gpu.json and gpu.txt.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Say what this machine is, and what ftkit uses of it: one thing to paste into a bug report.
@@ -16,7 +19,7 @@ def command(
     Example: ftkit doctor
     """
     if gpu:
-        _try_kernels(json)
+        _try_kernels(json, out)
         return
     from ftkit.data import cache_directory
     from ftkit.plan import machine
@@ -29,20 +32,21 @@ def command(
         print(f"{name.removesuffix('_bytes').replace('_', ' '):<17} {_shown(name, value)}")
 
 
-def _try_kernels(json: bool) -> None:
+def _try_kernels(json: bool, out: Path | None) -> None:
     from ftkit.errors import GateError
     from ftkit.kernels import _gpu_trial
 
     found = _gpu_trial.report()
+    text = _gpu_trial.readable(found)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").write_text(dumps(found, indent=2) + "\n", encoding="utf-8")
+        (out / "gpu.txt").write_text(text + "\n", encoding="utf-8")
     if json:
-        print_json({"kernels": found})
+        print_json(found)
     else:
-        for one in found:
-            print(
-                f"{one['kernel']:<17} {'right' if one['passed'] else 'WRONG'}  {one['microseconds']:9.1f} µs  "
-                f"torch {one['torch_microseconds']:9.1f} µs  {one['gigabytes_per_second']:7.1f} GB/s"
-            )
-    if wrong := [one["kernel"] for one in found if not one["passed"]]:
+        print(text)
+    if wrong := [one["kernel"] for one in found["kernels"] if not one["passed"]]:
         raise GateError(f"doctor --gpu: expected torch's answers, got others from {', '.join(wrong)}")
 
 

@@ -86,6 +86,7 @@ def compile_variant(variant: Variant, architecture: str) -> Program:
         flags = [
             f"--gpu-architecture={architecture}",
             *_FLAGS,
+            *(f"--ptxas-options={option}" for option in variant.assembler_options()),
             *(f"-D{name}={value}" for name, value in variant.macros),
         ]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])

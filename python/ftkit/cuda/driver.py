@@ -62,15 +62,17 @@ class Driver:
 
     def architecture(self, device: torch.device) -> str:
         """Such as sm_90."""
-        (handle,) = self._call("cuDeviceGet", device.index or 0)
-        names = self._api.CUdevice_attribute
-        major, minor = (
-            self._call(
-                "cuDeviceGetAttribute", getattr(names, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"), handle
-            )[0]
-            for part in ("MAJOR", "MINOR")
-        )
+        major, minor = (self._attribute(device, f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
         return f"sm_{major}{minor}"
+
+    def gigahertz(self, device: torch.device) -> float:
+        """The clock's greatest rate."""
+        return self._attribute(device, "CLOCK_RATE") / 1e6
+
+    def _attribute(self, device: torch.device, name: str) -> int:
+        (handle,) = self._call("cuDeviceGet", device.index or 0)
+        attribute = getattr(self._api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self._call("cuDeviceGetAttribute", attribute, handle)[0])
 
     def _function(self, variant: Variant, name: str, device: torch.device) -> Any:
         key = (variant, name, device)

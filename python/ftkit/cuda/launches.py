@@ -1,32 +1,39 @@
 """For each operation: which kernel computes it, over how many blocks, with which arguments.
 
 Every function takes `launch`, which runs a kernel: the driver's on a GPU, the emulator's in tests. Outputs are torch's.
-A function is only for arguments that its `takes_…` says true of.
+A function is only for arguments that its `takes_…` says true of. Products with matrices of codes are here; `layers`,
+`pages` and `lora` have the others, under this roof.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftkit.cuda.source import Variant, variant
+from ftkit.cuda.launch import TYPES
+from ftkit.cuda.launch import Argument as Argument
+from ftkit.cuda.launch import Launch as Launch
+from ftkit.cuda.launch import aligned as aligned
+from ftkit.cuda.launch import blocks_of as blocks_of
+from ftkit.cuda.layers import adamw_8bit as adamw_8bit
+from ftkit.cuda.layers import cross_entropy as cross_entropy
+from ftkit.cuda.layers import rms_norm as rms_norm
+from ftkit.cuda.layers import rms_norm_dweight as rms_norm_dweight
+from ftkit.cuda.layers import rms_norm_dx as rms_norm_dx
+from ftkit.cuda.layers import rope as rope
+from ftkit.cuda.layers import swiglu as swiglu
+from ftkit.cuda.layers import swiglu_backward as swiglu_backward
+from ftkit.cuda.pages import paged_attention as paged_attention
+from ftkit.cuda.pages import takes_attention as takes_attention
+from ftkit.cuda.source import variant
 
-Argument = Tensor | int | float
 GEMV_ROWS, DECODE_ROWS = 4, 16
 STEP = 64
 """Values of one scale, and of one step of the tensor core's kernels."""
 TILE = 128
 """Rows, and columns, of the result that a block of the tiled kernels makes."""
 BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
-_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half", torch.uint8: "uint8_t"}
-
-
-class Launch(Protocol):
-    """Runs a kernel of a variant on (x, y) blocks."""
-
-    def __call__(self, variant: Variant, name: str, grid: Sequence[int], arguments: Sequence[Argument], /) -> None: ...
 
 
 class Scales(Protocol):
@@ -59,22 +66,12 @@ class Codes(Protocol):
     def offsets(self) -> Tensor | None: ...
 
 
-def blocks_of(count: int, each: int) -> int:
-    """How many blocks of `each` there are in `count`."""
-    return -(-count // each)
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether all start at a multiple of 16 bytes of what was allocated: accesses are as wide."""
-    return all(one.storage_offset() * one.element_size() % 16 == 0 for one in tensors)
-
-
 def takes_dense(coded: Codes) -> bool:
     """4-bit codes into a table, or int8; groups of multiples of 8; offsets in half precision."""
     four = coded.table is not None and len(coded.table) == 16
     known = four or (coded.table is None and coded.codes.dtype == torch.int8)
     offsets = coded.offsets is None or coded.offsets.dtype == torch.float16
-    return known and offsets and coded.group % 8 == 0 and coded.scales.dtype in _TYPES and aligned(coded.codes)
+    return known and offsets and coded.group % 8 == 0 and coded.scales.dtype in TYPES and aligned(coded.codes)
 
 
 def dense(launch: Launch, coded: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,9 +80,9 @@ def dense(launch: Launch, coded: Codes, dtype: torch.dtype = torch.float32) -> T
     kernel = variant(
         "dequant_coded",
         TABLE=0 if coded.table is None else len(coded.table),
-        SCALE=_TYPES[coded.scales.dtype],
+        SCALE=TYPES[coded.scales.dtype],
         OFFSETS=int(coded.offsets is not None),
-        OUT=_TYPES[dtype],
+        OUT=TYPES[dtype],
     )
     if count := out.numel():
         grid = (blocks_of(count, kernel.constant("THREADS") * kernel.constant("EACH")),)
@@ -101,7 +98,7 @@ def dense(launch: Launch, coded: Codes, dtype: torch.dtype = torch.float32) -> T
 def block_dense(launch: Launch, kind: str, blocks: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Blocks uint8 [rows, bytes of a row] of a format of `BLOCK_FORMATS` to [rows, columns]."""
     out = torch.empty(blocks.shape[0], columns, dtype=dtype, device=blocks.device)
-    kernel = variant("dequant_blocks", FORMAT=kind.upper(), OUT=_TYPES[dtype])
+    kernel = variant("dequant_blocks", FORMAT=kind.upper(), OUT=TYPES[dtype])
     if count := out.numel():
         launch(kernel, "dequant_blocks", (blocks_of(count, kernel.constant("THREADS") * 4),), [blocks, out, count])
     return out
@@ -112,7 +109,7 @@ def takes_matmul(x: Tensor, coded: Codes) -> bool:
     columns = coded.shape[1]
     if coded.table is None or len(coded.table) != 16 or not takes_dense(coded) or columns % coded.group:
         return False
-    return (x.dtype in _TYPES and x.shape[0] <= GEMV_ROWS and aligned(x)) or _takes_tiles(x, coded)
+    return (x.dtype in TYPES and x.shape[0] <= GEMV_ROWS and aligned(x)) or _takes_tiles(x, coded)
 
 
 def takes_transposed(dy: Tensor, coded: Codes) -> bool:
@@ -132,7 +129,7 @@ def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b
     (n, k), m = coded.shape, x.shape[0]
     y = x.new_empty(m, n)
     rank = 0 if low is None else low.shape[1]
-    scale = _TYPES[coded.scales.dtype]
+    scale = TYPES[coded.scales.dtype]
     if not y.numel():
         return y
     if m > DECODE_ROWS:
@@ -141,7 +138,7 @@ def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b
     if m <= GEMV_ROWS:
         offsets = _or_none(coded.offsets, torch.float16, coded)
         added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
-        macros = {"ROWS": m, "VALUE": _TYPES[x.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
+        macros = {"ROWS": m, "VALUE": TYPES[x.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
         kernel = variant("nf4_gemv", **macros, SCALE=scale)
         grid = (blocks_of(n, kernel.constant("THREADS") // 32),)
         launch(kernel, "nf4_gemv", grid, [x, *_codes(coded), offsets, *added, y, n, k, rank])
@@ -168,131 +165,9 @@ def matmul_transposed(
     dlow, a = _sixteens(dlow, 1), _sixteens(a, 0)
     added = [_or_none(dlow, dy.dtype, coded), _or_none(a, dy.dtype, coded)]
     arguments: list[Argument] = [dy, *_codes(coded), *added, dx, m, n, k, 0 if dlow is None else dlow.shape[1]]
-    kernel = variant("nf4_lora_dx", SCALE=_TYPES[coded.scales.dtype])
+    kernel = variant("nf4_lora_dx", SCALE=TYPES[coded.scales.dtype])
     launch(kernel, "nf4_lora_dx", (blocks_of(m, TILE), blocks_of(k, TILE)), arguments)
     return dx
-
-
-def rms_norm(launch: Launch, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x [rows, d] to (y, 1 / √(mean(x²) + ε) float32 [rows])."""
-    y, scales = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-    if x.numel():
-        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
-        launch(kernel, "rms_norm_forward", (x.shape[0],), [x, weight, y, scales, x.shape[1], epsilon])
-    return y, scales
-
-
-def rms_norm_dx(launch: Launch, dy: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """The gradient in x."""
-    dx = torch.empty_like(x)
-    if x.numel():
-        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
-        launch(kernel, "rms_norm_dx", (x.shape[0],), [dy, x, weight, scales, dx, x.shape[1]])
-    return dx
-
-
-def rms_norm_dweight(launch: Launch, dy: Tensor, x: Tensor, scales: Tensor) -> Tensor:
-    """The gradient in the weight, float32 [d]."""
-    dweight = x.new_zeros(x.shape[1], dtype=torch.float32)
-    if x.numel():
-        kernel = variant("rms_norm", VALUE=_TYPES[x.dtype])
-        grid = (blocks_of(x.shape[1], kernel.constant("COLUMNS")),)
-        launch(kernel, "rms_norm_dweight", grid, [dy, x, scales, dweight, *x.shape])
-    return dweight
-
-
-def swiglu(launch: Launch, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) ⊙ up."""
-    y = torch.empty_like(gate)
-    if count := y.numel():
-        kernel = variant("swiglu", VALUE=_TYPES[gate.dtype])
-        launch(kernel, "swiglu_forward", (blocks_of(count, 8 * kernel.constant("THREADS")),), [gate, up, y, count])
-    return y
-
-
-def swiglu_backward(launch: Launch, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients in gate and up."""
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    if count := dy.numel():
-        kernel = variant("swiglu", VALUE=_TYPES[gate.dtype])
-        grid = (blocks_of(count, 8 * kernel.constant("THREADS")),)
-        launch(kernel, "swiglu_backward", grid, [dy, gate, up, dgate, dup, count])
-    return dgate, dup
-
-
-def rope(launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """x [tokens, heads, head_dim] turned by the angles [tokens, head_dim / 2], or turned back."""
-    y = torch.empty_like(x)
-    if x.numel():
-        tokens, heads, size = x.shape
-        kernel = variant("rope", VALUE=_TYPES[x.dtype])
-        grid = (blocks_of(x.numel() // 16, kernel.constant("THREADS")),)
-        launch(kernel, "rope", grid, [x, cos, sin, y, tokens, heads, size // 2, -1.0 if back else 1.0])
-    return y
-
-
-def cross_entropy(launch: Launch, logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """logits [rows, V] and targets i64 [rows] to losses float32 [rows], and the gradient where one is asked for."""
-    losses = logits.new_empty(len(targets), dtype=torch.float32)
-    slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
-    if logits.numel():
-        kernel = variant("cross_entropy", VALUE=_TYPES[logits.dtype], GRADIENT=int(gradient))
-        launch(kernel, "cross_entropy", (len(targets),), [logits, targets, losses, slope, logits.shape[1]])
-    return losses, slope if gradient else None
-
-
-def takes_attention(q: Tensor, pages: Tensor) -> bool:
-    """Heads of a multiple of 64 values, q and pages of one type that kernels know."""
-    known = q.dtype in _TYPES and q.dtype == pages.dtype and q.shape[-1] % 64 == 0
-    return known and pages.is_contiguous() and aligned(q, pages)
-
-
-def paged_attention(
-    launch: Launch,
-    q: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    positions: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """q [T, heads, head_dim] over pages [pages, layers, 2, block_tokens, key_value_heads, head_dim] to q's shape."""
-    y = torch.empty_like(q)
-    if q.numel():
-        (sequences, blocks), (tokens, heads, size) = block_table.shape, q.shape
-        block_tokens, key_value_heads = pages.shape[3:5]
-        kernel = variant("paged_attention", VALUE=_TYPES[q.dtype], HEAD=size)
-        numbers: list[int] = [
-            sequences,
-            blocks,
-            heads,
-            key_value_heads,
-            block_tokens,
-            pages.stride(0),
-            layer * pages.stride(1),
-        ]
-        arguments: list[Argument] = [q, pages, block_table, cu_seqlens, positions, y, *numbers, scale, window or 0]
-        launch(kernel, "paged_attention", (tokens, heads), arguments)
-    return y
-
-
-def adamw_8bit(
-    launch: Launch,
-    weight: Tensor,
-    gradient: Tensor,
-    mean: Sequence[Tensor],
-    square: Sequence[Tensor],
-    factors: Sequence[float],
-) -> None:
-    """Moves in place; a state is (codes, greatest, map, edges), the factors β₁, β₂, ε, rate, correction, kept."""
-    beta1, beta2, *rest = factors
-    if count := weight.numel():
-        kernel = variant("adamw_8bit")
-        grid = (blocks_of(count, kernel.constant("THREADS")),)
-        betas = [beta1, 1 - beta1, beta2, 1 - beta2]
-        launch(kernel, "adamw_8bit", grid, [weight, gradient, *mean, *square, count, *betas, *rest])
 
 
 def _codes(coded: Codes) -> list[Tensor]:

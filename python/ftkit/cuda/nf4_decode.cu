@@ -1,23 +1,21 @@
 // y = x Wᵀ + low Bᵀ for at most 16 rows of x, W in NF4: decoding for several sequences at once.
 //
-// The block's 8 warps share out k and make the same 32 columns; their sums are added in the order of the warps. So a
-// number depends on its row and on k alone. x is read straight from memory into the second operand's registers, 32
-// neighbouring bytes a lane (see nf4.cuh). low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64, n of 4.
-// SCALE: float, or uint8_t for nested scales.
+// The block's 8 warps share out k, each every eighth span, and make the same 32 columns; their sums are added in the order
+// of the warps. So a number depends on its row and on k alone. x is read straight from memory into the second operand's
+// registers; see nf4.cuh for the order of k. low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64, n of
+// 4. SCALE: float, or uint8_t for nested scales.
+//
+// ptxas -O1: above it, registers are filled with what is loaded ahead, and others spilled.
 #include "nf4.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = 8, ROWS = 16;
 
-// Values k + 16 q … of row 8 u + g of x, which is zeros past the last row.
-static __device__ __forceinline__ void fetch_rows(const bf16* x, int m, int columns, int k, int lane, uint4 (&b)[2][2]) {
-#pragma unroll
-  for (int u = 0; u < 2; u++) {
-    const int row = u * 8 + lane / 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      b[u][half] = row < m ? load16(x + (int64_t)row * columns + k + lane % 4 * 16 + half * 8) : make_uint4(0, 0, 0, 0);
-  }
+// Eight neighbours, or zeros.
+static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there) {
+  uint4 eight = {0, 0, 0, 0};
+  if (there) eight = load16(from);
+  return eight;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_decode(
@@ -25,41 +23,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_decode(
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
     const float* __restrict__ mean, const float* __restrict__ low, const bf16* __restrict__ b, bf16* __restrict__ y, int m,
     int n, int k, int rank) {
-  __shared__ float meaning[16];
+  __align__(16) __shared__ float meaning[16];
   __shared__ float parts[WARPS][ROWS][WARP_COLUMNS + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * WARP_COLUMNS;
-  const Weights<SCALE> w{codes, scales, Nested{map, greatest, mean}, n, k};
+  const Weights<SCALE> w = weights_of(codes, scales, Nested{map, greatest, mean}, n, k, column, lane);
   if (threadIdx.x < 16) meaning[threadIdx.x] = table[threadIdx.x];
   __syncthreads();
   float sums[2][2][4] = {};  // [tile of 8 rows of x][tile of 16 columns][register]
-  Codes stored, next;
-  float scale = scale_at(w, column + lane, warp * K_STEP), next_scale = 0.0f;  // of one row; the others are other lanes'
-  if (warp * K_STEP < k) fetch(w, column, warp * K_STEP, lane, stored);
-  for (int at = warp * K_STEP; at < k; at += WARPS * K_STEP) {
-    const int then = at + WARPS * K_STEP;
-    fetch(w, column, min(then, k - K_STEP), lane, next);
-    next_scale = scale_at(w, column + lane, then);
-    uint4 b[2][2];
-    fetch_rows(x, m, k, at, lane, b);
-    float scale_of_row[LANE_ROWS];
+  Codes stored[2];
+  float scale[LANE_ROWS];
+  const int start = warp * SPAN, left = k - lane % 4 * GROUP;
+  const int row = min(lane / 4, m - 1), more = (min(lane / 4 + 8, m - 1) - row) * k;  // past the last row, that one again
+  const bf16* rows = x + (int64_t)row * k + lane % 4 * GROUP;
+  fetch(w, start, 0, lane, stored[0]);
+  fetch(w, start, 1, lane, stored[1]);
+  fetch_scales(w, start, lane, scale);
+  for (int span = start; span < k; span += WARPS * SPAN) {
+    const int then = span + WARPS * SPAN;
+    Values values[LANE_ROWS];
+    multiply_out(meaning, scale, values);
+    fetch_scales(w, then, lane, scale);
 #pragma unroll
-    for (int j = 0; j < LANE_ROWS; j++) scale_of_row[j] = __shfl_sync(~0u, scale, lane / 4 * LANE_ROWS + j);
+    for (int part = 0; part < PARTS; part++) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      Operand a;
-      decode(stored, scale_of_row, half, meaning, a);
+      for (int half = 0; half < 2; half++) {
+        const int at = span + part * (GROUP / PARTS) + half * 8;
+        const uint4 b[2] = {load_there(rows + at, span < left), load_there(rows + more + at, span < left)};
 #pragma unroll
-      for (int u = 0; u < 2; u++) {
-        if (u && m <= 8) continue;  // the second tile of rows is empty
+        for (int tile = 0; tile < 2; tile++) {
+          uint32_t a[2][4];
+          decode(stored[part / 2], part % 2 * 2 + half, values, tile, a);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          mma_bf16(sums[u][i], a[i][0], b[u][half].x, b[u][half].y);
-          mma_bf16(sums[u][i], a[i][1], b[u][half].z, b[u][half].w);
+          for (int u = 0; u < 2; u++) {
+            if (u && m <= 8) continue;  // the second tile of rows is empty
+            mma_bf16(sums[u][tile], a[0], b[u].x, b[u].y);
+            mma_bf16(sums[u][tile], a[1], b[u].z, b[u].w);
+          }
         }
       }
+      if (part % 2 && then < k) fetch(w, then, part / 2, lane, stored[part / 2]);
     }
-    stored = next;
-    scale = next_scale;
   }
 #pragma unroll
   for (int u = 0; u < 2; u++)

@@ -4,23 +4,11 @@
 // keeps its own greatest score and sums, which meet in their order at the end. So the result depends on the token's own
 // sequence alone. HEAD: values of a head, a multiple of 64. VALUE: float, bf16, half.
 #include "numbers.cuh"
+#include "ragged.cuh"
 
 constexpr int THREADS = 128;
 constexpr int LANES = 8, GROUPS = 16;
 constexpr int PIECES = HEAD / (8 * LANES);  // of 8 values, that a lane has
-
-// The sequence that a token is of: the last whose first token isn't after it.
-static __device__ __forceinline__ int sequence_of(const int* cu_seqlens, int sequences, int token) {
-  int low = 0, high = sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     const VALUE* __restrict__ q, const VALUE* __restrict__ pages, const int* __restrict__ block_table,
@@ -29,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     int window) {
   __shared__ float greatest[GROUPS], sums[GROUPS], parts[GROUPS][HEAD];
   const int token = blockIdx.x, head = blockIdx.y, group = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const int* table = block_table + (int64_t)sequence_of(cu_seqlens, sequences, token) * blocks;
+  const int* table = block_table + (int64_t)segment_of(cu_seqlens, sequences, token) * blocks;
   const int position = positions[token], first = window ? max(0, position - window + 1) : 0;
   const int64_t place = ((int64_t)token * heads + head) * HEAD;
   float query[PIECES][8], output[PIECES][8] = {};

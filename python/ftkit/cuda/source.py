@@ -15,6 +15,7 @@ from ftkit.errors import FtkitError
 
 FOLDER = Path(__file__).parent
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)")
+_OPTION = re.compile(r"^// ptxas (-O\d):", re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
@@ -47,6 +48,10 @@ class Variant:
     def kernels(self) -> "dict[str, Kernel]":
         """Its kernels by name."""
         return _kernels(self.text, self.macros)
+
+    def assembler_options(self) -> list[str]:
+        """What a comment `// ptxas -O1: why` says: for sources that the assembler's best leaves without registers."""
+        return _OPTION.findall(self.text)
 
     def constant(self, name: str) -> int:
         """The value of `constexpr int NAME = …;` in the source, a whole number or a macro's."""

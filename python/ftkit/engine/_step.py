@@ -26,7 +26,6 @@ class ModelStep:
         self.shelf = Shelf(model, cache)
         self.lock = threading.Lock()
         """Held during a step; whoever changes the model's adapters holds it too."""
-        self._positions = blocks * cache.block_tokens
         self._whole: tuple[tuple[Any, ...], _core.DecoderStep | None] | None = None
         sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, tokens)
         self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
@@ -37,7 +36,7 @@ class ModelStep:
         there, and others here; None where it has none."""
         now = (self.model.revision, os.environ.get(PIN))
         if self._whole is None or self._whole[0] != now:
-            step = whole_step(self.model, self.cache, self._positions) if allows("fused") else None
+            step = whole_step(self.model, self.cache) if allows("fused") else None
             self._whole = (now, step)
         return self._whole[1]
 

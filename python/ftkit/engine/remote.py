@@ -71,6 +71,14 @@ class Remote:
             completion_tokens=usage["completion_tokens"],
         )
 
+    def count(self, messages: Sequence[Message], model: str | None = None) -> int:
+        """How many tokens a conversation is. Raises FtkitError when the server does not tell."""
+        turns = [message for message in messages if message["role"] != "system"]
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        body = {"model": model or self.default, "messages": turns, **({"system": system[0]} if system else {})}
+        with self._send("POST", "/v1/messages/count_tokens", body) as response:
+            return int(json.load(response)["input_tokens"])
+
     def rate(self, feedback: dict[str, Any]) -> None:
         """Sends a rating. Raises FtkitError when the server takes none."""
         with self._send("POST", "/v1/feedback", feedback):

@@ -115,9 +115,11 @@ def together(model: Any, batch: Any) -> _core.DecoderLayers | None:
     return None if alone and any(adapter_id in alone for adapter_id, _, _ in batch.routes.spans) else layers
 
 
-def whole_step(model: Any, cache: Any, positions: int) -> _core.DecoderStep | None:
-    """The core's step from token ids to logits, over a cache, of sequences of up to so many tokens; None where the core
-    has none. It computes adapters that it knows, and is good for as long as the model's revision stays the same."""
+def whole_step(model: Any, cache: Any) -> _core.DecoderStep | None:
+    """The core's step from token ids to logits, over a cache; None where the core has none.
+
+    It computes adapters that it knows, and is good for as long as the model's revision stays the same.
+    """
     pages = getattr(cache, "pages", None)
     if pages is None or model.training or model.device.type != "cpu" or not model.dtype == pages.dtype == torch.float32:
         return None
@@ -130,7 +132,8 @@ def whole_step(model: Any, cache: Any, positions: int) -> _core.DecoderStep | No
         if embedding is None or isinstance(embedding, _core.PackedMatrix):
             return None
         with torch.inference_mode():
-            angles = model.rotary(torch.arange(positions, dtype=torch.int32), torch.float32)
+            most = torch.arange(cache.page_count * cache.block_tokens, dtype=torch.int32)  # no sequence is longer
+            angles = model.rotary(most, torch.float32)
         flat = [angle.contiguous().view(-1) for angle in angles]
         width = model.config.hidden_size
         found.step = (cache, _core.DecoderStep(layers, (embedding, width), (flat[0], flat[1]), pages))

@@ -2,16 +2,17 @@
 
     logits = head(decoder(batch))[rows]
 
-The `fused` backend hands the embedded tokens to the core and gets logits back: layers, last norm and head in one call,
-where `decoder_layers` would leave the norm and the head to calls of their own.
+The `fused` backend is one call into the core, from token ids to logits. The engine makes the same call without Python
+where it can.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ftkit.kernels import operation
-from ftkit.kernels.decoder_layers import supports, together
+from ftkit.kernels.decoder_layers import whole_step
 
 
 @operation
@@ -25,17 +26,18 @@ def next_logits(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
 
 
 def _supports(batch: Any, rows: Tensor, cache: Any, model: Any) -> bool:  # noqa: ARG001
-    layers = together(model, batch) if supports(model.dtype, model.device, batch, cache, model) else None
-    return layers is not None and layers.has_head
+    if torch.is_grad_enabled() or batch.block_table is None:
+        return False
+    step = whole_step(model, cache)
+    return step is not None and step.knows(batch.adapters)
 
 
 @next_logits.backend("fused", _supports)
 def _run(batch: Any, rows: Tensor, cache: Any, model: Any) -> Tensor:
     """One call into the core."""
-    x = model.embed_tokens(batch.tokens, batch.routes)
-    cos, sin = model.rotary(batch.positions, x.dtype)
-    layers = model._fused.layers[None]  # which `_supports` has just looked at
-    logits: Tensor = x.new_empty(len(rows), model.config.vocab_size)
-    places = (batch.positions, batch.cu_seqlens, batch.block_table.contiguous())
-    layers.forward(x, cos, sin, *places, cache.pages, list(batch.routes.spans), (rows, logits))
+    step = whole_step(model, cache)
+    assert step is not None  # which `_supports` has just looked at
+    logits = torch.empty(len(rows), model.config.vocab_size)
+    places = (batch.cu_seqlens, batch.adapters, batch.block_table.contiguous())
+    step.run(batch.tokens, batch.positions, *places, rows, logits)
     return logits

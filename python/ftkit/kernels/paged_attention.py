@@ -9,8 +9,9 @@ sequence's token at position p is in slot p % block_tokens of page `block_table[
 head h reads head h // (heads / key_value_heads). Keys and values of the new tokens are in their pages already.
 
 The backends `cpu` (in the core) and `cuda` compute each row by itself: its result depends on its own sequence and on
-nothing else in the batch. They read pages where they are, the core those of float32 and bfloat16; the reference copies
-each sequence's pages into one tensor and takes torch's attention, which is faster for long prompts.
+nothing else in the batch. They read pages where they are, the core those of float32 and bfloat16; `cuda` has a kernel
+of the tensor core's for long prompts. The reference copies each sequence's pages into one tensor and takes torch's
+attention, which is faster for long prompts on the CPU.
 """
 
 import itertools
@@ -21,7 +22,8 @@ from torch.nn import functional
 
 from ftkit import _core
 from ftkit.cuda import launches
-from ftkit.kernels import _gpu, operation
+from ftkit.cuda.pages import paged_prefill, takes_prefill
+from ftkit.kernels import _gpu, allows, operation
 
 
 @operation
@@ -79,7 +81,16 @@ def _supports(q: Tensor, pages: Tensor, *_: object, **__: object) -> bool:
 
 
 def _on_gpu(q: Tensor, pages: Tensor, *_: object, **__: object) -> bool:
-    return q.device.type == pages.device.type == _gpu.device_type and launches.takes_attention(q, pages)
+    if q.device.type != _gpu.device_type or pages.device.type != _gpu.device_type:
+        return False
+    return launches.takes_attention(q, pages) or takes_prefill(q, pages)
+
+
+def _by_tiles(q: Tensor, pages: Tensor, few: bool) -> bool:
+    """Whether a kernel takes sequences of many tokens, or those of few that the kernel for these does not."""
+    if q.device.type != _gpu.device_type or not allows("cuda") or not takes_prefill(q, pages):
+        return False
+    return not few or not launches.takes_attention(q, pages)
 
 
 @paged_attention.backend("cuda", _on_gpu)
@@ -97,14 +108,17 @@ def _few_by_themselves(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Sequences with few new tokens by the core or a kernel, neighbours in one call; a long prompt by the reference."""
+    """Sequences with few new tokens by the core or a kernel, neighbours in one call; long prompts by a kernel of their
+    own or the reference."""
     outputs, first, begin = [], 0, 0
     for few, group in itertools.groupby(lengths, lambda length: length <= FEW):
         group_lengths = tuple(group)
         last, end = first + len(group_lengths), begin + sum(group_lengths)
         rows, table, ends = slice(begin, end), block_table[first:last], cu_seqlens[first : last + 1]
-        if few:
-            ends = ends - begin if begin else ends
+        ends = ends - begin if begin else ends
+        if _by_tiles(q, pages, few):
+            output = gpu_prefill(q[rows], pages, table, ends, positions[rows], layer, scale, window)
+        elif few:
             output = torch.ops.ftkit.paged_attention(q[rows], pages, table, ends, positions[rows], layer, scale, window)
         else:
             output = paged_attention.reference(
@@ -161,6 +175,14 @@ def _shape_of(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+gpu_prefill = _gpu.define(
+    "gpu_paged_prefill(Tensor q, Tensor pages, Tensor block_table, Tensor cu_seqlens, Tensor positions, int layer, "
+    "float scale, int? window) -> Tensor",
+    lambda q, pages, table, ends, positions, *rest: paged_prefill(
+        _gpu.launch, q.contiguous(), pages, table.contiguous(), ends.contiguous(), positions.contiguous(), *rest
+    ),
+    _shape_of,
+)
 _gpu.implement(
     "paged_attention",
     lambda q, pages, table, ends, positions, *rest: launches.paged_attention(

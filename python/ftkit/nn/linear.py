@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ftkit._core import CodedMatrix, PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed
+from ftkit.kernels.lora_rows import lora_rows
 from ftkit.nn.routes import Routes
 
 
@@ -219,27 +220,13 @@ class Linear(nn.Module):
 
     def _mixed(self, x: Tensor, routes: Routes) -> Tensor:
         """Rows under several adapters: one matmul of the base, and each adapter's part on its rows."""
-        found = [(rows, self.adapter(adapter_id), adapter_id) for adapter_id, rows in routes.parts]
-        loras = [(rows, None if adapter is None else adapter.as_lora()) for rows, adapter, _ in found]
-        plain = all(
-            adapter is None or (lora is not None and adapter.bias is None)
-            for (_, adapter, _), (_, lora) in zip(found, loras, strict=True)
-        )
-        if not plain:
-            parts = [self._under(adapter_id, x[rows]) for rows, _, adapter_id in found]
-            return torch.cat(parts).index_select(0, routes.back.to(x.device))
-        y = self._base(x)
-        for rows, lora in loras:
+        found = [(adapter_id, self.adapter(adapter_id)) for adapter_id, _ in routes.parts]
+        loras: dict[int, tuple[Tensor, Tensor, float]] = {}
+        for adapter_id, adapter in found:
+            lora = None if adapter is None or adapter.bias is not None else adapter.as_lora()
             if lora is not None:
-                a, b, scale = (lora[0].to(x.dtype), lora[1].to(x.dtype), lora[2])
-                delta = functional.linear(functional.linear(x[rows], a), b) * scale
-                y = _add(y, rows, delta)
-        return y
-
-
-def _add(y: Tensor, rows: slice | Tensor, delta: Tensor) -> Tensor:
-    """y with delta added to its rows, in place: nothing else refers to a matmul's fresh output."""
-    if isinstance(rows, slice):
-        y[rows] += delta
-        return y
-    return y.index_add_(0, rows.to(y.device), delta)
+                loras[adapter_id] = lora
+        if any(adapter is not None and adapter_id not in loras for adapter_id, adapter in found):
+            parts = [self._under(adapter_id, x[rows]) for adapter_id, rows in routes.parts]
+            return torch.cat(parts).index_select(0, routes.back.to(x.device))
+        return lora_rows(self._base(x), x, loras, routes)  # nothing else refers to a matmul's fresh output

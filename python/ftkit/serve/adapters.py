@@ -101,7 +101,7 @@ class Adapters:
     def rollback(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         """The generation before this one answers again, or the one of number `generation`."""
         fields = Fields(body)
-        wanted = fields.number("generation", 1, 1e9, whole=True)
+        wanted = fields.number("generation", 1, 10**9, whole=True)
         fields.finish()
         with self._lock:
             generations = self._there(name)

@@ -137,6 +137,9 @@ class Job:
             elif event["event"] == "evaluation":
                 data = {"step": event["step"], "valid_loss": event.get("loss")}
                 found.append((event["time"], "info", f"Step {event['step']}: validation", "metrics", data))
+            elif event["event"] == "memory":
+                data = {"peak_bytes": event["peak_bytes"], "planned_bytes": event.get("planned_by_category", {})}
+                found.append((event["time"], "info", "The largest batch's memory was measured", "message", data))
             elif event["event"] in ("warning", "notice"):
                 level = "warn" if event["event"] == "warning" else "info"
                 found.append((event["time"], level, event["message"], "message", {}))

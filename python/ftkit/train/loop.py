@@ -120,6 +120,7 @@ class Loop:
             self.progress.step,
             peak_bytes=peak,
             planned_peak_bytes=session.plan.peak_bytes,
+            planned_by_category=session.plan.by_category,
             peak_rss_bytes=memory.peak_rss_bytes(),
             planned_peak_rss_bytes=session.plan.peak_rss_bytes,
         )

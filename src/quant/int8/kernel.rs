@@ -63,7 +63,7 @@ impl<'a> Inputs<'a> {
 }
 
 /// Room for the products of a panel with two tiles `[tile][row]`.
-pub(super) type Found = [[f32; TILE]; 2 * ROWS];
+type Found = [[f32; TILE]; 2 * ROWS];
 
 impl Path {
     /// All that this machine has, the best last.
@@ -90,7 +90,7 @@ impl Path {
     }
 
     /// Tiles that are best multiplied together with several rows.
-    pub(super) fn tiles(self) -> usize {
+    fn tiles(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Vnni => 2,
@@ -98,43 +98,46 @@ impl Path {
         }
     }
 
-    /// Calls `write` with each row of x, each of up to [`Path::tiles`] tiles that stand one after another, and the 16
-    /// products.
+    /// Calls `write` with each row of x, each of some tiles that stand one after another, and the 16 products.
     pub(super) fn product(
         self,
         integers: &IntegerForm,
         tiles: &[u8],
         inputs: &Inputs<'_>,
         steps: usize,
-        found: &mut Found,
         mut write: impl FnMut(usize, usize, &[f32; TILE]),
     ) {
         let (groups, tile_bytes) = (integers.groups(), steps * integers.step_bytes());
-        let (rounded, many) = (inputs.rounded, tiles.len() / tile_bytes);
-        let places = rounded.count.div_ceil(ROWS) * steps;
-        assert!(tiles.len() == many * tile_bytes && (1..=self.tiles()).contains(&many));
+        let rounded = inputs.rounded;
+        let panels = rounded.count.div_ceil(ROWS);
+        let places = panels * steps;
+        assert!(tiles.len().is_multiple_of(tile_bytes));
         assert!(rounded.scales.len() == places * ROWS && rounded.codes.len() == places * 8 * ROWS);
         assert!(inputs.starts.len() == places * groups * ROWS);
         assert!(!integers.offsets || inputs.sums.len() == inputs.starts.len());
-        for panel in 0..rounded.count.div_ceil(ROWS) {
-            let rows = panel * ROWS..rounded.count.min((panel + 1) * ROWS);
-            // one row with several tiles would read from several places of memory at once
-            let at_once = if rows.len() == 1 { 1 } else { many };
-            for (first, tiles) in (0..many).step_by(at_once).zip(tiles.chunks_exact(at_once * tile_bytes)) {
+        // one row with several tiles would read from several places of memory at once
+        let at_once = if rounded.count == 1 { 1 } else { self.tiles() };
+        let mut found: Found = [[0.0; TILE]; 2 * ROWS];
+        let mut first = 0;
+        for tiles in tiles.chunks(at_once * tile_bytes) {
+            let many = if tiles.len() == tile_bytes { 1 } else { at_once };
+            for panel in 0..panels {
+                let rows = panel * ROWS..rounded.count.min((panel + 1) * ROWS);
                 match self {
-                    Self::Portable => rows.clone().zip(&mut *found).for_each(|(row, found)| {
+                    Self::Portable => rows.clone().zip(&mut found).for_each(|(row, found)| {
                         portable(integers, tiles, inputs, steps, row, found);
                     }),
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the machine has the features (`all`), lengths were checked, the panel is one of them.
                     Self::Avx2 | Self::Vnni => unsafe {
-                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), found);
+                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), &mut found);
                     },
                 }
-                for (tile, found) in found.chunks_exact(ROWS).take(at_once).enumerate() {
+                for (tile, found) in found.chunks_exact(ROWS).take(many).enumerate() {
                     rows.clone().zip(found).for_each(|(row, found)| write(row, first + tile, found));
                 }
             }
+            first += many;
         }
     }
 }

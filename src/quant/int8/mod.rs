@@ -260,31 +260,30 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
         rounded.fill(team, x, columns);
         // matrices of one format mostly: their inputs are prepared once
         let mut prepared: Vec<(&IntegerForm, kernel::Inputs<'_>)> = Vec::with_capacity(1);
-        // tiles of all matrices, as many together as go well: (matrix, its inputs, tiles, their first column of y)
-        let mut tiles = Vec::with_capacity(width / TILE / path.tiles() + matrices.len());
-        let mut begin = 0;
+        // (matrix, its inputs, its tiles among those of all, its first column of y)
+        let mut parts = Vec::with_capacity(matrices.len());
+        let (mut begin, mut count_tiles) = (0, 0);
         for matrix in matrices {
             let form = &matrix.integers;
             let inputs = prepared.iter().position(|(other, _)| other.same_inputs(form)).unwrap_or_else(|| {
                 prepared.push((form, kernel::Inputs::new(team, rounded, form)));
                 prepared.len() - 1
             });
-            let count = matrix.rows.div_ceil(TILE);
-            let together = (0..count).step_by(path.tiles()).map(|tile| tile..count.min(tile + path.tiles()));
-            tiles.extend(together.map(|tiles| (*matrix, inputs, tiles.clone(), begin + tiles.start * TILE)));
-            begin += matrix.rows;
+            let tiles = count_tiles..count_tiles + matrix.rows.div_ceil(TILE);
+            (begin, count_tiles) = (begin + matrix.rows, tiles.end);
+            parts.push((*matrix, inputs, tiles, begin - matrix.rows));
         }
         let out = Shared::new(y);
-        let run = tiles.len().div_ceil(team.tasks(count * width * columns, TASK));
-        team.each(tiles.len().div_ceil(run), &|task| {
-            let mut room: kernel::Found = [[0.0; TILE]; 2 * ROWS];
-            for (matrix, inputs, tiles, at) in &tiles[task * run..tiles.len().min((task + 1) * run)] {
-                let (inputs, end) = (&prepared[*inputs].1, at + matrix.rows - tiles.start * TILE);
-                let packed = matrix.tiles(tiles.clone());
-                path.product(&matrix.integers, packed, inputs, columns / STEP, &mut room, |t, tile, found| {
-                    let at = at + tile * TILE;
+        let run = count_tiles.div_ceil(team.tasks(count * width * columns, TASK)).next_multiple_of(2);
+        team.each(count_tiles.div_ceil(run), &|task| {
+            for (matrix, inputs, all, begin) in &parts {
+                let tiles = (task * run).clamp(all.start, all.end)..((task + 1) * run).clamp(all.start, all.end);
+                let tiles = tiles.start - all.start..tiles.end - all.start;
+                let (packed, inputs) = (matrix.tiles(tiles.clone()), &prepared[*inputs].1);
+                path.product(&matrix.integers, packed, inputs, columns / STEP, |t, tile, found| {
+                    let at = (tiles.start + tile) * TILE;
                     // SAFETY: these columns of y are this task's alone.
-                    unsafe { out.write(t * width + at, &found[..TILE.min(end - at)]) };
+                    unsafe { out.write(t * width + begin + at, &found[..TILE.min(matrix.rows - at)]) };
                 });
             }
         });

@@ -10,7 +10,17 @@ use super::parse::{self, Asked};
 use crate::serve::Usage;
 
 /// What clients send besides, and what changes nothing in the answer of a local model.
-const IGNORED: [&str; 5] = ["metadata", "service_tier", "cache_control", "betas", "container"];
+const IGNORED: [&str; 9] = [
+    "metadata",
+    "service_tier",
+    "cache_control",
+    "betas",
+    "container",
+    "inference_geo",
+    "speed",
+    "user_profile_id",
+    "workspace_id",
+];
 
 /// A body of `/v1/messages`.
 pub(super) fn parse(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
@@ -41,8 +51,26 @@ fn asked(mut fields: Fields, most: Option<Value>) -> Result<Asked, ApiError> {
     ] {
         chat.extend(fields.take(name).map(|value| (theirs.to_owned(), value)));
     }
-    if fields.take("thinking").is_some_and(|thinking| thinking["type"] != "disabled") {
-        return Err(ApiError::unsupported("thinking", "thinking: expected none or type disabled, got another"));
+    // `adaptive` leaves it to the model whether it thinks.
+    if fields.take("thinking").is_some_and(|thinking| thinking["type"] != "disabled" && thinking["type"] != "adaptive")
+    {
+        let told = "thinking: expected none or type disabled or adaptive, got another";
+        return Err(ApiError::unsupported("thinking", told));
+    }
+    if let Some(config) = fields.take("output_config") {
+        let mut config = Fields::of("output_config", config)?;
+        if let Some(format) = config.take("format") {
+            let mut format = Fields::of("output_config.format", format)?;
+            let kind = format.string("type")?;
+            if kind.as_deref() != Some("json_schema") {
+                let got = kind.unwrap_or_else(|| "nothing".to_owned());
+                return Err(ApiError::field("output_config.format.type", "json_schema", &got));
+            }
+            let schema = json!({"type": "json_schema", "json_schema": {"schema": format.take("schema")}});
+            chat.insert("response_format".to_owned(), schema);
+            format.finish(&[])?;
+        }
+        config.finish(&["effort"])?;
     }
     let mut messages = Vec::new();
     if let Some(system) = fields.take("system") {

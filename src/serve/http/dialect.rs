@@ -110,14 +110,25 @@ pub(super) trait Dialect: Send {
     }
 }
 
+/// JSON that is one line to everybody: some clients end lines at Unicode's separators, too, which may only be in strings.
+pub(super) fn line(value: &Value) -> String {
+    let mut text = value.to_string();
+    for (separator, escaped) in [('\u{85}', "\\u0085"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")] {
+        if text.contains(separator) {
+            text = text.replace(separator, escaped);
+        }
+    }
+    text
+}
+
 /// A server-sent event without a name.
 pub(super) fn data(value: &Value) -> Bytes {
-    format!("data: {value}\n\n").into()
+    format!("data: {}\n\n", line(value)).into()
 }
 
 /// A server-sent event whose name is its type.
 pub(super) fn event(value: &Value) -> Bytes {
-    format!("event: {}\ndata: {value}\n\n", value["type"].as_str().unwrap_or_default()).into()
+    format!("event: {}\ndata: {}\n\n", value["type"].as_str().unwrap_or_default(), line(value)).into()
 }
 
 /// Turns what the engine says of one choice into parts.
@@ -204,5 +215,19 @@ impl Answered {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_breaks_a_line() {
+        let value = serde_json::json!({"text": "a\u{85}b\u{2028}c\u{2029}d\n\r\u{b}\u{c}\u{1c}\u{1d}\u{1e}e"});
+        let text = line(&value);
+        let breaks = ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
+        assert!(!text.contains(breaks), "{text}");
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
     }
 }

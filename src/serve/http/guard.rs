@@ -16,14 +16,17 @@ use super::errors::ApiError;
 use super::keys::Key;
 use super::log::Record;
 use super::meter::Caller;
+use super::page;
 
-/// Routes that need no key: the page itself, which then asks for it, and the health checks.
-const OPEN: [&str; 7] = ["/", "/chat.js", "/studio.js", "/chat.css", "/health", "/ready", "/openapi.json"];
+/// Routes that need no key, besides the page itself, which then asks for it.
+const OPEN: [&str; 3] = ["/health", "/ready", "/openapi.json"];
 /// Where a key that manages is needed; reading the first two needs any key.
 const MANAGED: [&str; 5] = ["/v1/adapters", "/v1/aliases", "/v1/files", "/v1/fine_tuning", "/metrics"];
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Where Anthropic's clients look for the same.
+const THEIR_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// Checks a request, passes it on, counts the answer.
 pub(super) async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
@@ -41,6 +44,9 @@ pub(super) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     let mut response = ApiError::worded(response, &path);
     record.status(response.status().as_u16());
     if let Ok(id) = HeaderValue::from_str(&record.id) {
+        if path.starts_with("/v1/messages") {
+            response.headers_mut().insert(THEIR_REQUEST_ID, id.clone());
+        }
         response.headers_mut().insert(REQUEST_ID, id);
     }
     let nosniff = HeaderValue::from_static("nosniff");
@@ -73,7 +79,7 @@ fn check(app: &App, request: &Request) -> Result<Arc<Key>, ApiError> {
         .iter()
         .position(|room| path.strip_prefix(room).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
     let managed = managed.is_some_and(|room| room > 1 || request.method() != Method::GET);
-    if app.keys.is_empty() || OPEN.contains(&path) {
+    if app.keys.is_empty() || OPEN.contains(&path) || page::has(path) {
         // Without keys, whoever reaches this machine may ask; only whoever sits at it may manage.
         if managed && !app.anonymous.admin && path != "/metrics" {
             return Err(ApiError::forbidden(

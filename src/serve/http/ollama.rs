@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::App;
-use super::dialect::{Answered, Call, Context, Dialect, Ending, Maker, Part};
+use super::dialect::{self, Answered, Call, Context, Dialect, Ending, Maker, Part};
 use super::errors::ApiError;
 use super::fields::{Fields, kind};
 use super::meter::Caller;
@@ -246,7 +246,7 @@ impl Dialect for Ollama {
 }
 
 fn line(value: &Value) -> Bytes {
-    format!("{value}\n").into()
+    format!("{}\n", dialect::line(value)).into()
 }
 
 fn reason(ending: &Ending) -> &'static str {

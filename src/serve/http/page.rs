@@ -1,14 +1,37 @@
-//! The web page, four files in the binary (chat, and `studio` for training and adapters), and markdown made safe on the server.
+//! The web page, a few files in the binary: the chat, training and adapters; and markdown made safe on the server.
 
 use std::collections::HashSet;
 
+use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 
-const PAGE: &str = include_str!("page/chat.html");
-const SCRIPT: &str = include_str!("page/chat.js");
-const STUDIO: &str = include_str!("page/studio.js");
-const STYLE: &str = include_str!("page/chat.css");
+use super::errors::ApiError;
+
+const HTML: &str = "text/html; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+
+/// What lies below [`ROOM`].
+const FILES: [(&str, &str, &str); 15] = [
+    ("style.css", STYLE, include_str!("page/style.css")),
+    ("adapters.js", SCRIPT, include_str!("page/adapters.js")),
+    ("answer.js", SCRIPT, include_str!("page/answer.js")),
+    ("api.js", SCRIPT, include_str!("page/api.js")),
+    ("branches.js", SCRIPT, include_str!("page/branches.js")),
+    ("cards.js", SCRIPT, include_str!("page/cards.js")),
+    ("chat.js", SCRIPT, include_str!("page/chat.js")),
+    ("dom.js", SCRIPT, include_str!("page/dom.js")),
+    ("markdown.js", SCRIPT, include_str!("page/markdown.js")),
+    ("models.js", SCRIPT, include_str!("page/models.js")),
+    ("rating.js", SCRIPT, include_str!("page/rating.js")),
+    ("settings.js", SCRIPT, include_str!("page/settings.js")),
+    ("tabs.js", SCRIPT, include_str!("page/tabs.js")),
+    ("training.js", SCRIPT, include_str!("page/training.js")),
+    ("turns.js", SCRIPT, include_str!("page/turns.js")),
+];
+const ROOM: &str = "/page/";
 
 /// Nothing from elsewhere, no inline script, no frame around it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
@@ -26,22 +49,19 @@ fn file(kind: &'static str, text: &'static str) -> Response {
 
 /// `/`
 pub(super) async fn page() -> Response {
-    file("text/html; charset=utf-8", PAGE)
+    file(HTML, include_str!("page/index.html"))
 }
 
-/// `/chat.js`
-pub(super) async fn script() -> Response {
-    file("text/javascript; charset=utf-8", SCRIPT)
+/// `/page/{name}`
+pub(super) async fn part(name: Result<Path<String>, PathRejection>) -> Result<Response, ApiError> {
+    let name = name.map_or_else(|_| String::new(), |Path(name)| name);
+    let found = FILES.iter().find(|(file, _, _)| *file == name);
+    found.map(|(_, kind, text)| file(kind, text)).ok_or_else(|| ApiError::no_route(&format!("{ROOM}{name}")))
 }
 
-/// `/studio.js`
-pub(super) async fn studio() -> Response {
-    file("text/javascript; charset=utf-8", STUDIO)
-}
-
-/// `/chat.css`
-pub(super) async fn style() -> Response {
-    file("text/css; charset=utf-8", STYLE)
+/// Whether this path is the page's, which everybody may read.
+pub(super) fn has(path: &str) -> bool {
+    path == "/" || path.strip_prefix(ROOM).is_some_and(|name| FILES.iter().any(|(file, _, _)| *file == name))
 }
 
 /// Longest text that is rendered; the page shows a longer one as it is.

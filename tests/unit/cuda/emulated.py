@@ -40,6 +40,11 @@ VARIANTS = [
     ),
     variant("adamw_8bit"),
     *(variant("paged_attention", VALUE=kind, HEAD=size) for kind, size in (("bf16", 64), ("float", 128))),
+    *(variant("lora_bgmv", VALUE=kind, WEIGHT="float") for kind in ("bf16", "float")),
+    variant("lora_sgmv", WEIGHT="float"),
+    variant("lora_gradient"),
+    *(variant(name, GROUP=group) for name in ("int4_decode", "int4_forward", "int4_dx") for group in (32, 64, 128)),
+    *(variant("paged_prefill", HEAD=size) for size in (64, 80, 96, 128)),
 ]
 
 
@@ -55,6 +60,11 @@ DEAREST = {
         variant("cross_entropy", VALUE="bf16", GRADIENT=1),
         variant("adamw_8bit"),
         variant("paged_attention", VALUE="bf16", HEAD=64),
+        variant("lora_bgmv", VALUE="bf16", WEIGHT="float"),
+        variant("lora_sgmv", WEIGHT="float"),
+        variant("lora_gradient"),
+        *(variant(name, GROUP=64) for name in ("int4_decode", "int4_forward", "int4_dx")),
+        variant("paged_prefill", HEAD=128),
     )
 }
 
@@ -124,7 +134,12 @@ def poison(variant: Variant, name: str, arguments: Sequence[Argument]) -> None:
             argument.fill_(torch.nan)
 
 
-OUTPUTS = {"out", "y", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+OUTPUTS = {"out", "y", "low", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+
+
+def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random numbers, the same for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def coded_matrix(scheme: str, rows: int, columns: int, seed: int = 0) -> Coded:

@@ -14,7 +14,9 @@ class FakeDriver:
     """Answers (code, value …) as the driver does; code `failing[function]` where a test says so."""
 
     CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1,
+        CU_DEVICE_ATTRIBUTE_CLOCK_RATE=2,
     )
 
     def __init__(
@@ -41,7 +43,7 @@ class FakeDriver:
         return 0, index
 
     def cuDeviceGetAttribute(self, attribute: int, _device: int) -> tuple[int, int]:
-        return 0, self.capability[attribute]
+        return 0, (*self.capability, 1_410_000)[attribute]
 
     def cuModuleLoadData(self, code: bytes) -> tuple[int, bytes]:
         assert code.startswith(b"\x7fELF")

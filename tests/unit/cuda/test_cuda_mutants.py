@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.unit.cuda import mutants, mutants_ragged, test_cuda_int4, test_cuda_lora, test_cuda_prefill
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
-from tests.unit.cuda.mutants import MUTANTS, Mutant
+from tests.unit.cuda.mutants import Mutant
 
 from ftkit.cuda import launches, source
 from ftkit.cuda.on_cpu import build
@@ -15,6 +16,7 @@ from ftkit.errors import InputError
 
 pytestmark = pytest.mark.unit
 
+MUTANTS = mutants.MUTANTS | mutants_ragged.MUTANTS
 F32, BF16 = torch.float32, torch.bfloat16
 # What is tried on the mutants of a source, in this order, until one fails.
 TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
@@ -35,13 +37,13 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, _: tests.test_gemv_of_groups_with_offsets(kit),
     ],
     "nf4_decode": [
-        lambda kit, s: tests.test_decode(kit, "nf4", 13, 72, 192, s),
+        lambda kit, s: tests.test_decode(kit, "nf4", 5, 72, 192, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
-        lambda kit, s: tests.test_decode(kit, "nf4", 9, 32, 128, s),
+        lambda kit, s: tests.test_decode(kit, "nf4", 9, 8, 2368, s),
     ],
     "nf4_lora_forward": [
         lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),
-        lambda kit, s: tests.test_forward(kit, "nf4", 140, 136, 192, 32, s),
+        lambda kit, s: tests.test_forward(kit, "nf4", 140, 136, 320, 32, s),
     ],
     "nf4_lora_dx": [
         lambda kit, s: tests.test_dx(kit, "nf4", 3, 200, 192, 16, s),
@@ -65,6 +67,30 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: tests.test_paged_attention(kit, 128, None, s),
     ],
     "adamw_8bit": [lambda kit, s: tests.test_adamw_8bit(kit, 700, s)],
+    "lora_bgmv": [lambda kit, s: test_cuda_lora.test_rows_by_themselves(kit, BF16, s)],
+    "lora_sgmv": [
+        lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (48, 12), s),
+        lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (528, 132), s),
+    ],
+    "lora_gradient": [lambda kit, s: test_cuda_lora.test_gradient(kit, s)],
+    "int4_decode": [
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 16, 40, 576, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 9, 32, 128, s),
+    ],
+    "int4_forward": [
+        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 17, 8, 64, s),
+        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 140, 136, 192, s),
+    ],
+    "int4_dx": [
+        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
+        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 130, 72, 128, s),
+    ],
+    "paged_prefill": [
+        lambda kit, s: test_cuda_prefill.test_a_short_prompt_and_a_chunk(kit, s),
+        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, 7, s),
+        lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, None, s),
+    ],
 }
 SCHEDULES = (2, 1, 0)
 

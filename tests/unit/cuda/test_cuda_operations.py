@@ -1,7 +1,5 @@
 """The `cuda` backends of operations, the emulator in the place of a GPU: values and gradients of the references."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tests.unit.cuda.emulated import Emulated, coded_matrix
@@ -25,27 +23,6 @@ from ftkit.kernels.swiglu import swiglu
 from ftkit.plugins import load
 
 pytestmark = pytest.mark.unit
-
-HERE = ("gpu_", "coded_lora")
-
-
-@pytest.fixture
-def gpu(kit: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """CPU tensors pass for a GPU's; the kernels that were launched."""
-    launched: list[str] = []
-    run = kit.launcher(1)
-
-    def runner(*call: object) -> None:
-        launched.append(str(call[1]))
-        run(*call)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(_gpu, "device_type", "cpu")
-    monkeypatch.setattr(_gpu, "runner", runner)
-    with torch.library._scoped_library("ftkit", "IMPL") as library, pinned("cuda"):
-        for name, implementation in _gpu.runs.items():
-            if name.startswith(HERE):
-                library.impl(name, implementation, "CPU")
-        yield launched
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -42,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(32) wrappers(const float* __restric
   for (int i = 0; i < 4; i++) left[i] = pack_bf16(x[t + 32 * i + 128], x[t + 32 * i + 144]);
   mma_bf16(d, left, pack_bf16(a, b), pack_bf16(b + 1.0f, a));
   for (int i = 0; i < 4; i++) out[14 + i] = __float_as_uint(d[i]);
-  for (int i = 18; i < 32; i++) out[i] = n;
+  out[18] = permute_bytes(left[0], left[1], 0x7350 ^ (t & 15) << 8);
+  for (int i = 19; i < 32; i++) out[i] = n;
 }
 """
 MUTANTS = [
@@ -56,6 +57,8 @@ MUTANTS = [
     ("C forgotten", "{%8,%9}, {%0,%1,%2,%3};", "{%8,%9}, {%0,%0,%2,%3};"),
     ("D's registers swapped", '"+f"(d[0]), "+f"(d[1])', '"+f"(d[1]), "+f"(d[0])'),
     ("half precision for bf16", "f32.bf16.bf16.f32", "f32.f16.f16.f32"),
+    ("bytes of one word", '"r"(low), "r"(high), "r"(chosen)', '"r"(low), "r"(low), "r"(chosen)'),
+    ("words of bytes swapped", '"r"(low), "r"(high), "r"(chosen)', '"r"(high), "r"(low), "r"(chosen)'),
     ("bf16 toward zero", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
     ("half toward zero", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
     ("halves of a pair swapped", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),

@@ -87,3 +87,8 @@ static __device__ __forceinline__ float warp_max(float value) {
   for (int other = 16; other; other /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, other));
   return value;
 }
+
+// Halves of two words side by side: the lower ones, or the upper ones.
+static __device__ __forceinline__ uint32_t beside(uint32_t one, uint32_t two, int upper) {
+  return upper ? one >> 16 | (two & 0xffff0000u) : (one & 0xffffu) | two << 16;
+}

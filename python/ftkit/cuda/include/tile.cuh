@@ -1,34 +1,50 @@
 // A block's tile of a product: 128 rows of x by 128 columns of the result, 4 warps of 128 by 32, x through two stages of
 // shared memory.
 //
-// Rows of x in shared memory are 16 bytes longer than their 64 values: then the two rows that are read in one round lie in
-// different banks. See nf4.cuh for the order of k, and for which columns a lane has.
+// A stage has four runs of 16 neighbours of each row of x. Rows are 32 bytes longer than that, and in odd rows a run's
+// halves are swapped: so neither the copies of four rows meet in a bank, nor the reads of two. See nf4.cuh for the order of
+// k, and for which columns a lane has.
 #pragma once
 #include "numbers.cuh"
 
 constexpr int TILE_ROWS = 128, TILE_COLUMNS = 128, TILE_THREADS = 128, ROW_TILES = TILE_ROWS / 8;
-constexpr int STEP = 64, PADDED = STEP + 8;
+constexpr int RUNS = 4, RUN = 16, STEP = RUNS * RUN, PADDED = STEP + 16;
 typedef bf16 Stage[TILE_ROWS][PADDED];
 typedef float Sums[ROW_TILES][2][4];  // [tile of 8 rows of x][tile of 16 columns][register]
 
-// Starts the copy of columns k … k + 63 of x [rows, columns], from row `first` on, to a stage; zeros past the last row
-// and column.
-static __device__ __forceinline__ void copy_rows(Stage& stage, const bf16* x, int first, int rows, int columns, int k) {
-  const int column = threadIdx.x % 8 * 8;
+// x [rows, columns] as a thread copies it: half of each run, of a row of the tile and of that 64 rows on.
+struct Rows {
+  const bf16* from;
+  int rows, columns;  // that are left from there on
+  int next;           // values to the other row
+};
+
+static __device__ __forceinline__ Rows rows_of(const bf16* x, int first, int rows, int columns) {
+  const int row = first + threadIdx.x / 2, half = threadIdx.x % 2 * 8;
+  return {x + (int64_t)row * columns + half, rows - row, columns - half, TILE_ROWS / 2 * columns};
+}
+
+// Starts the copy of a stage, whose runs are at columns k, k + APART, …; zeros past the last row and column.
+template <int APART>
+static __device__ __forceinline__ void copy_rows(Stage& stage, const Rows& x, int k) {
+  const int row = threadIdx.x / 2, half = (threadIdx.x % 2 ^ row % 2) * 8;
 #pragma unroll
-  for (int row = threadIdx.x / 8; row < TILE_ROWS; row += TILE_THREADS / 8) {
-    const bool there = first + row < rows && k + column < columns;
-    copy16_async(&stage[row][column], there ? x + (int64_t)(first + row) * columns + k + column : x, there);
+  for (int other = 0; other < 2; other++) {
+    bf16* to = &stage[row + other * TILE_ROWS / 2][half];
+    const bf16* from = x.from + (uint32_t)(k + other * x.next);
+#pragma unroll
+    for (int run = 0; run < RUNS; run++)
+      copy16_async(to + run * RUN, from + run * APART, other * TILE_ROWS / 2 < x.rows && k + run * APART < x.columns);
   }
   copy_commit();
 }
 
-// sums += (a xᵀ)ᵀ for half of the 64 values of k in a stage.
+// sums += (a xᵀ)ᵀ for half of each run of a stage.
 static __device__ __forceinline__ void multiply(Sums& sums, const Stage& stage, const uint32_t (&a)[2][2][4], int half,
                                                 int lane) {
 #pragma unroll
   for (int u = 0; u < ROW_TILES; u++) {
-    const uint4 b = load16(&stage[u * 8 + lane / 4][lane % 4 * 16 + half * 8]);
+    const uint4 b = load16(&stage[u * 8 + lane / 4][lane % 4 * RUN + (half ^ lane / 4 % 2) * 8]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       mma_bf16(sums[u][i], a[i][0], b.x, b.y);

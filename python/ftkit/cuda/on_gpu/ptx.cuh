@@ -40,6 +40,14 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four of the eight bytes of low and high: byte i is that which bits 4 i … 4 i + 2 of `chosen` count. With bit 4 i + 3 it is
+// that one's sign eight times.
+DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t chosen) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(chosen));
+  return bytes;
+}
+
 // Bits of the nearest number, ties to even.
 DEVICE uint16_t bf16_bits(float value) {
   uint16_t bits;

@@ -121,6 +121,7 @@ pub(super) unsafe fn panel(
     // SAFETY: the caller's promise.
     unsafe {
         match (use_vnni, rows) {
+            (true, 1) if two => call!(vnni, 1, 2),
             (true, 1) => call!(vnni, 1, 1),
             (true, _) if two => call!(vnni, 4, 2),
             (true, _) => call!(vnni, 4, 1),

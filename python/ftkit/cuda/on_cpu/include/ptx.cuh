@@ -60,6 +60,15 @@ static __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t
   OnCpuMma arguments{d, a, b};
   on_cpu_warp(ON_CPU_MMA_S8, &arguments, ~0u);
 }
+static __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t chosen) {
+  const uint64_t pool = (uint64_t)high << 32 | low;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t one = pool >> 8 * (chosen >> 4 * i & 7) & 255;
+    bytes |= (chosen >> 4 * i & 8 ? (one >> 7) * 255 : one) << 8 * i;
+  }
+  return bytes;
+}
 static __forceinline__ uint16_t bf16_bits(float value) {
   uint32_t bits = __float_as_uint(value);
   if (value != value) return 0x7fff;

@@ -170,6 +170,8 @@ class Block:
             self.put(operands[0].split("|")[0], self.get(operands[1], "b32")[lanes], "b32", here)
         elif name == "cvt":
             self.convert(one, here)
+        elif name == "mov" and "{" in operands[0] + operands[1]:
+            self.pack_or_unpack(one, here)
         elif name in ("mov", "cvta"):
             self.put(operands[0], self.get(operands[1], kind), kind, here)
         elif name == "setp":
@@ -307,12 +309,27 @@ class Block:
                 value = np.clip(value, 0, 1)
             self.put(operands[0], value.astype(_NUMPY[kind]), kind, here)
 
+    def pack_or_unpack(self, one: Instruction, here: Array) -> None:
+        """Between a register and halves of it, the lower one first."""
+        to, source = ([name.strip() for name in part.strip("{}").split(",")] for part in one.operands)
+        whole = _NUMPY[one.words[-1]]
+        part = f"b{8 * whole.itemsize // max(len(to), len(source))}"
+        if len(to) == 1:
+            parts = np.stack([self.get(name, part) for name in source], 1)
+            self.put(to[0], parts.view(whole)[:, 0], one.words[-1], here)
+        else:
+            parts = self.get(source[0], one.words[-1])[:, None].view(_NUMPY[part])
+            for number, name in enumerate(to):
+                self.put(name, parts[:, number], part, here)
+
     def permute_bytes(self, one: Instruction, here: Array) -> None:
         a, b, chosen = (self.get(name, "u32") for name in one.operands[1:])
         pool = np.stack([a, b], 1).view(np.uint8)  # [threads, 8]
         found = np.empty((self.threads, 4), np.uint8)
         for number in range(4):
-            found[:, number] = pool[np.arange(self.threads), chosen >> np.uint32(4 * number) & np.uint32(7)]
+            place = chosen >> np.uint32(4 * number)
+            byte = pool[np.arange(self.threads), place & np.uint32(7)]
+            found[:, number] = np.where(place & np.uint32(8), (byte >> np.uint8(7)) * np.uint8(255), byte)
         self.put(one.operands[0], found.view(np.uint32)[:, 0], "u32", here)
 
 

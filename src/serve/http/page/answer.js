@@ -1,0 +1,59 @@
+// One answer as it grows: its text, what it cost, and how likely its tokens were.
+import { events, request } from "./api.js";
+import { $, element } from "./dom.js";
+import { renderer } from "./markdown.js";
+import { sampling } from "./settings.js";
+
+// Fills `parent`, until `signal`. What comes back has the text so far, also where it ended early (`stopped`, `error`).
+export async function answer(model, messages, parent, signal) {
+  const how = sampling();
+  const shown = how.logprobs ? null : renderer(parent, $("log"));
+  const found = { text: "", usage: null, id: null, fingerprint: null, model, messages, stopped: false, error: null };
+  let first = null;
+  try {
+    const body = { ...how, model: model || undefined, messages, stream: true, stream_options: { include_usage: true } };
+    const response = await request("POST", "/v1/chat/completions", body, signal);
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      found.usage = event.usage ?? found.usage;
+      found.id = event.id;
+      found.fingerprint = event.system_fingerprint;
+      found.model = event.model;
+      const choice = event.choices[0];
+      for (const one of (how.logprobs && choice?.logprobs?.content) || []) parent.append(token(one));
+      const more = choice?.delta?.content ?? "";
+      if (more) first ??= performance.now();
+      found.text += more;
+      if (more) shown?.add(more);
+    }
+  } catch (error) {
+    found.stopped = error.name === "AbortError";
+    if (!found.stopped) found.error = error.message;
+  }
+  found.seconds = first === null ? 0 : (performance.now() - first) / 1000;
+  await shown?.whole();
+  return found;
+}
+
+// A token, marked where the model was not sure; what else was likely is its tooltip.
+function token(one) {
+  const likely = Math.exp(one.logprob);
+  const made = element("span", one.token, `token ${likely >= 0.5 ? "likely" : likely >= 0.1 ? "unsure" : "unlikely"}`);
+  const lines = one.top_logprobs.map((other) => `${JSON.stringify(other.token)} ${Math.exp(other.logprob).toFixed(2)}`);
+  made.title = lines.join("\n");
+  // where nothing hovers, a tap tells
+  made.addEventListener("click", () => { $("status").textContent = lines.join("  "); });
+  return made;
+}
+
+// Who answered, what it cost, and how it ended.
+export function told(found) {
+  const parts = [found.model];
+  if (found.usage) {
+    const { prompt_tokens: asked, completion_tokens: said } = found.usage;
+    parts.push(`${asked} + ${said} tokens`);
+    if (said > 1 && found.seconds > 0) parts.push(`${((said - 1) / found.seconds).toFixed(1)} tokens/s`);
+  }
+  if (found.stopped) parts.push("stopped");
+  return parts.filter((part) => part).join(" · ");
+}
