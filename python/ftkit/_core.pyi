@@ -537,6 +537,31 @@ class Stream:
         """Ends the request; its pages are free before the next step."""
 
 @final
+class Pen:
+    """Where an author asks for the parts of an answer over HTTP, and where he puts them."""
+
+    def submit(self, prompt: Sequence[int], sampling: str) -> Stream:
+        """Asks for a part, with the model, the client and the priority of the request; as `Engine.submit`."""
+    @property
+    def closed(self) -> bool:
+        """Whether nobody listens any more."""
+    def send(self, text: str, tokens: Sequence[tuple[int, float | None, list[tuple[int, float]]]]) -> bool:
+        """Gives more of the answer; False when nobody listens any more."""
+    def finish(
+        self,
+        text: str,
+        tokens: Sequence[tuple[int, float | None, list[tuple[int, float]]]],
+        reason: str,
+        stop: int | None,
+        usage: tuple[int, int, int],
+        sources: Sequence[tuple[str, str]],
+    ) -> bool:
+        """The rest of it. `stop`: the number of the stop string that ended it; `usage`: tokens of the prompt, those of
+        them that were in the pool, tokens generated; `sources`: where the passages stand, and their texts."""
+    def fail(self, message: str, input: bool) -> bool:
+        """No more of it. `input`: because of what was asked."""
+
+@final
 class Engine:
     """A scheduler on a thread of its own, which calls `step` for each batch."""
 
@@ -622,14 +647,22 @@ class Engine:
         stuck_seconds: float,
         api_key: str | None = None,
         desk: Callable[[str, str], str] | None = None,
+        author: Callable[[str, str, Pen], None] | None = None,
         access_log: str | PathLike[str] | None = None,
         first_token_seconds: float | None = None,
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
+<<<<<<< HEAD
         `model`: the name that answers requests which give none. `desk(what, arguments)` takes and gives JSON:
         `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
         `first_token_seconds`: requests whose first token cannot come within it are refused.
+=======
+        `model`: the name that answers requests which give none. `keys`: JSON, a list of keys. `desk(what, arguments)`
+        takes and gives JSON: `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
+        `first_token_seconds`: requests whose first token cannot come within it are refused. `author(messages, sampling,
+        pen)`, both JSON, answers conversations.
+>>>>>>> w-ralm
         """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

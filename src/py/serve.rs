@@ -22,14 +22,15 @@ use crate::serve::models::{Models, NO_ADAPTER};
 use crate::serve::names::Names;
 use crate::serve::prefix::root;
 use crate::serve::{
-    Batch, Delta, Desk, Event, Fetched, Language, Limits, Refusal, Request, Sampler, Sampling, Shelf, Sink, Step, Text,
-    Traffic, http,
+    Batch, Delta, Desk, Event, Fetched, FinishReason, Language, Limits, Refusal, Request, Sampler, Sampling, Shelf,
+    Sink, Step, Text, Traffic, http,
 };
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
     module.add_class::<Stream>()?;
     module.add_class::<Listener>()?;
+    module.add_class::<Pen>()?;
     module.add_function(wrap_pyfunction!(sampling_probabilities, module)?)?;
     module.add_function(wrap_pyfunction!(hashed_key, module)?)?;
     module.add_function(wrap_pyfunction!(content_hash, module)?)?;
@@ -170,9 +171,7 @@ impl Engine {
                 format!("model: expected one of {}, got {:?}", self.models().join(", "), model.unwrap_or_default());
             return Err(Error::input(message).into());
         };
-        let (sender, receiver) = channel();
-        let closed = Arc::new(AtomicBool::new(false));
-        let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
+        let (stream, sink) = stream();
         let decoder = self.language.decoder(false);
         let request = Request {
             prompt,
@@ -188,7 +187,7 @@ impl Engine {
             urgent: false,
         };
         self.engine.submit(vec![request]).map_err(Error::from)?;
-        Ok(Stream { receiver: Mutex::new(receiver), closed })
+        Ok(stream)
     }
 
     fn metrics(&self) -> std::collections::HashMap<&'static str, u64> {
@@ -196,7 +195,11 @@ impl Engine {
     }
 
     #[pyo3(signature = (listener, ready, model, *, body_bytes, upload_bytes, stuck_seconds, api_key = None,
+<<<<<<< HEAD
         desk = None, access_log = None, first_token_seconds = None))]
+=======
+        keys = None, desk = None, author = None, access_log = None, first_token_seconds = None))]
+>>>>>>> w-ralm
     #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,
@@ -209,6 +212,7 @@ impl Engine {
         stuck_seconds: f64,
         api_key: Option<String>,
         desk: Option<Py<PyAny>>,
+        author: Option<Py<PyAny>>,
         access_log: Option<PathBuf>,
         first_token_seconds: Option<f64>,
     ) -> PyResult<()> {
@@ -229,6 +233,7 @@ impl Engine {
             names: Arc::clone(&self.names),
             traffic: Arc::clone(&self.traffic),
             desk: desk.map(|desk| Arc::new(PythonDesk(desk)) as Arc<dyn Desk>),
+            author: author.map(|author| Arc::new(PythonAuthor(author)) as Arc<dyn crate::serve::Author>),
             access_log,
             stuck_after: Duration::try_from_secs_f64(stuck_seconds)
                 .map_err(|_| Error::input(format!("stuck_seconds: expected a time, got {stuck_seconds}")))?,
@@ -272,6 +277,84 @@ impl Desk for PythonDesk {
             code: text("code"),
         })
     }
+}
+
+/// An author that is a Python function: `(messages as JSON, sampling as JSON, pen)`.
+struct PythonAuthor(Py<PyAny>);
+
+impl crate::serve::Author for PythonAuthor {
+    fn answer(&self, messages: &[Value], sampling: &Sampling, pen: crate::serve::Pen) {
+        let asked = (Value::from(messages).to_string(), serde_json::json!(sampling).to_string());
+        Python::attach(|py| {
+            let Ok(pen) = Py::new(py, Pen { pen: Mutex::new(pen) }) else { return };
+            let called = self.0.call1(py, (asked.0, asked.1, pen.clone_ref(py)));
+            if called.is_err() {
+                pen.get().fail("the answer could not be written; the server's log says how", false);
+            }
+        });
+    }
+}
+
+/// Where an author asks for the parts of an answer, and where he puts them.
+#[pyclass(module = "ftkit._core", frozen)]
+struct Pen {
+    pen: Mutex<crate::serve::Pen>,
+}
+
+impl Pen {
+    fn lock(&self) -> std::sync::MutexGuard<'_, crate::serve::Pen> {
+        self.pen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Pen {
+    fn submit(&self, prompt: Vec<u32>, sampling: &str) -> PyResult<Stream> {
+        let sampling = Sampling::from_json(sampling)?;
+        let (stream, sink) = stream();
+        self.lock().submit(prompt, sampling, sink).map_err(Error::from)?;
+        Ok(stream)
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.lock().sink.closed()
+    }
+
+    fn send(&self, text: String, tokens: Vec<ShownToken>) -> bool {
+        self.lock().send(Event::Delta(delta(text, tokens)), Vec::new())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn finish(
+        &self,
+        text: String,
+        tokens: Vec<ShownToken>,
+        reason: &str,
+        stop: Option<usize>,
+        usage: (usize, usize, usize),
+        sources: Vec<(String, String)>,
+    ) -> bool {
+        let reason = match (reason, stop) {
+            (_, Some(number)) => FinishReason::StopString(number),
+            ("length", None) => FinishReason::Length,
+            _ => FinishReason::Stop,
+        };
+        let (prompt_tokens, cached_tokens, completion_tokens) = usage;
+        let usage = crate::serve::Usage { prompt_tokens, cached_tokens, completion_tokens };
+        let sources = sources.into_iter().map(|(source, text)| crate::serve::Source { source, text }).collect();
+        self.lock().send(Event::Finished { delta: delta(text, tokens), reason, usage }, sources)
+    }
+
+    fn fail(&self, message: &str, input: bool) -> bool {
+        let error = if input { Error::input(message) } else { Error::failure(message) };
+        self.lock().send(Event::Failed(error), Vec::new())
+    }
+}
+
+fn delta(text: String, tokens: Vec<ShownToken>) -> Delta {
+    let tokens = tokens.into_iter().map(|(id, logprob, top)| crate::serve::Token { id, logprob, top });
+    Delta { text, tokens: tokens.collect() }
 }
 
 impl Drop for Engine {
@@ -325,6 +408,14 @@ impl Sink for Queue {
     fn closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
+}
+
+/// A stream, and what feeds it.
+fn stream() -> (Stream, Box<dyn Sink>) {
+    let (sender, receiver) = channel();
+    let closed = Arc::new(AtomicBool::new(false));
+    let sink = Box::new(Queue { sender, closed: Arc::clone(&closed) });
+    (Stream { receiver: Mutex::new(receiver), closed }, sink)
 }
 
 type ShownToken = (u32, Option<f32>, Vec<(u32, f32)>);

@@ -7,6 +7,7 @@
 
 mod admission;
 mod answer;
+mod author;
 pub mod calls;
 pub mod constraint;
 mod desk;
@@ -34,6 +35,7 @@ mod step;
 mod stop;
 mod traffic;
 
+pub use author::{Author, Pen, Source, Sources};
 pub use desk::{Desk, Refusal};
 pub use engine::{Engine, Refused};
 pub use language::{Language, Text};

@@ -1,6 +1,6 @@
 //! How a request wants its tokens chosen, and the bounds that keep the choice meaningful.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -14,7 +14,7 @@ pub const MAX_BIASES: usize = 1024;
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// A request's sampling parameters. The default is the model's own distribution, unchanged.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sampling {
     /// Most tokens to generate; the rest of the context when not given.

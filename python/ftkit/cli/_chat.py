@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +136,20 @@ class Chat:
     def _one(self) -> tuple[str, int]:
         """An answer as it grows, and its tokens."""
         answer, generated, tokens = "", 0, []
+        sources: Sequence[Any] = ()
         self._both = None
         try:
             for delta in self._engine.stream(self._conversation.messages, self._sampling, model=self._model):
                 answer += delta.text
                 generated += len(delta.tokens) or bool(delta.text)
                 tokens += delta.tokens
+                sources = getattr(delta, "sources", sources)
                 print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" … stopped", end="")
         print()
+        if sources:
+            Console().print(_sources(sources), style="dim", markup=False, highlight=False)
         if self._sampling.logprobs is not None and tokens:
             Console().print(_side_by_side.probabilities(self._engine, tokens))
         return answer, generated
@@ -283,17 +287,28 @@ def one_shot(
     """One answer, written to standard output as it grows if `show`; the JSON document that tells of it."""
     conversation = Conversation(system=system)
     conversation.ask(question)
-    text, generated, reason = "", 0, None
+    text, generated, reason, sources = "", 0, None, None
     for delta in engine.stream(conversation.messages, sampling, model=model):
         text += delta.text
         generated = delta.completion_tokens or generated
         reason = delta.finish_reason or reason
+        sources = getattr(delta, "sources", sources)
         if show:
             sys.stdout.write(delta.text)
             sys.stdout.flush()
     if show:
         sys.stdout.write("\n")
-    return {"text": text, "tokens": generated, "finish_reason": reason}
+        if sources:
+            print(_sources(sources), file=sys.stderr)
+    document = {"text": text, "tokens": generated, "finish_reason": reason}
+    if sources is not None:
+        document["sources"] = [{"source": passage.source, "text": passage.text} for passage in sources]
+    return document
+
+
+def _sources(passages: Sequence[Any]) -> str:
+    """Where the passages stand, each place once."""
+    return "sources: " + ", ".join(dict.fromkeys(passage.source for passage in passages))
 
 
 def _keys() -> KeyBindings:

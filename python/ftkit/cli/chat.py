@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ftkit.cli import print_json
+from ftkit.cli._retriever import Passages, RetrieveBy, RetrieveEvery, Retriever, found, retrieving, told
 
 
 def command(
@@ -40,10 +41,17 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
+<<<<<<< HEAD
     draft: Annotated[
         str | None,
         typer.Option("--draft", metavar="MODEL", help="A smaller model with the same tokens, which guesses the next."),
     ] = None,
+=======
+    retriever: Retriever = None,
+    retrieve_by: RetrieveBy = "bm25",
+    retrieve_every: RetrieveEvery = 16,
+    passages: Passages = 1,
+>>>>>>> w-ralm
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="FTKIT_API_KEY", help="The server's key, with an address.", show_envvar=True),
@@ -60,6 +68,8 @@ def command(
       ftkit chat model.gguf --adapter chef=runs/chef/adapter --system "Be brief."
 
       ftkit chat http://127.0.0.1:8000
+
+      ftkit chat model.gguf --retriever notes
 
       echo "What is a ragged batch?" | ftkit chat model.gguf --temperature 0
     """
@@ -81,6 +91,16 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
+<<<<<<< HEAD
+=======
+    remote = model.startswith(("http://", "https://"))
+    if retriever is not None and (remote or engine != "ftkit"):
+        given = "an address" if remote else f"--engine {engine}"
+        raise InputError(f"--retriever: expected a model that answers here, got {given}")
+    collection = None if retriever is None else found(retriever, retrieve_by)
+    if collection is not None:
+        told(collection)
+>>>>>>> w-ralm
     if remote:
         answering, names = _remote(model, api_key, adapter or [])
         first, rate = None, answering.rate
@@ -89,6 +109,8 @@ def command(
         answering, names, rate = _engine(model, adapter or [], engine, **options)
         first = names[0] if names else None
     try:
+        if collection is not None:
+            answering = retrieving(answering, collection, retrieve_by, retrieve_every, passages, runs_dir)
         from ftkit.cli._chat import Chat, one_shot
 
         if question is None:

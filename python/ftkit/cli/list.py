@@ -17,6 +17,8 @@ ROOMS = {
     "targets": "export",
     "merges": "merge",
     "onto": "merge.onto",
+    "decoding": "engine.decode",
+    "indices": "engine.indices",
     "suites": "eval",
     "recipes": "recipes",
     "loggers": "train.loggers",

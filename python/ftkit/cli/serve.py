@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ftkit.cli import print_json
+from ftkit.cli._retriever import Passages, RetrieveBy, RetrieveEvery, Retriever, found, retrieving, told
 
 
 def command(
@@ -93,6 +94,10 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
+    retriever: Retriever = None,
+    retrieve_by: RetrieveBy = "bm25",
+    retrieve_every: RetrieveEvery = 16,
+    passages: Passages = 1,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="The directory of runs.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
@@ -109,6 +114,8 @@ def command(
 
       ftkit serve SmolLM2.gguf --adapter pirate=runs/pirate/adapter --adapter chef=runs/chef/adapter
 
+      ftkit serve SmolLM2.gguf --retriever notes
+
       curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
     from ftkit import _core
@@ -124,10 +131,11 @@ def command(
         raise InputError(f"--adapter-dir: expected a directory, got {adapter_dir}")
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
         raise InputError("--api-key: expected printable ASCII without spaces around it, got another or an empty one")
-    # Keys and port first: they fail at once, a model loads for a while.
+    # Keys, texts and port first: they fail at once, a model loads for a while.
     from ftkit.serve import keys as key_file
 
     keys = None if api_keys is None else key_file.read(api_keys)
+    collection = None if retriever is None else found(retriever, retrieve_by)
     listener = _core.Listener(host, port)
 
     import torch
@@ -158,6 +166,8 @@ def command(
         names = [launched.name, *(adapter["id"] for adapter in desk.adapters.every()["data"])]
         print(listener.url, file=sys.stderr, flush=True)
         print(f"models: {', '.join(names)}; chat in the browser at {listener.url}/", file=sys.stderr)
+        if collection is not None:
+            told(collection)
         for problem in desk.adapters.problems:
             print(f"warning: {problem}", file=sys.stderr)
         if not listener.loopback and api_key is None and keys is None:
@@ -168,6 +178,11 @@ def command(
         desk.start()
 
     with launched:
+        author = None
+        if collection is not None:
+            from ftkit.serve.author import Author
+
+            author = Author(retrieving(launched, collection, retrieve_by, retrieve_every, passages, runs_dir))
         source = models.resolve(model, runs_dir)
         given = {name: Path(folder) for name, folder in named.items()}
         if source.adapter is not None:
@@ -187,6 +202,7 @@ def command(
                 api_key=api_key,
                 keys=keys,
                 desk=desk,
+                author=author,
                 access_log=access_log,
                 upload_bytes=upload_mib << 20,
                 stuck_seconds=stuck_seconds,

@@ -126,6 +126,8 @@ class Engine:
         self.max_waiting = max_waiting
         self.context_tokens = context
         """Most tokens of a prompt and its answer."""
+        self.longest = min(context, pages * block_tokens)
+        """The same, by what the pool holds, too."""
         cache = PagedCache(page_count=pages, device=model.device, **sizes)
         blocks = min(context_pages, pages)
         drafter = None
@@ -200,7 +202,7 @@ class Engine:
         cannot be there by then. Raises InputError for a prompt or
         parameters that can't be answered, FtkitError when the queue is full or the step fails.
         """
-        return _deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
+        return deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
 
     def generate(
         self,
@@ -315,6 +317,7 @@ class Engine:
         api_key: str | None = None,
         keys: str | None = None,
         desk: Callable[[str, str], str] | None = None,
+        author: Callable[[str, str, _core.Pen], None] | None = None,
         access_log: str | Path | None = None,
         body_bytes: int | None = None,
         first_token_seconds: float | None = None,
@@ -324,11 +327,11 @@ class Engine:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done; a second signal drops them.
 
         `ready` is called when requests are taken. `keys`: more keys, as `ftkit.serve.keys` reads them. `desk` does what
-        is asked besides answers; see `ftkit.serve`. `body_bytes` bounds a request: 256 KiB and 32 bytes for each token
-        of the context when not given, since texts are encoded before they are known to be too long. `upload_bytes`
-        bounds a file. `first_token_seconds`: a request whose first token cannot come within it is refused with 503,
-        before it costs more. After `stuck_seconds` without the end of a step the server says that it is not well. For
-        the main thread.
+        is asked besides answers; see `ftkit.serve`. `author` writes answers to conversations. `body_bytes` bounds a
+        request: 256 KiB and 32 bytes for each token of the context when not given, since texts are encoded before they
+        are known to be too long. `upload_bytes` bounds a file. `first_token_seconds`: a request whose first token
+        cannot come within it is refused with 503, before it costs more. After `stuck_seconds` without the end of a step
+        the server says that it is not well. For the main thread.
         """
         if body_bytes is None:
             body_bytes = (256 << 10) + 32 * self.context_tokens
@@ -344,6 +347,7 @@ class Engine:
                 self.default,
                 api_key=api_key,
                 desk=desk,
+                author=author,
                 access_log=access_log,
                 body_bytes=body_bytes,
                 first_token_seconds=first_token_seconds,
@@ -435,7 +439,8 @@ def _close(core: _core.Engine, step: ModelStep) -> None:
     step.shelf.clear()
 
 
-def _deltas(stream: _core.Stream) -> Iterator[Delta]:
+def deltas(stream: _core.Stream) -> Iterator[Delta]:
+    """A stream of the core's; closing the iterator cancels it."""
     try:
         for text, tokens, reason, usage in stream:
             yield Delta(text, _tokens(tokens), reason, *(usage or (0, 0, 0)))

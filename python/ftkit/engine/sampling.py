@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from ftkit.errors import InputError
 
@@ -42,6 +43,12 @@ class Sampling:
     """Reports tokens' log-probabilities under the model, with this many of the likeliest tokens; None: doesn't."""
     ignore_end: bool = False
     """Goes on after tokens that end an answer."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What the core says of a request."""
+        table = json.loads(text)
+        return cls(**table | {"stop": tuple(table["stop"]), "logit_bias": dict(table["logit_bias"])})
 
     def to_json(self) -> str:
         """The form in which the core reads it. Raises InputError for numbers that are not finite."""

@@ -21,7 +21,7 @@ use super::stream::Chunks;
 use crate::serve::calls::{Choice, Reader};
 use crate::serve::constraint::{Constraint, Format};
 use crate::serve::models::{Model, now};
-use crate::serve::{Event, Request, Sink, Usage};
+use crate::serve::{Author, Event, Pen, Request, Sink, Sources, Usage};
 
 /// Reads a body: what is asked, and in whose words the answer is to be.
 pub(super) type Parse = fn(&[u8]) -> Result<(Asked, Maker), ApiError>;
@@ -42,7 +42,11 @@ pub(super) async fn complete(app: Arc<App>, caller: Caller, body: Bytes, parse: 
     };
     let due = app.settings.first_token.map(|time| start + time);
     let who = (caller.key.client(), due);
-    let receiver = submit(&app, &asked, &model, &prompts, constraint.as_ref(), who, meter)?;
+    let sources = Sources::default();
+    let receiver = match author(&app, &asked)? {
+        Some(author) => write(&app, author, &asked, &model, (prompts.as_slice(), &sources), who, meter)?,
+        None => submit(&app, &asked, &model, &prompts, constraint.as_ref(), who, meter)?,
+    };
     let mut dialect = maker(Context {
         id: format!("{:032x}", rand::rng().random::<u128>()),
         created: now(),
@@ -50,6 +54,7 @@ pub(super) async fn complete(app: Arc<App>, caller: Caller, body: Bytes, parse: 
         fingerprint,
         choices: count,
         prompt_tokens: prompts.iter().map(Vec::len).sum(),
+        sources,
         language: Arc::clone(&app.language),
     });
     let stops: Arc<[String]> = asked.sampling.stop.into();
@@ -163,6 +168,67 @@ fn submit(
         }
     }
     app.engine.submit(requests)?;
+    Ok(receiver)
+}
+
+/// Who writes the answer, if it is not the engine alone. What holds an answer to a form holds one part of it only, so that
+/// such answers are written without retrieval.
+fn author(app: &App, asked: &Asked) -> Result<Option<Arc<dyn Author>>, ApiError> {
+    let plain = asked.tools.is_none()
+        && asked.format.is_none()
+        && asked.prompts.iter().all(|prompt| matches!(prompt, Prompt::Chat(talk) if talk.extra.is_empty()));
+    match (&app.settings.author, asked.retrieval) {
+        (None, Some(true)) => {
+            Err(ApiError::field("retrieval", "false: this server was started without --retriever", "true"))
+        }
+        (Some(_), Some(true)) if !plain => Err(ApiError::field(
+            "retrieval",
+            "false with tools, a response format or arguments of the template",
+            "true",
+        )),
+        (Some(author), retrieval) if plain && retrieval != Some(false) => Ok(Some(Arc::clone(author))),
+        _ => Ok(None),
+    }
+}
+
+/// Has the author write each choice, on a thread of its own.
+fn write(
+    app: &App,
+    author: Arc<dyn Author>,
+    asked: &Asked,
+    model: &Model,
+    (prompts, sources): (&[Vec<u32>], &Sources),
+    (client, deadline): (u64, Option<Instant>),
+    meter: impl Fn(&Vec<u32>, bool) -> Meter,
+) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
+    let (sender, receiver) = unbounded_channel();
+    let talks = asked.prompts.iter().zip(prompts).flat_map(|pair| (0..asked.choices).map(move |choice| (pair, choice)));
+    for (index, ((prompt, tokens), choice)) in talks.enumerate() {
+        let Prompt::Chat(talk) = prompt else { continue };
+        let permit = Arc::clone(&app.authored).try_acquire_owned();
+        let permit = permit.map_err(|_| ApiError::busy(1, "expected fewer answers with retrieval at the same time"))?;
+        let mut sampling = asked.sampling.clone();
+        sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
+        let pen = Pen {
+            engine: app.engine.clone(),
+            language: Arc::clone(&app.language),
+            adapter: model.adapter,
+            root: model.root,
+            client,
+            priority: asked.priority,
+            deadline,
+            choice: index,
+            sources: sources.clone(),
+            sink: Box::new(Channel { sender: sender.clone(), index, meter: meter(tokens, choice == 0) }),
+        };
+        let (author, messages) = (Arc::clone(&author), talk.messages.clone());
+        let work = move || {
+            author.answer(&messages, &sampling, pen);
+            drop(permit);
+        };
+        let thread = std::thread::Builder::new().name("ftkit-author".to_owned()).spawn(work);
+        thread.map_err(|_| ApiError::unavailable("the server has no thread for this answer"))?;
+    }
     Ok(receiver)
 }
 

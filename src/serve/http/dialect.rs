@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::errors::ApiError;
 use crate::serve::calls::{Piece, Reader};
-use crate::serve::{Delta, FinishReason, Language, Token, Usage};
+use crate::serve::{Delta, FinishReason, Language, Sources, Token, Usage};
 
 /// What an API needs to know to answer.
 pub(super) struct Context {
@@ -23,6 +23,8 @@ pub(super) struct Context {
     pub choices: usize,
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
+    /// What the choices were written under.
+    pub sources: Sources,
     /// The model's language.
     pub language: Arc<dyn Language>,
 }

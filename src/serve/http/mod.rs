@@ -56,13 +56,15 @@ use self::keys::{Key, Ring};
 use self::meter::Caller;
 use super::models::{Model, Models};
 use super::names::Names;
-use super::{Desk, Engine, Language, Traffic};
+use super::{Author, Desk, Engine, Language, Traffic};
 use crate::{Error, Result};
 
 /// A request's body must come within this time.
 const BODY: Duration = Duration::from_secs(60);
 /// Uploads at the same time.
 const UPLOADS: usize = 4;
+/// Answers with retrieval at the same time.
+const AUTHORED: usize = 64;
 
 /// How to serve.
 pub struct Settings {
@@ -88,6 +90,8 @@ pub struct Settings {
     pub traffic: Arc<Traffic>,
     /// Who manages adapters, files and jobs.
     pub desk: Option<Arc<dyn Desk>>,
+    /// Who writes answers to conversations, where somebody does.
+    pub author: Option<Arc<dyn Author>>,
     /// A file that gets a line for each answer; `-` is standard error.
     pub access_log: Option<PathBuf>,
     /// The engine is stuck when a step takes longer.
@@ -107,6 +111,8 @@ struct App {
     anonymous: Arc<Key>,
     log: Option<log::Log>,
     uploads: Arc<Semaphore>,
+    /// Answers that are written by the author at the same time, each by a thread that waits most of the time.
+    authored: Arc<Semaphore>,
     checks: health::Checks,
 }
 
@@ -177,6 +183,7 @@ impl Server {
             anonymous: Arc::new(Key::anonymous(settings.loopback)),
             log,
             uploads: Arc::new(Semaphore::new(UPLOADS)),
+            authored: Arc::new(Semaphore::new(AUTHORED)),
             checks: health::Checks::default(),
             settings,
         };

@@ -89,7 +89,10 @@ impl OpenAi {
                     });
                     message["tool_calls"] = calls.collect();
                 }
-                json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+                let mut choice =
+                    json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason});
+                self.sourced(index, &mut choice);
+                choice
             }
             Route::Completion => {
                 json!({"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": reason})
@@ -97,15 +100,26 @@ impl OpenAi {
         }
     }
 
+    /// Names the texts that a choice was written under, where there are some.
+    fn sourced(&self, index: usize, choice: &mut Value) {
+        if let Some(sources) = self.context.sources.of(index) {
+            let sources = sources.into_iter().map(|source| json!({"source": source.source, "text": source.text}));
+            choice["sources"] = sources.collect();
+        }
+    }
+
     /// One choice of a chunk.
     fn piece(&self, index: usize, delta: &Value, logprobs: &Value, reason: Option<&str>) -> Bytes {
-        let choice = match self.route {
+        let mut choice = match self.route {
             Route::Chat => json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}),
             Route::Completion => {
                 let text = delta["content"].as_str().unwrap_or_default();
                 json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
             }
         };
+        if reason.is_some() {
+            self.sourced(index, &mut choice);
+        }
         self.chunk(vec![choice], Value::Null)
     }
 

@@ -59,6 +59,8 @@ pub(super) struct Asked {
     pub format: Option<Format>,
     /// Answers to each prompt.
     pub choices: usize,
+    /// Whether it is written under what an index finds, where there is one: when not said, if it can be.
+    pub retrieval: Option<bool>,
     /// Whether the answer comes in pieces.
     pub stream: bool,
     /// Whether the last piece says what it cost.
@@ -91,12 +93,14 @@ pub(super) fn chat(mut fields: Fields) -> Result<Asked, ApiError> {
     if top.is_some() && !wanted {
         return Err(ApiError::field("top_logprobs", "`logprobs`: true with it", "it alone"));
     }
+    let retrieval = fields.boolean("retrieval")?;
     let newer = fields.integer("max_completion_tokens", 1, i64::from(u32::MAX))?;
     let mut asked = common(&mut fields, vec![Prompt::Chat(Conversation { messages, tools: shown, extra })])?;
     if tools.as_ref().is_some_and(|tools| tools.choice != Choice::Auto) && asked.sampling.ignore_end {
         return Err(ApiError::field("ignore_eos", "false with this `tool_choice`", "true"));
     }
     asked.tools = tools;
+    asked.retrieval = retrieval;
     asked.sampling.max_tokens = newer.map(|count| count as usize).or(asked.sampling.max_tokens);
     asked.sampling.logprobs = wanted.then_some(top.unwrap_or(0) as usize);
     fields.finish(&IGNORED)?;
@@ -169,6 +173,7 @@ fn common(fields: &mut Fields, prompts: Vec<Prompt>) -> Result<Asked, ApiError> 
         tools: None,
         format,
         choices: fields.integer("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize,
+        retrieval: None,
         stream,
         include_usage,
         priority: priority(fields)?,
