@@ -653,16 +653,10 @@ class Engine:
     ) -> None:
         """Serves over HTTP until SIGINT or SIGTERM, then until answers under way are done.
 
-<<<<<<< HEAD
         `model`: the name that answers requests which give none. `desk(what, arguments)` takes and gives JSON:
         `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
-        `first_token_seconds`: requests whose first token cannot come within it are refused.
-=======
-        `model`: the name that answers requests which give none. `keys`: JSON, a list of keys. `desk(what, arguments)`
-        takes and gives JSON: `{"done": …}` or `{"refused": {"status", "message", "param", "code"}}`.
         `first_token_seconds`: requests whose first token cannot come within it are refused. `author(messages, sampling,
         pen)`, both JSON, answers conversations.
->>>>>>> w-ralm
         """
     def close(self) -> None:
         """Fails what is under way and ends the thread."""

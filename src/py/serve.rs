@@ -195,11 +195,7 @@ impl Engine {
     }
 
     #[pyo3(signature = (listener, ready, model, *, body_bytes, upload_bytes, stuck_seconds, api_key = None,
-<<<<<<< HEAD
-        desk = None, access_log = None, first_token_seconds = None))]
-=======
-        keys = None, desk = None, author = None, access_log = None, first_token_seconds = None))]
->>>>>>> w-ralm
+        desk = None, author = None, access_log = None, first_token_seconds = None))]
     #[allow(clippy::too_many_arguments)]
     fn serve(
         &self,

@@ -41,17 +41,14 @@ def command(
     fast_decode: Annotated[
         bool, typer.Option("--fast-decode", help="Round activations to 8 bits: faster, not quite the same answers.")
     ] = False,
-<<<<<<< HEAD
     draft: Annotated[
         str | None,
         typer.Option("--draft", metavar="MODEL", help="A smaller model with the same tokens, which guesses the next."),
     ] = None,
-=======
     retriever: Retriever = None,
     retrieve_by: RetrieveBy = "bm25",
     retrieve_every: RetrieveEvery = 16,
     passages: Passages = 1,
->>>>>>> w-ralm
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="FTKIT_API_KEY", help="The server's key, with an address.", show_envvar=True),
@@ -91,16 +88,12 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
     )
-<<<<<<< HEAD
-=======
-    remote = model.startswith(("http://", "https://"))
     if retriever is not None and (remote or engine != "ftkit"):
         given = "an address" if remote else f"--engine {engine}"
         raise InputError(f"--retriever: expected a model that answers here, got {given}")
     collection = None if retriever is None else found(retriever, retrieve_by)
     if collection is not None:
         told(collection)
->>>>>>> w-ralm
     if remote:
         answering, names = _remote(model, api_key, adapter or [])
         first, rate = None, answering.rate
