@@ -4,8 +4,8 @@
 
     h_i = x A_iᵀ    d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ h_i    dx = Σ_i dy_i W_i + d_i A_i
 
-x is kept once for all of them, the low-rank products go on in the registers where those of a dense W end, and dx is
-written once.
+x is kept once for all of them. Products with W are the weights' own, so a row without an adapter, or under one that
+adds nothing, has the same bits.
 """
 
 from collections.abc import Sequence
@@ -49,14 +49,11 @@ def in_core(x: Tensor, *parts: Tensor) -> bool:
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Sequence[Frozen], scales: list[float], *parts: Tensor) -> Any:
-        x, a, b = x.contiguous(), list(parts[::2]), list(parts[1::2])
-        dense = _dense(weights)
-        if dense:
-            y = [x.new_empty(x.shape[0], part.shape[0]) for part in b]
-        else:
-            y = [weight.matmul(x) for weight in weights]
+        x = x.contiguous()
+        a, b = ([part.contiguous() for part in side] for side in (parts[::2], parts[1::2]))
+        y = [weight.matmul(x) for weight in weights]
         low = [x.new_empty(x.shape[0], part.shape[0]) for part in a]
-        torch.ops.ftkit.lora_forward(x, dense, a, b, scales, y, low)
+        torch.ops.ftkit.lora_forward(x, [], a, b, scales, y, low)
         ctx.save_for_backward(x, *a, *b, *low)
         ctx.weights, ctx.scales = weights, scales
         return tuple(y)
@@ -68,28 +65,16 @@ class _LoraLinears(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         a, b, low = kept[:count], kept[count : 2 * count], kept[2 * count :]
         dy = [one.contiguous() for one in dys]
-        dense, trained = _dense(ctx.weights), any(ctx.needs_input_grad[3:])
+        trained = any(ctx.needs_input_grad[3:])
         dx = None
-        if ctx.needs_input_grad[0] and dense:
-            dx = torch.empty_like(x)
-        elif ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:
             dx = ctx.weights[0].matmul_transposed(dy[0])
             for weight, one in zip(ctx.weights[1:], dy[1:], strict=True):
                 dx += weight.matmul_transposed(one)
         dlow = [torch.empty_like(one) for one in low]
         da = [torch.empty_like(one) for one in a] if trained else []
         db = [torch.empty_like(one) for one in b] if trained else []
-        torch.ops.ftkit.lora_backward(x, dense, a, b, ctx.scales, dy, low, dlow, da, db, dx)
+        torch.ops.ftkit.lora_backward(x, [], a, b, ctx.scales, dy, low, dlow, da, db, dx)
         gradients = [part for pair in zip(da, db, strict=True) for part in pair] if trained else [None] * (2 * count)
         return dx, None, None, *gradients
 
-
-def _dense(weights: Sequence[Frozen]) -> list[Tensor]:
-    """The matrices as float32, where all are stored so; else none."""
-    found = []
-    for weight in weights:
-        stored = getattr(weight, "stored", lambda: None)()
-        if not isinstance(stored, tuple) or stored[0] != "f32":
-            return []
-        found.append(stored[1].view(torch.float32))
-    return found

@@ -25,7 +25,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@rope.backend("cpu", lambda x, cos, sin: torch.is_grad_enabled() and x.requires_grad and _training.takes(x, cos, sin))
+@rope.backend("cpu", lambda x, cos, sin: _training.takes(x, cos, sin))
 def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In one pass each way."""
     y: Tensor = _CpuRope.apply(x, cos, sin)
