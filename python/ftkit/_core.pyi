@@ -105,18 +105,16 @@ def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) 
 
 def lora_forward(
     x: Tensor,
-    weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
     y: Sequence[Tensor],
     low: Sequence[Tensor],
 ) -> None:
-    """Writes x Wᵀ + s low Bᵀ to each of `y`, or adds the last where a layer has no W, and x Aᵀ to each of `low`."""
+    """Adds s low Bᵀ to each of `y`, and writes x Aᵀ to each of `low`."""
 
 def lora_backward(
     x: Tensor,
-    weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
@@ -127,7 +125,7 @@ def lora_backward(
     db: Sequence[Tensor | None],
     dx: Tensor | None,
 ) -> None:
-    """Writes the gradients of `lora_forward`; layers without W add to that of x."""
+    """Writes the gradients of `lora_forward`, and adds to that of x."""
 
 def attention_forward(
     q: Tensor,

@@ -42,44 +42,40 @@ fn inputs(x: &Memory<f32>) -> PyResult<usize> {
 
 /// The matrices of several layers.
 struct Layers {
-    weights: Vec<Option<Memory<f32>>>,
     a: Vec<Memory<f32>>,
     b: Vec<Memory<f32>>,
     scales: Vec<f32>,
 }
 
 impl Layers {
-    fn of(weights: &Maybe<'_>, a: &Tensors<'_>, b: &Tensors<'_>, scales: Vec<f32>) -> PyResult<Self> {
-        let counts = [weights.len(), b.len(), scales.len()];
+    fn of(a: &Tensors<'_>, b: &Tensors<'_>, scales: Vec<f32>) -> PyResult<Self> {
+        let counts = [b.len(), scales.len()];
         if counts.iter().any(|&count| count != a.len()) {
             return Err(Error::failure(format!("expected {} of all parts, got {counts:?}", a.len())).into());
         }
-        Ok(Self { weights: some("weights", weights)?, a: all("a", a)?, b: all("b", b)?, scales })
+        Ok(Self { a: all("a", a)?, b: all("b", b)?, scales })
     }
 
     /// # Safety
     /// The tensors live, and nobody writes to them, while the parts are in use.
     unsafe fn parts(&self) -> Vec<Part<'_>> {
-        let parts = self.weights.iter().zip(&self.a).zip(&self.b).zip(&self.scales);
+        let parts = self.a.iter().zip(&self.b).zip(&self.scales);
         parts
-            .map(|(((weight, a), b), &scale)| {
+            .map(|((a, b), &scale)| {
                 // SAFETY: the caller's promise.
-                unsafe {
-                    Part { weight: weight.as_ref().map(|weight| weight.slice()), a: a.slice(), b: b.slice(), scale }
-                }
+                unsafe { Part { a: a.slice(), b: b.slice(), scale } }
             })
             .collect()
     }
 }
 
-/// Writes x Wᵀ + s low Bᵀ to each of `y` float32 [T, out], or adds the last where a layer has no W, and x Aᵀ to each of
-/// `low` [T, rank]: x [T, in], W [out, in], A [rank, in], B [out, rank].
+/// Adds s low Bᵀ to each of `y` float32 [T, out], and writes x Aᵀ to each of `low` [T, rank]: x [T, in], A [rank, in],
+/// B [out, rank].
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn lora_forward(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
-    weights: Maybe<'_>,
     a: Tensors<'_>,
     b: Tensors<'_>,
     scales: Vec<f32>,
@@ -88,7 +84,7 @@ fn lora_forward(
 ) -> PyResult<()> {
     let x = Memory::<f32>::of("x", x)?;
     let inputs = inputs(&x)?;
-    let layers = Layers::of(&weights, &a, &b, scales)?;
+    let layers = Layers::of(&a, &b, scales)?;
     let (y, low) = (all("y", &y)?, all("low", &low)?);
     // SAFETY: the caller's tensors live during the call; `y` and `low` are given to be written, the rest to be read.
     let (x, parts) = unsafe { (x.slice(), layers.parts()) };
@@ -99,14 +95,13 @@ fn lora_forward(
     Ok(py.detach(|| Team::run(|team| linear::forward(Path::best(), team, x, inputs, &parts, &mut y, &mut low)))?)
 }
 
-/// Writes the gradients of `lora_forward`: s dy B to each of `dlow` [T, rank], those of A and B where they are asked for,
-/// and that of x, to which layers without W add.
+/// Writes the gradients of `lora_forward`: s dy B to each of `dlow` [T, rank], and those of A and B where they are asked
+/// for; adds to that of x.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn lora_backward(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
-    weights: Maybe<'_>,
     a: Tensors<'_>,
     b: Tensors<'_>,
     scales: Vec<f32>,
@@ -119,7 +114,7 @@ fn lora_backward(
 ) -> PyResult<()> {
     let x = Memory::<f32>::of("x", x)?;
     let inputs = inputs(&x)?;
-    let layers = Layers::of(&weights, &a, &b, scales)?;
+    let layers = Layers::of(&a, &b, scales)?;
     let (dy, low, dlow) = (all("dy", &dy)?, all("low", &low)?, all("dlow", &dlow)?);
     let (da, db) = (some("da", &da)?, some("db", &db)?);
     let dx = dx.as_ref().map(|dx| Memory::<f32>::of("dx", dx)).transpose()?;

@@ -1,12 +1,11 @@
-//! Frozen linear layers of the same inputs, with a low-rank matrix beside each: forward, and back.
+//! What low-rank matrices beside linear layers of the same inputs add: forward, and back.
 //!
 //! ```text
-//! y_i = x W_iᵀ + s_i l_i B_iᵀ,  l_i = x A_iᵀ
-//! d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ l_i    dx = Σ_i dy_i W_i + d_i A_i
+//! y_i += s_i l_i B_iᵀ,  l_i = x A_iᵀ
+//! d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ l_i    dx += Σ_i d_i A_i
 //! ```
-//! Sums run in order (over inputs, then ranks; over outputs, then ranks; over rows), fused: the products of the low ranks
-//! go on where those of the matrix end, in the same registers. Rows do not touch each other, and gradients of A and B add
-//! up rows from the first to the last, whatever the number of threads.
+//! Sums run in order (over inputs; ranks; rows), fused. Rows do not touch each other, and gradients of A and B add up rows
+//! from the first to the last, whatever the number of threads.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,8 +25,6 @@ const RUN: usize = 128;
 /// One layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// W `[out, in]`; none where its product is somebody else's work.
-    pub weight: Option<&'a [f32]>,
     /// A `[rank, in]`
     pub a: &'a [f32],
     /// B `[out, rank]`
@@ -49,13 +46,11 @@ fn sizes(parts: &[Part<'_>], inputs: usize) -> Result<Vec<Sizes>> {
     for part in parts {
         let rank = part.a.len().checked_div(inputs).unwrap_or(0);
         let out = part.b.len().checked_div(rank).unwrap_or(0);
-        let whole = part.weight.is_none_or(|weight| Some(weight.len()) == out.checked_mul(inputs));
-        if rank == 0 || part.a.len() != rank * inputs || part.b.len() != out * rank || !whole {
+        if rank == 0 || part.a.len() != rank * inputs || part.b.len() != out * rank {
             return wrong(format!(
-                "expected A [rank, {inputs}], B [out, rank] and W [out, {inputs}], got {} and {} numbers, and {:?} of W",
+                "expected A [rank, {inputs}] and B [out, rank], got {} and {} numbers",
                 part.a.len(),
-                part.b.len(),
-                part.weight.map(<[f32]>::len)
+                part.b.len()
             ));
         }
         found.push(Sizes { out, rank });
@@ -70,7 +65,7 @@ fn length(name: &str, got: usize, expected: usize) -> Result<()> {
     Err(Error::failure(format!("low-rank linear: expected {expected} numbers of {name}, got {got}")))
 }
 
-/// Writes y_i `[rows, out]` (adds to it, where the part has no W) and l_i `[rows, rank]`, of x `[rows, inputs]`.
+/// Adds to y_i `[rows, out]` and writes l_i `[rows, rank]`, of x `[rows, inputs]`.
 ///
 /// # Errors
 /// Sizes that don't agree.
@@ -110,27 +105,19 @@ pub fn forward(
         let (part, Sizes { out, rank }) = (&parts[index], sizes[index]);
         let first = (panel - index.checked_sub(1).map_or(0, |before| ends[before])) * COLUMNS;
         let wide = COLUMNS.min(out - first);
-        let inner = part.weight.map_or(0, |_| inputs);
-        let packed = buffer.room((inner + rank) * COLUMNS);
+        let packed = buffer.room(rank * COLUMNS);
         if fresh {
-            if let Some(weight) = part.weight {
-                pack_rows(&weight[first * inputs..], inputs, wide, 1.0, packed);
-            }
-            pack_rows(&part.b[first * rank..], rank, wide, part.scale, &mut packed[inner * COLUMNS..]);
+            pack_rows(&part.b[first * rank..], rank, wide, part.scale, packed);
         }
-        let count = range.len();
-        for (values, width, from) in [(x, inner, 0), (lows[index], rank, inner)] {
-            for start in (0..width).step_by(STEPS) {
-                let steps = STEPS.min(width - start);
-                let strides = Strides { a_row: width, a_step: 1, b_step: COLUMNS, c_row: out };
-                let panel = &packed[(from + start) * COLUMNS..];
-                // SAFETY: rows and columns are inside (lengths were checked); these of y are this task's alone.
-                unsafe {
-                    let a = values.as_ptr().add(range.start * width + start);
-                    let c = outs[index].at(range.start * out + first);
-                    let begins = part.weight.is_some() && from + start == 0;
-                    accumulate(path, (count, steps, wide), strides, a, panel.as_ptr(), c, begins);
-                }
+        for start in (0..rank).step_by(STEPS) {
+            let steps = STEPS.min(rank - start);
+            let strides = Strides { a_row: rank, a_step: 1, b_step: COLUMNS, c_row: out };
+            // SAFETY: rows and columns are inside (lengths were checked); these of y are this task's alone.
+            unsafe {
+                let a = lows[index].as_ptr().add(range.start * rank + start);
+                let c = outs[index].at(range.start * out + first);
+                let panel = packed.as_ptr().add(start * COLUMNS);
+                accumulate(path, (range.len(), steps, wide), strides, a, panel, c, false);
             }
         }
     });
@@ -151,7 +138,7 @@ pub struct Back<'a> {
     pub db: Option<&'a mut [f32]>,
 }
 
-/// Writes the gradients, that of x where it is wanted; parts without a W add to it (all of a call have one, or none).
+/// Writes the gradients of A and B where they are wanted, and adds to that of x where it is.
 ///
 /// # Errors
 /// Sizes that don't agree.
@@ -191,37 +178,31 @@ pub fn backward(
         }
     }
     let Some(dx) = dx else { return Ok(()) };
-    let fresh_sum = parts.first().is_some_and(|part| part.weight.is_some());
     let dx = Out::new(dx);
     let back = &*back;
-    let deep: usize =
-        parts.iter().zip(&sizes).map(|(part, size)| part.weight.map_or(0, |_| size.out) + size.rank).sum();
+    let deep: usize = sizes.iter().map(|size| size.rank).sum();
     panels(team, inputs.div_ceil(COLUMNS), rows, &|panel, buffer, fresh, range| {
         let first = panel * COLUMNS;
         let wide = COLUMNS.min(inputs - first);
         let packed = buffer.room(deep * COLUMNS);
         let mut from = 0;
-        for ((part, &Sizes { out, rank }), back) in parts.iter().zip(&sizes).zip(back) {
-            for (values, matrix, width) in [(back.dy, part.weight, out), (&*back.dlow, Some(part.a), rank)] {
-                let Some(matrix) = matrix else { continue };
-                let packed = &mut packed[from * COLUMNS..][..width * COLUMNS];
-                if fresh {
-                    pack_columns(&matrix[first..], inputs, wide, packed);
-                }
-                for start in (0..width).step_by(STEPS) {
-                    let steps = STEPS.min(width - start);
-                    let strides = Strides { a_row: width, a_step: 1, b_step: COLUMNS, c_row: inputs };
-                    // SAFETY: rows and columns are inside (lengths were checked); these of dx are this task's alone.
-                    unsafe {
-                        let a = values.as_ptr().add(range.start * width + start);
-                        let c = dx.at(range.start * inputs + first);
-                        let begins = fresh_sum && from + start == 0;
-                        let panel = packed.as_ptr().add(start * COLUMNS);
-                        accumulate(path, (range.len(), steps, wide), strides, a, panel, c, begins);
-                    }
-                }
-                from += width;
+        for ((part, &Sizes { rank, .. }), back) in parts.iter().zip(&sizes).zip(back) {
+            let packed = &mut packed[from * COLUMNS..][..rank * COLUMNS];
+            if fresh {
+                pack_columns(&part.a[first..], inputs, wide, packed);
             }
+            for start in (0..rank).step_by(STEPS) {
+                let steps = STEPS.min(rank - start);
+                let strides = Strides { a_row: rank, a_step: 1, b_step: COLUMNS, c_row: inputs };
+                // SAFETY: rows and columns are inside (lengths were checked); these of dx are this task's alone.
+                unsafe {
+                    let a = back.dlow.as_ptr().add(range.start * rank + start);
+                    let c = dx.at(range.start * inputs + first);
+                    let panel = packed.as_ptr().add(start * COLUMNS);
+                    accumulate(path, (range.len(), steps, wide), strides, a, panel, c, false);
+                }
+            }
+            from += rank;
         }
     });
     Ok(())

@@ -9,7 +9,7 @@ Tensors = list[Tensor]
 Maybe = list[Tensor | None]
 
 _library = torch.library.Library("ftkit", "FRAGMENT")
-_LAYERS = "Tensor x, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales"
+_LAYERS = "Tensor x, Tensor[] a, Tensor[] b, float[] scales"
 _HEADS = "int[] lengths, int[] shared, float scale, int window"
 
 
@@ -18,15 +18,12 @@ def takes(*tensors: Tensor) -> bool:
     return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
 
 
-def _lora_forward(
-    x: Tensor, weights: Tensors, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors
-) -> None:
-    _core.lora_forward(x, weights or [None] * len(a), a, b, scales, y, low)
+def _lora_forward(x: Tensor, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors) -> None:
+    _core.lora_forward(x, a, b, scales, y, low)
 
 
 def _lora_backward(
     x: Tensor,
-    weights: Tensors,
     a: Tensors,
     b: Tensors,
     scales: list[float],
@@ -38,7 +35,7 @@ def _lora_backward(
     dx: Tensor | None,
 ) -> None:
     none: Maybe = [None] * len(a)
-    _core.lora_backward(x, weights or none, a, b, scales, dy, low, dlow, da or none, db or none, dx)
+    _core.lora_backward(x, a, b, scales, dy, low, dlow, da or none, db or none, dx)
 
 
 def _attention_forward(

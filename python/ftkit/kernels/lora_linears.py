@@ -53,7 +53,7 @@ class _LoraLinears(torch.autograd.Function):
         a, b = ([part.contiguous() for part in side] for side in (parts[::2], parts[1::2]))
         y = [weight.matmul(x) for weight in weights]
         low = [x.new_empty(x.shape[0], part.shape[0]) for part in a]
-        torch.ops.ftkit.lora_forward(x, [], a, b, scales, y, low)
+        torch.ops.ftkit.lora_forward(x, a, b, scales, y, low)
         ctx.save_for_backward(x, *a, *b, *low)
         ctx.weights, ctx.scales = weights, scales
         return tuple(y)
@@ -74,7 +74,6 @@ class _LoraLinears(torch.autograd.Function):
         dlow = [torch.empty_like(one) for one in low]
         da = [torch.empty_like(one) for one in a] if trained else []
         db = [torch.empty_like(one) for one in b] if trained else []
-        torch.ops.ftkit.lora_backward(x, [], a, b, ctx.scales, dy, low, dlow, da, db, dx)
+        torch.ops.ftkit.lora_backward(x, a, b, ctx.scales, dy, low, dlow, da, db, dx)
         gradients = [part for pair in zip(da, db, strict=True) for part in pair] if trained else [None] * (2 * count)
         return dx, None, None, *gradients
-

@@ -30,11 +30,11 @@ PRODUCTS = {
     for way in ("", "_transposed")
 }
 """Matrix products of the core: x [rows, k] to [rows, n]."""
-LAYERS = {
-    _training.lora_forward: lambda x, _weights, a, b, _scales, y, _low: _layers(x, a, b, y),
-    _training.lora_backward: lambda x, _weights, a, b, _scales, dy, *_: _layers(x, a, b, dy, back=True),
+LOW_RANKS = {
+    _training.lora_forward: lambda x, a, b, *_: _low_ranks(x, a, b),
+    _training.lora_backward: lambda x, a, b, *_: _low_ranks(x, a, b, back=True),
 }
-"""Layers of the core with low ranks beside them, to their floating-point operations."""
+"""Low-rank matrices beside the core's layers, to their floating-point operations."""
 ATTENTION = {_training.attention_forward: 4, _training.attention_backward: 10}
 """Attention of the core, to operations for each number of q and each token of its sequence."""
 
@@ -141,8 +141,8 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
     if packet in PRODUCTS:
         return "blocks", 2 * args[0].numel() * result.shape[1], size
-    if packet in LAYERS:
-        return "blocks", LAYERS[packet](*args), size
+    if packet in LOW_RANKS:
+        return "blocks", LOW_RANKS[packet](*args), size
     if packet in ATTENTION:
         tokens, lengths = args[0].shape[0], args[3]
         numbers = args[0].numel() // max(1, tokens)
@@ -156,8 +156,7 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     return "bfloat16" if args[0].dtype == torch.bfloat16 else "float32", flops, size
 
 
-def _layers(x: Any, a: Any, b: Any, y: Any, *, back: bool = False) -> int:
-    """Operations of layers' products with x, forward, or back without the gradient of W."""
-    base: int = 2 * x.numel() * sum(each.shape[1] for each in y)
-    low: int = 2 * x.shape[0] * sum(each.numel() for each in (*a, *b))
-    return base + (2 * low if back else low)
+def _low_ranks(x: Any, a: Any, b: Any, *, back: bool = False) -> int:
+    """Operations of what low-rank matrices add to products with x, forward, or back with their gradients."""
+    operations: int = 2 * x.shape[0] * sum(each.numel() for each in (*a, *b))
+    return 2 * operations if back else operations
