@@ -1,8 +1,11 @@
 """What benchmarks share: the real model, and the line of figures that each prints."""
 
 import importlib.util
+import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,21 @@ def smollm2() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@contextmanager
+def openmp_as_it_comes() -> Iterator[None]:
+    """Processes that are started inside let OpenMP's threads spin as long as they do by themselves; ftkit has its own
+    sleep, which peers would pay for."""
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ["GOMP_SPINCOUNT"] = "300000"  # what libgomp takes where nothing is said
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GOMP_SPINCOUNT"]
+        else:
+            os.environ["GOMP_SPINCOUNT"] = before
 
 
 def line(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench._figures import bandwidth, line, smollm2
+from bench._figures import bandwidth, line, openmp_as_it_comes, smollm2
 from ftkit.engine import Engine, Sampling, launch
 
 TYPES = ("q4_1", "q4_0", "q8_0", "q4_k_m", "q6_k")
@@ -109,7 +109,8 @@ class _Peer:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *self.arguments, self.plain), daemon=True)
-        self.process.start()
+        with openmp_as_it_comes():
+            self.process.start()
         theirs.close()
 
     def measure(self, what: str, prompt: list[int]) -> float:

@@ -12,12 +12,13 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from bench._figures import line, smollm2
+from bench._figures import line, openmp_as_it_comes, smollm2
 from ftkit.train.memory import peak_rss_bytes
 
 ROUNDS = 3
@@ -90,7 +91,8 @@ class _Side:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_work, args=(name, shape, other), daemon=True)
-        self._process.start()
+        with openmp_as_it_comes() if name == "peer" else nullcontext():
+            self._process.start()
         self._pipe.recv()  # ready
 
     def step(self) -> tuple[int, float, float]:
