@@ -52,10 +52,6 @@ def _options(
 
 def main() -> None:
     """The entry point: runs a command and turns its outcome into an exit code."""
-    # torch's threads spin for milliseconds when they wait, which starves whatever else runs here; half a millisecond
-    # bridges the gaps between operations (none at all costs a third of the speed). Read when torch is loaded.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         application()(standalone_mode=True)
     except FtkitError as error:
