@@ -5,7 +5,6 @@ A file `cli/NAME.py` with a function `command` is `ftkit NAME`; one with a `type
 
 import importlib.metadata
 import json
-import os
 import sys
 from typing import Annotated, Any
 
