@@ -538,7 +538,7 @@ class Stream:
 class Pen:
     """Where an author asks for the parts of an answer over HTTP, and where he puts them."""
 
-    def submit(self, prompt: Sequence[int], sampling: str) -> Stream:
+    def submit(self, prompt: Sequence[int], answered: int, sampling: str) -> Stream:
         """Asks for a part, with the model, the client and the priority of the request; as `Engine.submit`."""
     @property
     def closed(self) -> bool:
@@ -616,11 +616,13 @@ class Engine:
         model: str | None = None,
         priority: int = 0,
         first_token_seconds: float | None = None,
+        answered: int = 0,
     ) -> Stream:
         """Asks for an answer. Raises InputError when it can't be given, FtkitError when the queue is full.
 
         `priority`: −8 to 8, each step doubles the share among the requests that wait. The answer fails as soon as its
-        first token cannot be there within `first_token_seconds`.
+        first token cannot be there within `first_token_seconds`. The prompt's last `answered` tokens are of the answer
+        already: penalties count them as such.
         """
     def metrics(self) -> dict[str, int]:
         """What the engine has counted, by name."""

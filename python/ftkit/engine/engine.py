@@ -194,15 +194,17 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         priority: int = 0,
         first_token_seconds: float | None = None,
+        answered: int = 0,
     ) -> Iterator[Delta]:
         """An answer as it grows. Asked for at once; closing the iterator cancels it.
 
         `model`: the name of an adapter; the base model answers when not given. `priority`: −8 to 8, each step doubles
         the share among the requests that wait. `first_token_seconds`: the answer fails as soon as its first token
-        cannot be there by then. Raises InputError for a prompt or
-        parameters that can't be answered, FtkitError when the queue is full or the step fails.
+        cannot be there by then. `answered`: so many of the prompt's last tokens are of the answer already, and
+        penalties count them as such. Raises InputError for a prompt or parameters that can't be answered, FtkitError
+        when the queue is full or the step fails.
         """
-        return deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
+        return deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds, answered))
 
     def generate(
         self,
@@ -376,9 +378,10 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None,
         priority: int = 0,
         first_token_seconds: float | None = None,
+        answered: int = 0,
     ) -> _core.Stream:
         tokens = self.encode(prompt, tools=tools)
-        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds)
+        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds, answered)
 
 
 def launch(

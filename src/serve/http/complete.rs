@@ -154,6 +154,7 @@ fn submit(
             let index = requests.len();
             requests.push(Request {
                 prompt: prompt.clone(),
+                answered: 0,
                 sampling,
                 constraint: constraint.cloned(),
                 adapter: model.adapter,

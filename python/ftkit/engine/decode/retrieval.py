@@ -34,8 +34,8 @@ QUESTION_CHARACTERS = 1000
 _GOLDEN = 0x9E3779B97F4A7C15
 """Odd, so that no two positions of an answer have the same seed."""
 
-Submit: TypeAlias = Callable[[list[int], Sampling], Iterator[Delta]]
-"""Asks for what follows these tokens."""
+Submit: TypeAlias = Callable[[list[int], int, Sampling], Iterator[Delta]]
+"""Asks for what follows these tokens, the last so many of which are of the answer."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,13 @@ class Retrieving:
 
         `prompt`: a conversation that ends with a question, or a text, before which passages are put. `submit` asks for
         a part of it, where that isn't the engine with `model`. Raises InputError
-        for a prompt or parameters that can't be answered, presence and frequency penalties among them; FtkitError when
-        the queue is full or the step fails.
+        for a prompt or parameters that can't be answered, FtkitError when the queue is full or the step fails.
         """
-        submit = submit or (lambda tokens, part: self._engine.stream(tokens, part, model=model))
+        if submit is None:
+
+            def submit(tokens: list[int], answered: int, part: Sampling) -> Iterator[Delta]:
+                return self._engine.stream(tokens, part, model=model, answered=answered)
+
         task = _Task(self._engine, self._collection, prompt, sampling, submit, self._every)
         if self._speculate:
             stride = Stride(overlap=self._overlap, fixed=self._stride)
@@ -177,9 +180,6 @@ class _Task:
         submit: Submit,
         every: int,
     ) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(sampling, name):
-                raise InputError(f"{name}: expected 0 with retrieval, got {getattr(sampling, name)}")
         self._engine, self._collection, self._every, self._submit = engine, collection, every, submit
         self._before, self._question, self._after = _parts(prompt)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -202,7 +202,7 @@ class _Task:
         assert sampling.seed is not None
         how = replace(sampling, max_tokens=count, seed=(sampling.seed + len(answer) * _GOLDEN) % 2**64)
         found: list[Token] = []
-        for delta in self._submit(tokens, how):
+        for delta in self._submit(tokens, len(answer), how):
             found += delta.tokens
             reason = delta.finish_reason
             if reason is None:
