@@ -8,7 +8,7 @@ import { sampling } from "./settings.js";
 export async function answer(model, messages, parent, signal) {
   const how = sampling();
   const shown = how.logprobs ? null : renderer(parent, $("log"));
-  const found = { text: "", usage: null, id: null, fingerprint: null, model, messages, stopped: false, error: null };
+  const found = { text: "", usage: null, id: null, fingerprint: null, sources: [], model, messages, stopped: false, error: null };
   let first = null;
   try {
     const body = { ...how, model: model || undefined, messages, stream: true, stream_options: { include_usage: true } };
@@ -20,6 +20,7 @@ export async function answer(model, messages, parent, signal) {
       found.fingerprint = event.system_fingerprint;
       found.model = event.model;
       const choice = event.choices[0];
+      found.sources = choice?.sources ?? found.sources;
       for (const one of (how.logprobs && choice?.logprobs?.content) || []) parent.append(token(one));
       const more = choice?.delta?.content ?? "";
       if (more) first ??= performance.now();
@@ -43,6 +44,18 @@ function token(one) {
   made.title = lines.join("\n");
   // where nothing hovers, a tap tells
   made.addEventListener("click", () => { $("status").textContent = lines.join("  "); });
+  return made;
+}
+
+// The passages that an answer was written under; their texts are there for whoever opens them.
+export function sources(found) {
+  const made = element("details", undefined, "sources");
+  const names = [...new Set(found.sources.map((one) => one.source))];
+  made.append(element("summary", `Sources: ${names.join(", ")}`));
+  for (const { source, text } of found.sources) {
+    const quote = element("blockquote", text);
+    made.append(element("p", source, "meta"), quote);
+  }
   return made;
 }
 
