@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ftkit.train.fitting import Other
     from ftkit.train.planned import Plan
 
-_BAR_CELLS = 24
-
 
 @with_run_options
 def command(
@@ -135,18 +133,12 @@ def _verify(config: "RunConfig", json: bool) -> None:
 
 def print_plan(plan: "Plan") -> None:
     """The plan as a table on standard output, with a bar for each category's share of the peak."""
-    from rich.bar import Bar
     from rich.console import Console
-    from rich.table import Table
 
+    from ftkit.cli._bars import bars
     from ftkit.plan.budget import written
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_column()
-    for name, size in sorted(plan.by_category.items(), key=lambda item: -item[1]):
-        table.add_row(written(size), name, Bar(max(1, plan.peak_bytes), 0, size, width=_BAR_CELLS, color="cyan"))
+    table = bars(plan.by_category, plan.peak_bytes)
     table.add_row(written(plan.peak_bytes), "tensors at the peak of a step", style="bold")
     if plan.reserved_bytes is None:
         table.add_row(written(plan.peak_rss_bytes), "the process, from above")
