@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, TypeAlias
 
 from ftkit.engine.decode._speculation import Ids, Segment, plain, speculative
-from ftkit.engine.decode._stride import Stride
+from ftkit.engine.decode._stride import Costs, Stride
 from ftkit.engine.decode._visible import Visible
 from ftkit.engine.engine import DEFAULT, Completion, Delta, Engine, Prompt, Token
 from ftkit.engine.indices import Collection, Index, Passage
@@ -72,7 +72,7 @@ class Retrieving:
         """Over `engine`, which closes with it.
 
         `passages`: how many at a time; `every`: tokens after which the index is asked again. `speculate`: guesses from
-        what was found before, and verifies; `overlap`: writes on meanwhile; `stride`: always so many guesses (1 or
+        what was found before, and verifies; `overlap`: may write on meanwhile; `stride`: always so many guesses (1 or
         more), instead of as many as pay. Raises InputError for numbers out of bounds.
         """
         for name, number in (("passages", passages), ("every", every), ("stride", stride)):
@@ -81,6 +81,7 @@ class Retrieving:
         self._engine, self._collection, self._index = engine, collection, index
         self._count, self._every = passages, every
         self._speculate, self._overlap, self._stride = speculate, overlap, stride
+        self._costs = Costs()
         # a thread of its own, also without speculation: what torch computes in it does not depend on the caller's
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
         self.loaded = engine.loaded
@@ -107,10 +108,8 @@ class Retrieving:
 
         task = _Task(self._engine, self._collection, prompt, sampling, submit, self._every)
         if self._speculate:
-            stride = Stride(overlap=self._overlap, fixed=self._stride)
-            segments = speculative(
-                self._index, self._query(task), task.write, self._count, self._pool, stride, overlap=self._overlap
-            )
+            stride = Stride(self._costs, overlap=self._overlap, fixed=self._stride)
+            segments = speculative(self._index, self._query(task), task.write, self._count, self._pool, stride)
         else:
             segments = plain(self._index, self._query(task), task.write, self._count, self._pool)
         return self._shown(segments, sampling)
