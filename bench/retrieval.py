@@ -1,10 +1,11 @@
 """Retrieval with guesses against retrieval without, on SmolLM2-135M: the same answers, tokens a second.
 
 Passages are the rows of the quickstart's island; the index is asked again after every 4 tokens, as in the paper, and
-the passages change as the answer goes on. Four indices: BM25 as it is; the model's own embeddings; these among 900,000 more
-vectors that are drawn like them (normal, with their mean and covariance), so that the exact search of each query reads
-2 GB; and BM25 behind a wait of ten times what 4 tokens take, for an index elsewhere. Tokens are decoded as by
-`--fast-decode`; passages are in the pool from a first answer that is not timed. Equal answers are asserted.
+the passages change as the answer goes on. Four indices: BM25 as it is; the model's own embeddings; BM25 behind a wait
+of ten times what 4 tokens take, for an index elsewhere; and the embeddings among 900,000 more vectors that are drawn
+like them (normal, with their mean and covariance), so that the exact search of each query reads 2 GB. Tokens are
+decoded as by `--fast-decode`; passages are in the pool from a first answer that is not timed. Equal answers are
+asserted.
 
 Source of the method and its figures (1.75 to 2.39 × for exact dense retrieval): arXiv 2401.14021.
 """
