@@ -153,7 +153,7 @@ def test_a_local_chat_keeps_ratings_for_training(managed: Managed, tmp_path: Pat
     from ftkit.cli.chat import _engine
 
     options = {"runs_dir": str(tmp_path), "quant": "auto", "fast_decode": False}
-    engine, names, rate = _engine(str(managed.base), [f"left={managed.folder / 'v3'}"], "ftkit", **options)
+    engine, names, rate, _ = _engine(str(managed.base), [f"left={managed.folder / 'v3'}"], "ftkit", **options)
     with engine:
         talk = chat(engine, names=names, model="left", rate=rate)
         talk.take("Hello")
@@ -166,6 +166,25 @@ def test_a_local_chat_keeps_ratings_for_training(managed: Managed, tmp_path: Pat
     assert json.loads(row)["prompt"] == [{"role": "user", "content": "Hello"}]
     kept = json.loads((tmp_path / ".serve" / "feedback" / "feedback.jsonl").read_text())
     assert len(kept["adapter"]) == 64
+
+
+def test_a_plan_is_told_where_training_is_known(
+    remote: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ftkit.cli.chat import _planner
+
+    event = {"event": "memory", "step": 1, "planned_by_category": {"activations": 3 << 20, "optimizer": 1 << 20}}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "events.jsonl").write_text(json.dumps(event) + "\n")
+    planned = _planner({"other": tmp_path / "mine" / "adapter"}, str(tmp_path))
+    for line in ("/plan", "/plan other"):  # a run's own adapter, and one that is named
+        chat(None, names=["mine", "other"], model="mine", planned=planned).take(line)
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.split()[:3] == ["3.0", "MiB", "activations"]
+        assert first.count("█") == 3 * second.count("█") == 18
+    for engine, how in ((None, planned), (remote, remote.planned)):
+        chat(engine, model=None, planned=how).take("/plan left")
+        assert "expected an adapter whose training is known here, got left" in capsys.readouterr().out
 
 
 def test_a_question_through_a_pipe(managed: Managed) -> None:

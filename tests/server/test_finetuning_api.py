@@ -13,6 +13,8 @@ import pytest
 from serving import KEY, Http, Server, start, stop
 from speakers import speaker
 
+from ftkit.engine.remote import Remote
+
 pytestmark = pytest.mark.server
 
 FEW: dict[str, Any] = {"n_epochs": 6, "batch_size": 1, "learning_rate_multiplier": 50}
@@ -230,6 +232,9 @@ def test_a_job_from_upload_to_answer(studio: Studio) -> None:
     assert job.id in [one.id for one in client.fine_tuning.jobs.list(limit=50)]
     managed = studio.http.get(f"/v1/adapters/{job.fine_tuned_model}").json()
     assert managed["lineage"]["job"] == job.id
+    told = next(event.data["planned_bytes"] for event in events if "planned_bytes" in event.data)
+    remote = Remote(studio.server.url, KEY)
+    assert remote.planned(job.fine_tuned_model) == remote.planned("early") == told != {}
 
 
 def test_a_job_whose_training_fails_says_why(studio: Studio) -> None:
@@ -288,6 +293,8 @@ def test_a_job_waits_for_requests_and_outlives_its_server(base: Path, tmp_path: 
     pid = json.loads((studio.state / "jobs" / job / "job.json").read_text())["pid"]
     studio.server.until(lambda: not Path(f"/proc/{pid}").exists(), seconds=60)
     assert studio.http.post(f"/v1/fine_tuning/jobs/{job}/resume").json()["status"] in ("queued", "running")
+    assert studio.http.post(f"/v1/fine_tuning/jobs/{job}/pause").json()["status"] == "paused"
+    # It need not be at work to be cancelled.
     assert studio.client.fine_tuning.jobs.cancel(job).status == "cancelled"
     with pytest.raises(openai.ConflictError):
         studio.client.fine_tuning.jobs.cancel(job)

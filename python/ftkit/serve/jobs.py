@@ -39,6 +39,7 @@ class Jobs:
         self._change = threading.Condition(threading.RLock())
         self._jobs = {path.name: self._opened(path) for path in state.found("jobs")}
         self._closing = False
+        self._under_hand: Job | None = None
         self._thread: threading.Thread | None = None
         self.paused_for_requests = 0
         """How often a request made training wait."""
@@ -103,6 +104,8 @@ class Jobs:
                 raise conflict(f"expected a job under way, got one that is {job.status}")
             job.update(status="cancelled", finished_at=int(time.time()))
             job.told("The job was cancelled")
+            if job is not self._under_hand:
+                _clear(job)
             self._change.notify_all()
             return job.shown()
 
@@ -178,12 +181,17 @@ class Jobs:
                     if self._closing:
                         return
                     self._change.wait()
+                self._under_hand = job
             try:
                 self._train(job)
             except FtkitError as error:
                 self._fail(job, error.message)
             except OSError as error:
                 self._fail(job, f"the job's process: {error.strerror}")
+            with self._change:
+                self._under_hand = None
+                if job.status == "cancelled":
+                    _clear(job)
 
     def _next(self) -> Job | None:
         ready = [job for job in self._jobs.values() if job.status in ("queued", "running", "validating_files")]
@@ -228,8 +236,6 @@ class Jobs:
         code = training.drive(busy, lambda: self._closing or job.status != "running")
         if code is None:
             training.end(at_once=job.status == "cancelled")
-            if job.status == "cancelled":
-                shutil.rmtree(job.run.path, ignore_errors=True)
             return None
         if code != 0:
             with self._change:
@@ -276,6 +282,11 @@ class Jobs:
                 "base_name": self._engine.name,
             }
         return {"job": job.id, "base": self._engine.loaded.fingerprint, "base_name": self._engine.name}
+
+
+def _clear(job: Job) -> None:
+    """Nothing stays of what a job without a result has written."""
+    shutil.rmtree(job.run.path, ignore_errors=True)
 
 
 def _end_orphan(job: Job) -> None:
