@@ -148,20 +148,24 @@ class Chat:
         answer, generated, tokens = "", 0, []
         sources: Sequence[Any] = ()
         self._both = None
+        console = Console()
         try:
             for delta in self._engine.stream(self._conversation.messages, self._sampling, model=self._model):
                 answer += delta.text
                 generated += len(delta.tokens) or bool(delta.text)
                 tokens += delta.tokens
                 sources = getattr(delta, "sources", sources)
-                print(delta.text, end="", flush=True)
+                if self._sampling.logprobs is not None and delta.tokens:
+                    console.print(_side_by_side.coloured(self._engine, delta.tokens), end="", soft_wrap=True)
+                else:
+                    print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" … stopped", end="")
         print()
         if sources:
-            Console().print(_sources(sources), style="dim", markup=False, highlight=False)
+            console.print(_sources(sources), style="dim", markup=False, highlight=False)
         if self._sampling.logprobs is not None and tokens:
-            Console().print(_side_by_side.probabilities(self._engine, tokens))
+            console.print(_side_by_side.alternatives(self._engine, tokens), end="")
         return answer, generated
 
     def _two(self) -> tuple[str, int]:

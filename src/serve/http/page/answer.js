@@ -1,6 +1,6 @@
 // One answer as it grows: its text, what it cost, and how likely its tokens were.
 import { events, request } from "./api.js";
-import { $, element } from "./dom.js";
+import { $, element, following } from "./dom.js";
 import { renderer } from "./markdown.js";
 import { sampling } from "./settings.js";
 
@@ -9,7 +9,8 @@ export async function answer(model, messages, parent, signal) {
   const how = sampling();
   const shown = how.logprobs ? null : renderer(parent, $("log"));
   const found = { text: "", usage: null, id: null, fingerprint: null, sources: [], model, messages, stopped: false, error: null };
-  let first = null;
+  const began = performance.now();
+  let first = null, parts = 0;
   try {
     const body = { ...how, model: model || undefined, messages, stream: true, stream_options: { include_usage: true } };
     const response = await request("POST", "/v1/chat/completions", body, signal);
@@ -21,9 +22,13 @@ export async function answer(model, messages, parent, signal) {
       found.model = event.model;
       const choice = event.choices[0];
       found.sources = choice?.sources ?? found.sources;
-      for (const one of (how.logprobs && choice?.logprobs?.content) || []) parent.append(token(one));
+      const tokens = (how.logprobs && choice?.logprobs?.content) || [];
+      if (tokens.length) following($("log"), () => parent.append(...tokens.map(token)));
       const more = choice?.delta?.content ?? "";
-      if (more) first ??= performance.now();
+      if (more) {
+        first ??= performance.now();
+        parts += 1;
+      }
       found.text += more;
       if (more) shown?.add(more);
     }
@@ -31,7 +36,9 @@ export async function answer(model, messages, parent, signal) {
     found.stopped = error.name === "AbortError";
     if (!found.stopped) found.error = error.message;
   }
-  found.seconds = first === null ? 0 : (performance.now() - first) / 1000;
+  // with retrieval many tokens come at once, and the first ones took time, too
+  const since = 2 * parts < (found.usage?.completion_tokens ?? 0) ? began : first;
+  found.seconds = first === null ? 0 : (performance.now() - since) / 1000;
   await shown?.whole();
   return found;
 }
