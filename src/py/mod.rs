@@ -1,4 +1,4 @@
-//! The bindings: one file a room, and one place where errors become exceptions.
+//! The bindings: one file or folder a room, and one place where errors become exceptions.
 
 use pyo3::prelude::*;
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from managing import GREEDY, QUESTION, Managed
+from safetensors.torch import load_file, save_file
 from serving import KEY, start, stop
 
 from ftkit.data import feedback

@@ -10,6 +10,8 @@ import anthropic
 import ollama
 import openai
 import pytest
+from browsing import chromium, visit
+from playwright.sync_api import expect
 from serving import Http, Server, start, stop
 from speakers import speaker
 
@@ -185,6 +187,22 @@ def test_ollama_s_last_word_has_them(http: Http, told: tuple[str, list[tuple[str
     assert http.post("/api/generate", single | {"raw": True, "retrieval": True}).status_code == 400
     said = ollama.Client(http.url).chat("tiny", TALK, options={"temperature": 0, "num_predict": 10})
     assert said.message.content == told[0]
+
+
+def test_the_page_has_them_under_an_answer(http: Http) -> None:
+    with chromium() as browser, visit(browser, http.url, key=None) as here:
+        expect(here.page.locator("#model option")).not_to_have_count(0)
+        here.page.get_by_role("button", name="Settings").click()
+        for field, value in (("Temperature", "0"), ("Most tokens", "10")):
+            here.page.get_by_label(field).fill(value)
+        here.ask(TALK[0]["content"])
+        sources = ask(http, temperature=0, max_tokens=10, ignore_eos=False)[1]["choices"][0]["sources"]
+        shown = here.page.locator(".assistant .sources")
+        expect(shown.locator("blockquote").first).not_to_be_visible()
+        shown.locator("summary").click()
+        expect(shown.locator("blockquote").first).to_be_visible()
+        assert shown.locator("blockquote").all_inner_texts() == [one["text"] for one in sources]
+        assert shown.locator("p").all_inner_texts() == [one["source"] for one in sources]
 
 
 def test_a_server_without_a_retriever_says_so(managed: Any) -> None:
