@@ -70,16 +70,44 @@ def read(folder: Path) -> Files:
     return Files(config=config, tensors=tensors, record=record)
 
 
-def content(folder: Path) -> str:
-    """The hash of a directory's files. Raises InputError when one cannot be read."""
-    digest = hashlib.sha256()
-    for path in (folder / name for name in (WEIGHTS, CONFIG, RECORD)):
-        try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise InputError(f"{path}: expected a file that can be read, got: {str(error).lower()}") from None
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Snapshot:
+    """The bytes of a directory's files, all as they were at one moment; empty for one that is not there."""
+
+    weights: bytes
+    config: bytes
+    record: bytes
+
+    @property
+    def content(self) -> str:
+        """Their hash."""
+        parts = (hashlib.sha256(part).digest() for part in (self.weights, self.config, self.record))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
+    def head(self) -> bytes:
+        """The beginning of the weights, which says what is where in them."""
+        return self.weights[: 8 + int.from_bytes(self.weights[:8], "little")]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Reads a directory's files. Raises InputError when one cannot be read, or they change meanwhile."""
+    paths = [folder / name for name in (WEIGHTS, CONFIG, RECORD)]
+
+    def states() -> list[tuple[int, ...] | None]:
+        found = [path.stat() if path.exists() else None for path in paths]
+        return [state and (state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
+
+    try:
+        before = states()
+        parts = [path.read_bytes() if state else b"" for path, state in zip(paths, before, strict=True)]
+        after = states()
+    except OSError as error:
+        text = str(error).lower()
+        raise InputError(f"{error.filename or folder}: expected a file that can be read, got: {text}") from None
+    if before != after:
+        raise InputError(f"{folder}: expected files that stay as they are while they are read, got others")
+    return Snapshot(*parts)
 
 
 def _object(path: Path) -> dict[str, Any]:
