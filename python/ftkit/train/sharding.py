@@ -15,6 +15,7 @@ as it is, and adapters are small.
 Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023, arXiv 2304.11277.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ from ftkit.train.processes import launched
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_NUMBERS = itertools.count()
 
 
 def shares(config: RunConfig) -> int:
@@ -93,7 +96,8 @@ def pretended(size: int) -> Iterator["DeviceMesh"]:
     else:
         group = distributed.new_group(backend="fake")
     try:
-        yield DeviceMesh.from_group(group, "cpu")
+        # torch keeps what it knows of a mesh for all that are equal, and this one's group will be gone
+        yield DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"planned {next(_NUMBERS)}",))
     finally:
         distributed.destroy_process_group(None if alone else group)
 

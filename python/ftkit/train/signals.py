@@ -5,6 +5,7 @@ may be one that waits for another process, which may never answer: half an hour 
 thread hears the signals there as well, and ends a process that has not handled one after a while.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -64,15 +65,18 @@ class Interruption:
     def _listen(self, ear: socket.socket, seconds: float) -> None:
         """Ends the process some time after a signal that it doesn't handle."""
         with ear:
+            seen = 0
             while heard := ear.recv(1):
-                before = self._handled
                 if heard[0] not in _SIGNALS:
                     continue
                 until = time.monotonic() + max(seconds, 2 * self.longest_step_seconds)
-                while self._handled == before and time.monotonic() < until:
+                while self._handled == seen and time.monotonic() < until:
                     time.sleep(0.1)
-                if self._handled == before:
+                if self._handled == seen:
                     print("error: expected an answer of the other processes, got none since a signal", file=sys.stderr)
                     print("hint: the last checkpoint is whole; continue with ftkit train --resume", file=sys.stderr)
                     sys.stderr.flush()
                     os._exit(128 + heard[0])
+                seen = self._handled
+                with contextlib.suppress(BlockingIOError):  # what came before it was handled was handled with it
+                    ear.recv(64, socket.MSG_DONTWAIT)

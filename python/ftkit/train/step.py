@@ -210,9 +210,10 @@ def _passes(
     batches: Sequence[RaggedBatch], processes: Processes, spare: RaggedBatch | None
 ) -> Iterator[tuple[RaggedBatch, bool]]:
     """The batches that this process goes through the model with, and whether they count."""
+    rounds = processes.rounds(len(batches))
     for batch in batches:
         yield batch, True
-    for _ in range(processes.rounds(len(batches)) - len(batches)):
+    for _ in range(rounds - len(batches)):
         assert spare is not None
         yield spare, False
 
