@@ -60,28 +60,31 @@ class Progress:
 
 
 def save(
-    folder: Path | None,
+    folder: Path,
     progress: Progress,
     parameters: Parameters,
     optimizer: Optimizer | SharedOut,
-    save_adapter: Callable[[Path | None], Any],
-) -> Path | None:
-    """Writes the checkpoint of the progress' step below `folder`, whole or not at all; its path.
-
-    Without a folder it takes part in gathering what another process writes.
-    """
-    path = None if folder is None else folder / f"step-{progress.step:06d}"
-    with contextlib.nullcontext() if path is None else files.new_directory(path) as temporary:
-
-        def place(name: str) -> Path | None:
-            return None if temporary is None else temporary / name
-
-        write(place("weights.safetensors"), {name: Whole.of(one.detach()) for name, one in parameters.items()})
-        write(place("optimizer.safetensors"), optimizer.wholes())
-        save_adapter(place("adapter"))
-        if temporary is not None:
-            (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
+    save_adapter: Callable[[Path], Any],
+) -> Path:
+    """Writes the checkpoint of the progress' step below `folder`, whole or not at all; its path."""
+    path = folder / f"step-{progress.step:06d}"
+    with files.new_directory(path) as temporary:
+        write(temporary / "weights.safetensors", _wholes(parameters))
+        write(temporary / "optimizer.safetensors", optimizer.wholes())
+        save_adapter(temporary / "adapter")
+        (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
     return path
+
+
+def give(parameters: Parameters, optimizer: Optimizer | SharedOut, save_adapter: Callable[[None], Any]) -> None:
+    """Takes part in gathering what another process writes with `save`."""
+    write(None, _wholes(parameters))
+    write(None, optimizer.wholes())
+    save_adapter(None)
+
+
+def _wholes(parameters: Parameters) -> dict[str, Whole]:
+    return {name: Whole.of(parameter.detach()) for name, parameter in parameters.items()}
 
 
 def load(path: Path, parameters: Parameters, optimizer: Optimizer | SharedOut) -> Progress:
@@ -116,7 +119,7 @@ class _Stored(Mapping[str, torch.Tensor]):
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._names = list(file.keys())
+        self._names = dict.fromkeys(file.keys())
 
     @classmethod
     @contextlib.contextmanager

@@ -88,13 +88,13 @@ class Loop:
         if self._saved == progress.step > 0:
             return  # writing the same again could only lose it
         self._saved = progress.step
-        first = session.processes.first
-        if first or session.processes.sharded:  # who has a part has to give it
-            folder = self.run.checkpoints if first else None
-            path = checkpoint.save(folder, progress, session.parameters, session.optimizer, session.save_adapter)
-        if first:
+        held = session.parameters, session.optimizer, session.save_adapter
+        if session.processes.first:
+            path = checkpoint.save(self.run.checkpoints, progress, *held)
             checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
             self._events.emit("checkpoint", progress.step, path=str(path))
+        elif session.processes.sharded:
+            checkpoint.give(*held)
 
     def _rehearse(self) -> None:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""

@@ -315,7 +315,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
                 with torch.no_grad(), recorder.category("activations"):
                     objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
                     if mesh is not None:
-                        model.reshard()
+                        model.reshard()  # type: ignore[operator]
         given = {field.name for field in dataclasses.fields(RaggedBatch)}
         made = [value for name, value in vars(batches[-1]).items() if name not in given]
         kept = sum(value.nbytes for value in made if isinstance(value, torch.Tensor))

@@ -10,7 +10,19 @@ from typing import Any
 
 from ftkit.config import RunConfig
 from ftkit.errors import FtkitError, InputError, Interrupted
-from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, processes, report, samples, session, sharding
+from ftkit.train import (
+    checkpoint,
+    checkpoints,
+    directory,
+    files,
+    loggers,
+    memory,
+    processes,
+    report,
+    samples,
+    session,
+    sharding,
+)
 from ftkit.train import lock as locks
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events, rewind

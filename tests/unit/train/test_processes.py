@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,16 @@ def launched(size: int, *arguments: Any) -> Iterator[subprocess.Popen[str]]:
         process.terminate()  # ends what it has started, too
 
 
+def in_blocks(model: Path, folder: Path) -> Path:
+    """The model as a GGUF file of Q4_1, with a rule for words that llama.cpp has a name for."""
+    copy = shutil.copytree(model, folder / "tiny")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["use_regex"] = True
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    gguf.write(Material.of(models.load(copy)), folder / "tiny.gguf", "q4_1")
+    return folder / "tiny.gguf"
+
+
 def close(name: str, table: dict[str, Any], expected: tuple[list[float], dict[str, torch.Tensor]]) -> None:
     """Losses and weights to 1e-6.
 
@@ -120,8 +131,7 @@ def test_several_processes_are_one_and_resume_what_others_began(
     """
     base = common(settings)
     lora = base | {"method.dropout": 0.0}
-    blocks = tmp_path / "tiny.gguf"
-    gguf.write(Material.of(models.load(Path(base["model.source"]))), blocks, "q4_1")
+    blocks = in_blocks(Path(base["model.source"]), tmp_path)
     tables = {
         "lora": lora,
         "lora-q4_1": lora | {"model.source": str(blocks), "model.quant": "gguf"},
@@ -169,10 +179,12 @@ def test_several_processes_are_one_and_resume_what_others_began(
     ):  # fmt: skip
         name = max((each for each in tables if run.startswith(each)), key=len)
         close(run, tables[name], ends[name])
-        began, _, ended = run.removeprefix(name).strip("-").partition("-")
+        ended = run.removeprefix(name).strip("-").partition("-")[2]
         notices = [event["message"] for event in told(base, run) if event["event"] == "notice"]
         assert any("resumed with another processes" in notice for notice in notices) == bool(ended)
-    alone, shared = (next(event for event in told(base, run) if event["event"] == "memory") for run in ("muon-alone", "muon-2"))
+    alone, shared = (
+        next(event for event in told(base, run) if event["event"] == "memory") for run in ("muon-alone", "muon-2")
+    )
     with capsys.disabled():
         print(f"\nbytes of tensors in a process: {alone['peak_bytes']:,} alone, {shared['peak_bytes']:,} of two")
     assert shared["peak_bytes"] <= shared["planned_peak_bytes"]
@@ -223,8 +235,9 @@ def wait_for_step(table: dict[str, Any], run: str, step: int) -> None:
 def worker(launcher: int, rank: int) -> int:
     """The process of that rank."""
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(launcher):
-            if f"RANK={rank}" in (folder / "environ").read_bytes().decode().split("\0"):
+        with suppress(OSError):  # some end meanwhile
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(launcher) and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 return int(folder.name)
     raise AssertionError(f"expected a process of rank {rank}")
 
@@ -259,7 +272,7 @@ def test_a_step_is_dealt_out_whole_and_no_batch_grows() -> None:
         ),
         (
             {"training.batch_rows": 3, "training.optimizer_in_backward": True, "training.max_gradient_norm": 0.0},
-            "training.optimizer_in_backward: expected one process, or weights that processes share out, got 3 with weights",
+            "training.optimizer_in_backward: expected one process, or weights that processes share out, got 3 with",
         ),
     ],
 )
