@@ -27,9 +27,9 @@ _NAMES = {
 """Of types in a file of safetensors, in the order of its tensors, which is the other way round."""
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process' rows of a tensor, as they lie in memory; the tensor itself where it isn't shared out."""
-    part: Tensor = tensor.to_local() if is_shared_out(tensor) else tensor  # type: ignore[operator]
+    part: Tensor = tensor.to_local() if is_shared_out(tensor) else tensor
     return part
 
 
@@ -62,7 +62,7 @@ class Whole:
     """The tensor; every process of the group has to call it, in the same order."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Whole":
+    def of(cls, tensor: Any) -> "Whole":
         """A tensor that is here, or shared out."""
         gather: Any = tensor.full_tensor if is_shared_out(tensor) else lambda: tensor
         return cls(tuple(tensor.shape), tensor.dtype, gather)
@@ -88,7 +88,7 @@ def write(path: Path | None, tensors: Mapping[str, Whole], metadata: Mapping[str
         for name in names:
             values = tensors[name].gather()
             if file is not None:
-                file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     finally:
         if file is not None:
             file.close()

@@ -187,11 +187,12 @@ class Loop:
             if training.optimizer_in_backward:
                 batch = batches[0] if batches else session.spare(portions[0], 1)
                 self._make_room(batch)
-                given = session.optimizer, factor, session.processes
-                return step_in_backward(loss, parameters, batch, *given, counts=bool(batches))
-            spare = session.spare(portions[0], progress.parts)
-            given = training.max_gradient_norm, self._make_room, session.processes
-            return gradients(loss, parameters, batches, *given, spare)
+                counts = len(batches) > 0
+                return step_in_backward(
+                    loss, parameters, batch, session.optimizer, factor, session.processes, counts=counts
+                )
+            norm, room, spare = training.max_gradient_norm, self._make_room, session.spare(portions[0], progress.parts)
+            return gradients(loss, parameters, batches, norm, room, session.processes, spare)
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
             outcome = self._outcome(lambda: self._within_memory(made, batches))

@@ -18,7 +18,7 @@ Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Par
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
@@ -92,9 +92,7 @@ def pretended(size: int) -> Iterator["DeviceMesh"]:
     alone = not distributed.is_initialized()
     if alone:
         distributed.init_process_group("fake", rank=0, world_size=size)
-        group = distributed.group.WORLD
-    else:
-        group = distributed.new_group(backend="fake")
+    group: Any = distributed.group.WORLD if alone else distributed.new_group(backend="fake")
     try:
         # torch keeps what it knows of a mesh for all that are equal, and this one's group will be gone
         yield DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"planned {next(_NUMBERS)}",))
