@@ -29,13 +29,28 @@ pytestmark = pytest.mark.unit
 Settings = Callable[..., dict[str, Any]]
 
 IN_PROCESSES = """
-import json, sys
+import json, os, socket, sys
+import torch.distributed.fsdp
+import ftkit.train.start
 from ftkit.cli import application
 
-for words in json.load(open(sys.argv[1])):
-    application()(words, standalone_mode=False)
+for size, runs in json.load(open(sys.argv[1])):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:  # as torchrun tells it
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            for words in runs:
+                application()(words, standalone_mode=False)
+            sys.exit()
+        children.append(child)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(1)
 """
-
 DEAF = """
 import ctypes
 from ftkit.train.signals import Interruption
@@ -77,15 +92,14 @@ def named(table: dict[str, Any], name: str, steps: int | None = None) -> dict[st
     return table | {"output.name": name} | ({} if steps is None else {"training.max_steps": steps})
 
 
-def in_processes(size: int, runs: list[list[str]], folder: Path) -> tuple[str, str]:
-    """What so many processes print that run these commands one after the other."""
-    script, told = folder / "in_processes.py", folder / f"words-{size}.json"
+def in_processes(groups: list[tuple[int, list[list[str]]]], folder: Path) -> tuple[str, str]:
+    """What processes print of which each group runs its commands, all starting from one that has imported all."""
+    script, told = folder / "in_processes.py", folder / "words.json"
     script.write_text(IN_PROCESSES)
-    told.write_text(json.dumps(runs))
-    with launched(size, script, told) as process:
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output, errors
+    told.write_text(json.dumps(groups))
+    done = subprocess.run([sys.executable, script, told], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 @contextmanager
@@ -150,28 +164,21 @@ def test_several_processes_are_one_and_resume_what_others_began(
         train.run(RunConfig.from_toml(None, named(table, f"{name}-alone")))
         ends[name] = of(named(table, f"{name}-alone"))
     train.run(RunConfig.from_toml(None, named(tables["full"], "full-1-2", 2)))
-    _, errors = in_processes(
-        2,
-        [
-            words(named(tables["lora"], "lora-2-1", 2)),
-            words(named(tables["lora-q4_1"], "lora-q4_1-2")),
-            words(named(tables["full"], "full-1-2"), "--resume", "--json"),
-            words(named(tables["muon"], "muon-2")),
-            words(named(tables["muon"], "muon-2-3", 2)),
-            words(named(tables["full"], "full-2-1", 2)),
-        ],
-        tmp_path,
-    )
+    in_two = [
+        words(named(tables["lora"], "lora-2-1", 2)),
+        words(named(tables["lora-q4_1"], "lora-q4_1-2")),
+        words(named(tables["full"], "full-1-2"), "--resume", "--json"),
+        words(named(tables["muon"], "muon-2")),
+        words(named(tables["muon"], "muon-2-3", 2)),
+        words(named(tables["full"], "full-2-1", 2)),
+    ]
+    in_three = [
+        words(named(tables["muon"], "muon-2-3"), "--resume"),
+        words(named(tables["adamw8bit"], "adamw8bit-3")),
+        words(named(tables["in-backward"], "in-backward-3")),
+    ]
+    _, errors = in_processes([(2, in_two), (3, in_three)], tmp_path)
     assert errors.count("lora-2-1: done") == 1, "one of them speaks"
-    in_processes(
-        3,
-        [
-            words(named(tables["muon"], "muon-2-3"), "--resume"),
-            words(named(tables["adamw8bit"], "adamw8bit-3")),
-            words(named(tables["in-backward"], "in-backward-3")),
-        ],
-        tmp_path,
-    )
     for name in ("lora", "full"):
         train.run(RunConfig.from_toml(None, named(tables[name], f"{name}-2-1")), resume=True)
     for run in (
@@ -211,21 +218,21 @@ def test_sigterm_ends_all_with_a_checkpoint_and_a_dead_process_ends_the_others(s
     with launched(2, "-m", "ftkit", *words(named(table, "stopped"))) as process:
         wait_for_step(table, "stopped", 2)
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     last = told(table, "stopped")[-1]
     assert last["event"] == "interrupted", errors
     assert (Path(table["output.runs_dir"]) / "stopped" / "checkpoints" / f"step-{last['step']:06d}").is_dir()
     with launched(2, "-m", "ftkit", *words(named(table, "bereft"))) as process:
         wait_for_step(table, "bereft", 2)
         os.kill(worker(process.pid, rank=1), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "error: process 0 of 2: expected the others to go on, got one that has ended" in errors
     assert "expected the others to go on" in told(table, "bereft")[-1]["message"]
 
 
 def wait_for_step(table: dict[str, Any], run: str, step: int) -> None:
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     path = Path(table["output.runs_dir"]) / run / "events.jsonl"
     while not (path.exists() and any(event.get("step", 0) >= step for event in told(table, run))):
         assert time.monotonic() < until
@@ -248,7 +255,7 @@ def test_a_process_that_waits_in_c_hears_a_signal_all_the_same() -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "expected an answer of the other processes" in errors
 
