@@ -88,7 +88,7 @@ def write(path: Path | None, tensors: Mapping[str, Whole], metadata: Mapping[str
         for name in names:
             values = tensors[name].gather()
             if file is not None:
-                file.write(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     finally:
         if file is not None:
             file.close()

@@ -73,8 +73,8 @@ def _forget(unit: nn.Module, gone: dict[int, DenseWeight]) -> None:
     for layer in unit.modules():
         weight = getattr(layer, "weight", None)
         if isinstance(weight, DenseWeight) and weight.tensor.device.type != "meta":
-            known = gone.setdefault(id(weight), DenseWeight(weight.tensor.detach().to("meta")))
-            layer.weight = known
+            like = torch.empty(weight.shape, dtype=weight.tensor.dtype, device="meta")
+            layer.weight = gone.setdefault(id(weight), DenseWeight(like))
 
 
 def everybody(device: torch.device, size: int) -> "DeviceMesh":
