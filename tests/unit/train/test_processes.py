@@ -20,7 +20,7 @@ from ftkit import models, train
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.export import Material, gguf
-from ftkit.train import events
+from ftkit.train import events, sharding
 from ftkit.train.processes import Processes
 from ftkit.train.signals import Interruption
 
@@ -288,6 +288,17 @@ def test_what_processes_cannot_share_is_refused(settings: Settings, changes: dic
     Processes(0, 1).check(config)
     with pytest.raises(InputError, match=message):
         Processes(0, 3).check(config)
+
+
+def test_weights_are_shared_out_where_all_are_trained(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = settings()
+    configs = [RunConfig.from_toml(None, each) for each in (table, full(table), full(table, training__shard=False))]
+    assert [sharding.shares(config) for config in configs] == [1, 1, 1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [sharding.shares(config) for config in configs] == [1, 3, 1]
+    with pytest.raises(InputError, match="training.shard: expected the method full, got lora"):
+        sharding.shares(RunConfig.from_toml(None, table | {"training.shard": True}))
 
 
 def test_a_signal_that_comes_twice_at_once_is_one() -> None:
