@@ -87,6 +87,7 @@ def everybody(device: torch.device, size: int) -> "DeviceMesh":
 @contextmanager
 def pretended(size: int) -> Iterator["DeviceMesh"]:
     """A group of so many processes of which this is the first and the others are not there, to plan with."""
+    import torch.testing._internal.distributed.fake_pg  # torch knows such a group from then on
     from torch.distributed.device_mesh import DeviceMesh
 
     alone = not distributed.is_initialized()

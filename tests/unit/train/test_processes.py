@@ -216,14 +216,14 @@ def told(table: dict[str, Any], run: str) -> list[dict[str, Any]]:
 def test_sigterm_ends_all_with_a_checkpoint_and_a_dead_process_ends_the_others(settings: Settings) -> None:
     table = full(common(settings), training__max_steps=100_000, output__checkpoint_every_steps=100_000)
     with launched(2, "-m", "ftkit", *words(named(table, "stopped"))) as process:
-        wait_for_step(table, "stopped", 2)
+        wait_for_step(process, table, "stopped", 2)
         process.terminate()
         _, errors = process.communicate(timeout=300)
     last = told(table, "stopped")[-1]
     assert last["event"] == "interrupted", errors
     assert (Path(table["output.runs_dir"]) / "stopped" / "checkpoints" / f"step-{last['step']:06d}").is_dir()
     with launched(2, "-m", "ftkit", *words(named(table, "bereft"))) as process:
-        wait_for_step(table, "bereft", 2)
+        wait_for_step(process, table, "bereft", 2)
         os.kill(worker(process.pid, rank=1), signal.SIGKILL)
         _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -231,10 +231,11 @@ def test_sigterm_ends_all_with_a_checkpoint_and_a_dead_process_ends_the_others(s
     assert "expected the others to go on" in told(table, "bereft")[-1]["message"]
 
 
-def wait_for_step(table: dict[str, Any], run: str, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], table: dict[str, Any], run: str, step: int) -> None:
     until = time.monotonic() + 600
     path = Path(table["output.runs_dir"]) / run / "events.jsonl"
     while not (path.exists() and any(event.get("step", 0) >= step for event in told(table, run))):
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.2)
 
