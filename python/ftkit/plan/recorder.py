@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
 
     def _look_again(self) -> None:
         """Notes storages whose memory went or came back while they lived on."""
-        for number, reference in self._storages.items():
+        for number, reference in list(self._storages.items()):  # some may go meanwhile
             storage = reference()
             if storage is None or (size := storage.nbytes()) == self._sizes[number]:
                 continue
