@@ -15,6 +15,7 @@ as it is, and adapters are small.
 Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023, arXiv 2304.11277.
 """
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,9 +88,9 @@ def everybody(device: torch.device, size: int) -> "DeviceMesh":
 @contextmanager
 def pretended(size: int) -> Iterator["DeviceMesh"]:
     """A group of so many processes of which this is the first and the others are not there, to plan with."""
-    import torch.testing._internal.distributed.fake_pg  # torch knows such a group from then on
     from torch.distributed.device_mesh import DeviceMesh
 
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # torch knows such groups from then on
     alone = not distributed.is_initialized()
     if alone:
         distributed.init_process_group("fake", rank=0, world_size=size)

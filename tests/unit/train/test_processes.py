@@ -298,7 +298,7 @@ def test_weights_are_shared_out_where_all_are_trained(settings: Settings, monkey
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert [sharding.shares(config) for config in configs] == [1, 3, 1]
-    with pytest.raises(InputError, match="training.shard: expected the method full, got lora"):
+    with pytest.raises(InputError, match=r"training\.shard: expected the method full, got lora"):
         sharding.shares(RunConfig.from_toml(None, table | {"training.shard": True}))
 
 
