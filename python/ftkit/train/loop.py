@@ -186,6 +186,7 @@ class Loop:
             loss, parameters = session.loss, session.parameters
             if training.optimizer_in_backward:
                 batch = batches[0] if batches else session.spare(portions[0], 1)
+                assert batch is not None
                 self._make_room(batch)
                 counts = len(batches) > 0
                 return step_in_backward(
@@ -266,7 +267,7 @@ class Loop:
         try:
             mine = session.evaluation[session.processes.rank :: session.processes.size]
             parts = [part for batch in mine for part in batch.cut(self.progress.parts)]
-            spare = session.evaluation[0].cut(self.progress.parts)[0]
+            spare = session.evaluation[0].cut(self.progress.parts)[0] if session.processes.sharded else None
             if self._evaluated:
                 return means(session.loss, parts, session.processes, spare)
             self._evaluated = True  # the others take as much

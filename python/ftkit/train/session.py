@@ -65,9 +65,9 @@ class Session:
         """The largest of the parts of the batch that needs most memory."""
         return max(self.batch(list(self.plan.shape.rows)).cut(parts), key=lambda part: part.tokens.numel())
 
-    def spare(self, rows: list[int], parts: int) -> RaggedBatch:
+    def spare(self, rows: list[int], parts: int) -> RaggedBatch | None:
         """A part of the first of the rows, for a process that has nothing of its own where all have to go along."""
-        return self.batch(rows[:1]).cut(parts)[0]
+        return self.batch(rows[:1]).cut(parts)[0] if self.processes.sharded else None
 
     def save_adapter(self, folder: Path | None) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
