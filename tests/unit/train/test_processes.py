@@ -30,7 +30,7 @@ Settings = Callable[..., dict[str, Any]]
 
 IN_PROCESSES = """
 import json, os, socket, sys
-import torch.distributed.fsdp
+import torch._dynamo, torch.distributed.fsdp
 import ftkit.train.start
 from ftkit.cli import application
 
