@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         if not getattr(func, "is_view", False):
             self.work[_work(func, args, kwargs or {}, result)] += 1
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._see(local(leaf))
         return result
 
