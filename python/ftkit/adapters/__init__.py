@@ -149,10 +149,11 @@ def notices(model: Decoder, adapter_id: int = 0) -> list[str]:
 
 
 def save(
-    model: Decoder, adapter_id: int, folder: Path, base_fingerprint: str | None = None, base_name: str = ""
+    model: Decoder, adapter_id: int, folder: Path | None, base_fingerprint: str | None = None, base_name: str = ""
 ) -> None:
     """Writes the adapter to a new directory: PEFT's two files, and ftkit.json with the base's fingerprint.
 
+    Without a folder it takes part in gathering what processes share out, and another one writes.
     `base_fingerprint`: that of the model's weights when not given; `base_name`: what the base was loaded as.
     """
     attached = _known(model, adapter_id)

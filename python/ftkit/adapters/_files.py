@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ftkit.errors import InputError
+from ftkit.nn.shards import Whole
+from ftkit.nn.shards import write as write_tensors
 
 PREFIX = "base_model.model."
 """Before a layer's name in the keys of PEFT's files."""
@@ -30,17 +32,19 @@ class Files:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Tensor], peft_type: str | None, options: dict[str, Any], record: dict[str, Any]
+    folder: Path | None,
+    tensors: Mapping[str, Tensor],
+    peft_type: str | None,
+    options: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
-    """Writes a new directory."""
+    """Writes a new directory; without one it takes part in gathering tensors that processes share out."""
+    stored = {key: Whole.of(tensor.detach()) for key, tensor in tensors.items()}
+    if folder is None:
+        write_tensors(None, stored)
+        return
     folder.mkdir(parents=True)
-    stored: dict[str, Tensor] = {}
-    homes: set[int] = set()
-    for key, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
-        stored[key] = values.clone() if values.data_ptr() in homes else values  # the format has no shared tensors
-        homes.add(values.data_ptr())
-    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, stored, {"format": "pt"})
     if peft_type is not None:
         config = {
             "peft_type": peft_type,
