@@ -29,10 +29,10 @@ GPUS = (
 )
 # kernel → its variant, and bytes of memory that a warp moves in a round; 0 where products bound it
 ROUNDS: dict[str, tuple[Variant, int]] = {
-    "nf4_gemv": (variant("nf4_gemv", ROWS=1, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t"), 128 + 4),
-    "nf4_decode": (variant("nf4_decode", SCALE="uint8_t"), SPAN_BYTES),
-    "nf4_lora_forward": (variant("nf4_lora_forward", SCALE="uint8_t"), 0),
-    "nf4_lora_dx": (variant("nf4_lora_dx", SCALE="uint8_t"), 0),
+    "coded_gemv": (variant("coded_gemv", ROWS=1, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t"), 128 + 4),
+    "coded_decode": (variant("coded_decode", SCALE="uint8_t"), SPAN_BYTES),
+    "coded_forward": (variant("coded_forward", SCALE="uint8_t"), 0),
+    "coded_dx": (variant("coded_dx", SCALE="uint8_t"), 0),
     "dequant_coded": (variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="bf16"), 32 * (4 + 16) + 4),
     "swiglu_forward": (variant("swiglu", VALUE="bf16"), 32 * 3 * 16),
     "swiglu_backward": (variant("swiglu", VALUE="bf16"), 32 * 5 * 16),

@@ -28,7 +28,7 @@ from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 
 ROUNDS = 20
-_ROWS = {"nf4_gemv": 1, "nf4_decode": 16, "nf4_lora_forward": 2048}
+_ROWS = {"coded_gemv": 1, "coded_decode": 16, "coded_forward": 2048}
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,19 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
             lambda x=x, low=low, b=b: functional.linear(x, coded_dense.reference(coded).to(kind)) + low @ b.T,  # type: ignore[misc]
             code_bytes + x.nbytes * 2,
             0.02,
-            flops=2 * len(x) * size * size if name == "nf4_lora_forward" else 0,
+            flops=2 * len(x) * size * size if name == "coded_forward" else 0,
             counted=name,
             peer=_bitsandbytes(x, size),
         )
     dy, dlow, a = normal(min(2048, size), size), normal(min(2048, size), 16), normal(16, size)
     yield Case(
-        "nf4_lora_dx",
+        "coded_dx",
         lambda: launches.matmul_transposed(launch, dy, coded, dlow, a),
         lambda: dy @ coded_dense.reference(coded).to(kind) + dlow @ a,
         code_bytes + dy.nbytes * 2,
         0.02,
         flops=2 * len(dy) * size * size,
-        counted="nf4_lora_dx",
+        counted="coded_dx",
     )
     gate, up, weight = normal(size, size), normal(size, size), normal(size)
     yield Case(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ftkit.cuda import lora, offsets
+from ftkit.cuda import launches, lora
 from ftkit.cuda.launch import Launch
 from ftkit.cuda.lora import Matrices, Segments
 from ftkit.cuda.pages import paged_prefill
@@ -53,9 +53,9 @@ def _offsets(launch: Launch, device: str, size: int) -> Iterator[Case]:
     table = torch.arange(16.0, device=device)
     coded = Coded(shape=(size, size), codes=codes, table=table, group=64, scales=halves(), offsets=halves())
     moved_bytes = codes.nbytes + 2 * coded.scales.nbytes
-    for name, rows in (("int4_decode", 16), ("int4_forward", min(2048, size)), ("int4_dx", min(2048, size))):
+    for name, rows in (("int4 decode", 16), ("int4 forward", min(2048, size)), ("int4 dx", min(2048, size))):
         x = torch.randn(rows, size, generator=random).to(device, torch.bfloat16)
-        ours, back = (offsets.matmul_transposed, True) if name == "int4_dx" else (offsets.matmul, False)
+        ours, back = (launches.matmul_transposed, True) if name == "int4 dx" else (launches.matmul, False)
 
         def torchs(x: Tensor = x, back: bool = back) -> Tensor:
             dense = coded_dense.reference(coded).to(x.dtype)

@@ -8,7 +8,7 @@ import torch
 from bench import _kernels, _sass
 from tests.unit.cuda.emulated import DEAREST, VARIANTS, Emulated, coded_matrix, needs_nvrtc
 
-from ftkit.cuda import launches, lora, offsets, pages, source
+from ftkit.cuda import launches, lora, pages, source
 from ftkit.cuda.compiler import compile_variant
 from ftkit.cuda.launch import Launch
 from ftkit.cuda.lora import Matrices, Segments
@@ -85,13 +85,13 @@ def prompt(launch: Launch) -> None:
 NF4, INT4 = coded_matrix("nf4", 128, 512), coded_matrix("int4_group", 128, 512)
 # What is launched to see how a kernel uses memory.
 RUNS: dict[str, Callable[[Launch], object]] = {
-    "nf4_gemv": lambda launch: launches.matmul(launch, ones(4, 512), NF4),
-    "nf4_decode": lambda launch: launches.matmul(launch, ones(16, 512), NF4),
-    "nf4_lora_forward": lambda launch: launches.matmul(launch, ones(128, 512), NF4),
-    "nf4_lora_dx": lambda launch: launches.matmul_transposed(launch, ones(128, 128), NF4),
-    "int4_decode": lambda launch: offsets.matmul(launch, ones(16, 512), INT4),
-    "int4_forward": lambda launch: offsets.matmul(launch, ones(128, 512), INT4),
-    "int4_dx": lambda launch: offsets.matmul_transposed(launch, ones(128, 128), INT4),
+    "coded_gemv": lambda launch: launches.matmul(launch, ones(4, 512), NF4),
+    "coded_decode": lambda launch: launches.matmul(launch, ones(16, 512), NF4),
+    "coded_forward": lambda launch: launches.matmul(launch, ones(128, 512), NF4),
+    "coded_dx": lambda launch: launches.matmul_transposed(launch, ones(128, 128), NF4),
+    "int4_decode": lambda launch: launches.matmul(launch, ones(16, 512), INT4),
+    "int4_forward": lambda launch: launches.matmul(launch, ones(128, 512), INT4),
+    "int4_dx": lambda launch: launches.matmul_transposed(launch, ones(128, 128), INT4),
     "lora_bgmv_shrink": lambda launch: low_rank(launch, False),
     "lora_bgmv_expand": lambda launch: low_rank(launch, False),
     "lora_sgmv_shrink": lambda launch: low_rank(launch, True),

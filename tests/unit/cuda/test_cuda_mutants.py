@@ -32,20 +32,20 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
             for kind in launches.BLOCK_FORMATS
         )
     ],
-    "nf4_gemv": [
+    "coded_gemv": [
         lambda kit, s: tests.test_gemv(kit, 3, 9, 320, s),
         lambda kit, _: tests.test_gemv_of_groups_with_offsets(kit),
     ],
-    "nf4_decode": [
+    "coded_decode": [
         lambda kit, s: tests.test_decode(kit, "nf4", 5, 72, 192, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 9, 8, 2368, s),
     ],
-    "nf4_lora_forward": [
+    "coded_forward": [
         lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),
         lambda kit, s: tests.test_forward(kit, "nf4", 140, 136, 320, 32, s),
     ],
-    "nf4_lora_dx": [
+    "coded_dx": [
         lambda kit, s: tests.test_dx(kit, "nf4", 3, 200, 192, 16, s),
         lambda kit, s: tests.test_dx(kit, "nf4", 140, 136, 192, 32, s),
     ],

@@ -2,7 +2,7 @@
 // shared memory.
 //
 // A stage has four runs of 16 neighbours of each row of x. Rows are 32 bytes longer than that, and in odd rows a run's
-// halves are swapped: so neither the copies of four rows meet in a bank, nor the reads of two. See nf4.cuh for the order of
+// halves are swapped: so neither the copies of four rows meet in a bank, nor the reads of two. See fragments.cuh for the order of
 // k, and for which columns a lane has.
 #pragma once
 #include "numbers.cuh"

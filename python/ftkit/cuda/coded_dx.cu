@@ -1,0 +1,158 @@
+// dx = dy W + dlow A, W in 4-bit codes: the gradient that goes down.
+//
+// A block makes 128 rows and 128 columns, each of its 4 warps 64 by 64; the sum goes over W's rows, 64 a step. Of these,
+// each thread decodes 64 neighbours of one to shared memory: their 16 values are computed once. Both operands come from
+// there by ldmatrix, W's turned. Eight neighbours, a piece, lie in a row where the row's number says, so that neither the
+// copies nor the reads of eight rows meet in a bank.
+//
+// dlow = s dy B [m, rank], rank a multiple of 16. dy, dlow, A and dx are bf16, sums float32; k is a multiple of 64 and of
+// GROUP, n of 8. See codes.cuh for GROUP, SCALE and OFFSETS.
+#include "codes.cuh"
+
+constexpr int THREADS = 128;
+constexpr int TILE = 128, STEP = 64, WARP_TILE = 64, PIECE = 8;
+constexpr int COPIES = TILE * STEP / PIECE / THREADS;  // of a thread, for a step
+typedef bf16 Left[TILE][STEP];   // rows of dy
+typedef bf16 Right[STEP][TILE];  // rows of W
+typedef float Sums[WARP_TILE / 16][WARP_TILE / 8][4];
+
+// Starts the copy of columns at … at + 63 of x [rows, columns], which starts with the tile's first row; past the last row,
+// that one again, and zeros past the last column.
+static __device__ __forceinline__ void copy_left(Left& left, const bf16* x, int rows, int columns, int at) {
+  const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+  bf16* to = &left[row][(piece ^ row % 8) * PIECE];
+  const bf16* from = x + at + piece * PIECE;
+  const bool there = at + piece * PIECE < columns;
+#pragma unroll
+  for (int i = 0; i < COPIES; i++)
+    copy16_async(to + i * 16 * STEP, there ? from + (uint32_t)(min(row + i * 16, rows - 1) * columns) : x, there);
+}
+
+// A thread's codes of a step: half of its own row's, and half of its neighbour's.
+struct Fetched {
+  uint4 mine, others;
+  Number numbers[SETS];
+};
+
+// Where a thread's rows are: of each pair of rows, the even lane has the first halves of both runs, the odd one the second.
+// So two lanes read 32 neighbouring bytes.
+struct Place {
+  int row, odd, run, runs;  // run: of a row, runs: of W's rows
+};
+
+// Codes and numbers of W's rows first … first + 63; past the last row, those of that one.
+static __device__ __forceinline__ void fetch(const Stored& w, const Place& place, int first, int rows, Fetched& fetched) {
+  const int row = min(first + place.row, rows - 1), other = min(first + (place.row ^ 1), rows - 1);
+  const uint32_t run = row * place.runs + place.run;
+  fetched.mine = load16(w.codes + (uint64_t)run * 32 + place.odd * 16);
+  fetched.others = load16(w.codes + (uint64_t)(uint32_t)(other * place.runs + place.run) * 32 + place.odd * 16);
+#pragma unroll
+  for (int set = 0; set < SETS; set++) fetched.numbers[set] = number_of(w, run, SETS == 2 ? set ^ place.odd : 0);
+}
+
+// Them to bf16 in shared memory.
+static __device__ __forceinline__ void decode(const Fetched& fetched, const Place& place, const float (&meaning)[4][4],
+                                              Right& right) {
+  const uint4 got = {__shfl_xor_sync(~0u, fetched.others.x, 1), __shfl_xor_sync(~0u, fetched.others.y, 1),
+                     __shfl_xor_sync(~0u, fetched.others.z, 1), __shfl_xor_sync(~0u, fetched.others.w, 1)};
+  const uint32_t words[2][4] = {{fetched.mine.x, fetched.mine.y, fetched.mine.z, fetched.mine.w},
+                                {got.x, got.y, got.z, got.w}};
+  char* const to = (char*)&right[place.row][threadIdx.x / STEP * RUN_OF_CODES];
+  const uint32_t turned = (place.row % 8 ^ place.odd * 4) * 16;
+  Values values;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (half < SETS) multiply_out(meaning[i], fetched.numbers[half], i, values);
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+      uint32_t pairs[4];
+      look_up(words[half][word], values, pairs);
+      store16(to + (turned ^ (half * 4 + word) * 16), uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+    }
+  }
+}
+
+// Sums += left right, for 16 of the step's values of the sum.
+static __device__ __forceinline__ void multiply(Sums& sums, const Left& left, const Right& right, int sixteen, int lane,
+                                                int warp) {
+  uint32_t a[WARP_TILE / 16][4];
+#pragma unroll
+  for (int i = 0; i < WARP_TILE / 16; i++)
+    ldmatrix_x4(a[i], &left[warp % 2 * WARP_TILE + i * 16 + lane % 16][(sixteen * 2 ^ lane / 16 ^ lane % 8) * PIECE]);
+#pragma unroll
+  for (int j = 0; j < WARP_TILE / 16; j++) {
+    uint32_t b[4];
+    ldmatrix_x4_transposed(b, &right[sixteen * 16 + lane % 16][warp / 2 * WARP_TILE + (j * 2 ^ lane / 16 ^ lane % 8) * PIECE]);
+#pragma unroll
+    for (int i = 0; i < WARP_TILE / 16; i++) {
+      mma_bf16(sums[i][2 * j], a[i], b[0], b[1]);
+      mma_bf16(sums[i][2 * j + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_dx(
+    const bf16* __restrict__ dy, const uint8_t* __restrict__ codes, const float* __restrict__ table,
+    const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
+    const float* __restrict__ mean, const half* __restrict__ offsets, const bf16* __restrict__ dlow,
+    const bf16* __restrict__ a, bf16* __restrict__ dx, int m, int n, int k, int rank) {
+  __align__(16) __shared__ Left left[2];
+  __align__(16) __shared__ Right right;
+  const int t = threadIdx.x, lane = t % 32, warp = t / 32, first = blockIdx.x * TILE, column = blockIdx.y * TILE;
+  const Stored w{codes, scales, Nested{map, greatest, mean}, offsets};
+  const int runs = k / RUN_OF_CODES;
+  const Place place{t % STEP, t % 2, min(column / RUN_OF_CODES + t / STEP, runs - 1), runs};
+  float meaning[4][4];
+#pragma unroll
+  for (int i = 0; i < 16; i++) meaning[i / 4][i % 4] = table[i];
+  Sums sums = {};
+  Fetched fetched;
+  copy_left(left[0], dy + (int64_t)first * n, m - first, n, 0);
+  copy_commit();
+  fetch(w, place, 0, n, fetched);
+  for (int at = 0; at < n; at += STEP) {
+    const int stage = at / STEP % 2, next = at + STEP;
+    __syncthreads();  // all are done with the step before
+    if (next < n) copy_left(left[1 - stage], dy + (int64_t)first * n, m - first, n, next);
+    copy_commit();
+    decode(fetched, place, meaning, right);
+    if (next < n) fetch(w, place, next, n, fetched);
+    copy_wait<1>();
+    __syncthreads();  // this stage is there for all, and W
+#pragma unroll
+    for (int sixteen = 0; sixteen < STEP / 16; sixteen++) multiply(sums, left[stage], right, sixteen, lane, warp);
+  }
+  for (int r = 0; r < rank; r += STEP) {
+    __syncthreads();  // all are done with the step before
+    copy_left(left[0], dlow + (int64_t)first * rank, m - first, rank, r);
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+      const int row = t / 16 + i * 8, piece = t % 16;
+      const bool there = r + row < rank && column + piece * PIECE < k;
+      copy16_async(&right[row][(piece ^ row % 8) * PIECE], there ? a + (int64_t)(r + row) * k + column + piece * PIECE : a, there);
+    }
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();  // both are there for all
+#pragma unroll 1
+    for (int sixteen = 0; sixteen < min(STEP, rank - r) / 16; sixteen++) multiply(sums, left[0], right, sixteen, lane, warp);
+  }
+  // Of two pieces of a row, each lane has two neighbours of both; of its neighbour it gets two more of one.
+  const int odd = lane % 2;
+#pragma unroll
+  for (int i = 0; i < WARP_TILE / 16; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int row = first + warp % 2 * WARP_TILE + i * 16 + lane / 4 + 8 * e;
+#pragma unroll
+      for (int j = 0; j < WARP_TILE / 16; j++) {
+        const float(&one)[4] = sums[i][2 * j], (&two)[4] = sums[i][2 * j + 1];
+        const uint32_t pairs[2] = {pack_bf16(one[2 * e], one[2 * e + 1]), pack_bf16(two[2 * e], two[2 * e + 1])};
+        const uint32_t got = __shfl_xor_sync(~0u, odd ? pairs[0] : pairs[1], 1);
+        const int at = column + warp / 2 * WARP_TILE + (2 * j + odd) * PIECE + lane % 4 / 2 * 4;
+        if (row < m && at < k) store8(dx + (int64_t)row * k + at, odd ? uint2{got, pairs[1]} : uint2{pairs[0], got});
+      }
+    }
+}
