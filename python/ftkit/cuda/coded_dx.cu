@@ -2,30 +2,41 @@
 //
 // A block makes 128 rows and 128 columns, each of its 4 warps 64 by 64; the sum goes over W's rows, 64 a step. Of these,
 // each thread decodes 64 neighbours of one to shared memory: their 16 values are computed once. Both operands come from
-// there by ldmatrix, W's turned. Eight neighbours, a piece, lie in a row where the row's number says, so that neither the
-// copies nor the reads of eight rows meet in a bank.
+// there by ldmatrix, W's turned.
 //
 // dlow = s dy B [m, rank], rank a multiple of 16. dy, dlow, A and dx are bf16, sums float32; k is a multiple of 64 and of
 // GROUP, n of 8. See codes.cuh for GROUP, SCALE and OFFSETS.
 #include "codes.cuh"
+#include "pieces.cuh"
 
 constexpr int THREADS = 128;
-constexpr int TILE = 128, STEP = 64, WARP_TILE = 64, PIECE = 8;
+constexpr int TILE = 128, STEP = 64, WARP_TILE = 64;
 constexpr int COPIES = TILE * STEP / PIECE / THREADS;  // of a thread, for a step
 typedef bf16 Left[TILE][STEP];   // rows of dy
 typedef bf16 Right[STEP][TILE];  // rows of W
 typedef float Sums[WARP_TILE / 16][WARP_TILE / 8][4];
 
-// Starts the copy of columns at … at + 63 of x [rows, columns], which starts with the tile's first row; past the last row,
-// that one again, and zeros past the last column.
-static __device__ __forceinline__ void copy_left(Left& left, const bf16* x, int rows, int columns, int at) {
-  const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
-  bf16* to = &left[row][(piece ^ row % 8) * PIECE];
-  const bf16* from = x + at + piece * PIECE;
-  const bool there = at + piece * PIECE < columns;
+// x [rows, columns] as a thread copies it: a piece of each sixteenth row of the tile; past the last row, that one again.
+struct Rows {
+  const bf16* from;
+  int columns;  // that are left from there on
+  uint32_t at[COPIES];
+};
+
+static __device__ __forceinline__ Rows rows_of(const bf16* x, int first, int rows, int columns) {
+  const int piece = threadIdx.x % 8 * PIECE;
+  Rows found = {x + (int64_t)first * columns + piece, columns - piece, {}};
 #pragma unroll
-  for (int i = 0; i < COPIES; i++)
-    copy16_async(to + i * 16 * STEP, there ? from + (uint32_t)(min(row + i * 16, rows - 1) * columns) : x, there);
+  for (int i = 0; i < COPIES; i++) found.at[i] = min((int)threadIdx.x / 8 + i * 16, rows - first - 1) * columns;
+  return found;
+}
+
+// Starts the copy of columns k … k + 63; zeros past the last one.
+static __device__ __forceinline__ void copy_left(Left& left, const Rows& x, int k) {
+  bf16* to = &left[threadIdx.x / 8][(threadIdx.x % 8 ^ threadIdx.x / 8 % 8) * PIECE];
+  const bf16* from = x.from + k;
+#pragma unroll
+  for (int i = 0; i < COPIES; i++) copy16_async(to + i * 16 * STEP, from + x.at[i], k < x.columns);
 }
 
 // A thread's codes of a step: half of its own row's, and half of its neighbour's.
@@ -79,12 +90,11 @@ static __device__ __forceinline__ void multiply(Sums& sums, const Left& left, co
                                                 int warp) {
   uint32_t a[WARP_TILE / 16][4];
 #pragma unroll
-  for (int i = 0; i < WARP_TILE / 16; i++)
-    ldmatrix_x4(a[i], &left[warp % 2 * WARP_TILE + i * 16 + lane % 16][(sixteen * 2 ^ lane / 16 ^ lane % 8) * PIECE]);
+  for (int i = 0; i < WARP_TILE / 16; i++) load_left(a[i], left, warp % 2 * WARP_TILE + i * 16, sixteen * 16, lane);
 #pragma unroll
   for (int j = 0; j < WARP_TILE / 16; j++) {
     uint32_t b[4];
-    ldmatrix_x4_transposed(b, &right[sixteen * 16 + lane % 16][warp / 2 * WARP_TILE + (j * 2 ^ lane / 16 ^ lane % 8) * PIECE]);
+    load_right_turned(b, right, sixteen * 16, warp / 2 * WARP_TILE + j * 16, lane);
 #pragma unroll
     for (int i = 0; i < WARP_TILE / 16; i++) {
       mma_bf16(sums[i][2 * j], a[i], b[0], b[1]);
@@ -107,15 +117,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_dx(
   float meaning[4][4];
 #pragma unroll
   for (int i = 0; i < 16; i++) meaning[i / 4][i % 4] = table[i];
+  const Rows rows = rows_of(dy, first, m, n);
   Sums sums = {};
   Fetched fetched;
-  copy_left(left[0], dy + (int64_t)first * n, m - first, n, 0);
+  copy_left(left[0], rows, 0);
   copy_commit();
   fetch(w, place, 0, n, fetched);
   for (int at = 0; at < n; at += STEP) {
     const int stage = at / STEP % 2, next = at + STEP;
     __syncthreads();  // all are done with the step before
-    if (next < n) copy_left(left[1 - stage], dy + (int64_t)first * n, m - first, n, next);
+    if (next < n) copy_left(left[1 - stage], rows, next);
     copy_commit();
     decode(fetched, place, meaning, right);
     if (next < n) fetch(w, place, next, n, fetched);
@@ -124,9 +135,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_dx(
 #pragma unroll
     for (int sixteen = 0; sixteen < STEP / 16; sixteen++) multiply(sums, left[stage], right, sixteen, lane, warp);
   }
+  const Rows low_rows = rows_of(dlow, first, m, rank);
   for (int r = 0; r < rank; r += STEP) {
     __syncthreads();  // all are done with the step before
-    copy_left(left[0], dlow + (int64_t)first * rank, m - first, rank, r);
+    copy_left(left[0], low_rows, r);
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const int row = t / 16 + i * 8, piece = t % 16;
@@ -139,8 +151,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_dx(
 #pragma unroll 1
     for (int sixteen = 0; sixteen < min(STEP, rank - r) / 16; sixteen++) multiply(sums, left[0], right, sixteen, lane, warp);
   }
-  // Of two pieces of a row, each lane has two neighbours of both; of its neighbour it gets two more of one.
-  const int odd = lane % 2;
 #pragma unroll
   for (int i = 0; i < WARP_TILE / 16; i++)
 #pragma unroll
@@ -148,11 +158,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_dx(
       const int row = first + warp % 2 * WARP_TILE + i * 16 + lane / 4 + 8 * e;
 #pragma unroll
       for (int j = 0; j < WARP_TILE / 16; j++) {
-        const float(&one)[4] = sums[i][2 * j], (&two)[4] = sums[i][2 * j + 1];
-        const uint32_t pairs[2] = {pack_bf16(one[2 * e], one[2 * e + 1]), pack_bf16(two[2 * e], two[2 * e + 1])};
-        const uint32_t got = __shfl_xor_sync(~0u, odd ? pairs[0] : pairs[1], 1);
-        const int at = column + warp / 2 * WARP_TILE + (2 * j + odd) * PIECE + lane % 4 / 2 * 4;
-        if (row < m && at < k) store8(dx + (int64_t)row * k + at, odd ? uint2{got, pairs[1]} : uint2{pairs[0], got});
+        const int at = column + warp / 2 * WARP_TILE + j * 16;
+        store_pieces(dx + (int64_t)row * k + at, &sums[i][2 * j][2 * e], &sums[i][2 * j + 1][2 * e], row < m && at < k, lane);
       }
     }
 }

@@ -8,9 +8,9 @@
 #include "fragments.cuh"
 #include "tile.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_forward(
+extern "C" __global__ void __launch_bounds__(THREADS) coded_forward(
     const bf16* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
     const float* __restrict__ mean, const half* __restrict__ offsets, const bf16* __restrict__ low,

@@ -34,8 +34,8 @@ DECODE_COLUMNS = 2048
 """From here on each warp of `coded_decode` has a part of a row to read, and it takes fewer rows than 5, too."""
 GROUPS, STEP = (32, 64, 128), 64
 """Values of one scale, and of one step of the tensor core's kernels."""
-TILE = 128
-"""Rows, and columns, of the result that a block of the tiled kernels makes."""
+TILE, WIDE = 128, 256
+"""Rows of the result that a block of the tiled kernels makes, and columns; `coded_dx` makes 128 of these, too."""
 BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
 
 
@@ -153,7 +153,7 @@ def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b
         launch(variant("coded_decode", **_macros(coded)), "coded_decode", (blocks_of(n, 32),), arguments)
     else:
         arguments = [x, *_codes(coded), *added, y, m, n, k, rank]
-        grid = (blocks_of(m, TILE), blocks_of(n, TILE))
+        grid = (blocks_of(m, TILE), blocks_of(n, WIDE))
         launch(variant("coded_forward", **_macros(coded)), "coded_forward", grid, arguments)
     return y
 

@@ -3,7 +3,7 @@
 // For what lies where, see lora_bgmv.cu. x, low and y are bf16; in is a multiple of 16, out of 4, width of 16. low has
 // zeros from an adapter's rank up to the next sixteen. A block makes a piece of at most 32 rows of one segment, and reads
 // all its operands straight from memory: of 64 neighbours along in, lane (g, q) of a warp has the 16 from 16 q on, and
-// the four products of 16 take them by fours, as nf4.cuh has it. So a row's numbers depend on the row and its adapter
+// the four products of 16 take them by fours, as fragments.cuh has it. So a row's numbers depend on the row and its adapter
 // alone. WEIGHT: what the pool holds: float, bf16.
 #include "numbers.cuh"
 #include "ragged.cuh"

@@ -44,6 +44,7 @@ VARIANTS = [
     variant("lora_sgmv", WEIGHT="float"),
     variant("lora_gradient"),
     *(variant("paged_prefill", HEAD=size) for size in (64, 80, 96, 128)),
+    *(variant("attention", HEAD=size) for size in (64, 128)),
 ]
 
 
@@ -63,6 +64,7 @@ DEAREST = {
         variant("lora_sgmv", WEIGHT="float"),
         variant("lora_gradient"),
         variant("paged_prefill", HEAD=128),
+        variant("attention", HEAD=128),
     )
 }
 
@@ -132,7 +134,7 @@ def poison(variant: Variant, name: str, arguments: Sequence[Argument]) -> None:
             argument.fill_(torch.nan)
 
 
-OUTPUTS = {"out", "y", "low", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+OUTPUTS = {"out", "y", "m", "along", "dq", "dk", "dv", "low", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
