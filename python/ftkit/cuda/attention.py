@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ftkit.cuda.launch import Launch, aligned, expect_shapes
+from ftkit.cuda.launch import Argument, Launch, aligned, expect_shapes
 from ftkit.cuda.source import variant
 from ftkit.errors import InputError
 
@@ -17,16 +17,24 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def forward(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float, window: int | None, y: Tensor, m: Tensor
+    launch: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    scale: float,
+    window: int | None,
+    y: Tensor,
+    m: Tensor,
 ) -> None:
-    """y like q [T, heads, head_dim], and m float32 [T, heads], the logarithms of each row's sum of exponentials, of k and
-    v [T, key_value_heads, head_dim]; ends i32 [sequences + 1]: where each sequence begins, from 0, and T.
+    """y like q [T, heads, head_dim] of k and v [T, key_value_heads, head_dim], and m float32 [T, heads], the
+    logarithm of each row's sum of exponentials; ends i32 [sequences + 1]: where each sequence begins, from 0, and T.
 
     Raises InputError for sizes that don't agree.
     """
     _expect("attention_forward", q, k, v, m, y=y)
     if q.numel():
-        arguments = [q, k, v, ends, y, m, *_numbers(q, k, ends), scale, window or 0]
+        arguments: list[Argument] = [q, k, v, ends, y, m, *_numbers(q, k, ends), scale, window or 0]
         _launch(launch, "attention_forward", q, ends, q.shape[1], arguments)
 
 
@@ -54,7 +62,7 @@ def backward(
         _launch(launch, "attention_dkv", q, ends, k.shape[1], [q, k, v, m, dy, along, ends, dk, dv, *numbers])
 
 
-def _launch(launch: Launch, name: str, q: Tensor, ends: Tensor, heads: int, arguments: list[Tensor | int | float]) -> None:
+def _launch(launch: Launch, name: str, q: Tensor, ends: Tensor, heads: int, arguments: list[Argument]) -> None:
     kernel = variant("attention", HEAD=q.shape[2])
     launch(kernel, name, (q.shape[0] // kernel.constant("ROWS") + len(ends) - 1, heads), arguments)
 

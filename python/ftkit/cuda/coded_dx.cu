@@ -39,9 +39,9 @@ static __device__ __forceinline__ void copy_left(Left& left, const Rows& x, int 
   for (int i = 0; i < COPIES; i++) copy16_async(to + i * 16 * STEP, from + x.at[i], k < x.columns);
 }
 
-// A thread's codes of a step: half of its own row's, and half of its neighbour's.
+// Halves of the codes of two neighbouring rows, of which one is the thread's, and its own row's numbers.
 struct Fetched {
-  uint4 mine, others;
+  uint4 of_even, of_odd;
   Number numbers[SETS];
 };
 
@@ -51,12 +51,16 @@ struct Place {
   int row, odd, run, runs;  // run: of a row, runs: of W's rows
 };
 
+static __device__ __forceinline__ uint4 half_of(const Stored& w, const Place& place, int row) {
+  return load16(w.codes + (uint64_t)(uint32_t)(row * place.runs + place.run) * (RUN_OF_CODES / 2) + place.odd * 16);
+}
+
 // Codes and numbers of W's rows first … first + 63; past the last row, those of that one.
 static __device__ __forceinline__ void fetch(const Stored& w, const Place& place, int first, int rows, Fetched& fetched) {
-  const int row = min(first + place.row, rows - 1), other = min(first + (place.row ^ 1), rows - 1);
-  const uint32_t run = row * place.runs + place.run;
-  fetched.mine = load16(w.codes + (uint64_t)run * 32 + place.odd * 16);
-  fetched.others = load16(w.codes + (uint64_t)(uint32_t)(other * place.runs + place.run) * 32 + place.odd * 16);
+  const int even = min(first + (place.row & ~1), rows - 1), odd = min(first + (place.row | 1), rows - 1);
+  const uint32_t run = (place.odd ? odd : even) * place.runs + place.run;
+  fetched.of_even = half_of(w, place, even);
+  fetched.of_odd = half_of(w, place, odd);
 #pragma unroll
   for (int set = 0; set < SETS; set++) fetched.numbers[set] = number_of(w, run, SETS == 2 ? set ^ place.odd : 0);
 }
@@ -64,10 +68,10 @@ static __device__ __forceinline__ void fetch(const Stored& w, const Place& place
 // Them to bf16 in shared memory.
 static __device__ __forceinline__ void decode(const Fetched& fetched, const Place& place, const float (&meaning)[4][4],
                                               Right& right) {
-  const uint4 got = {__shfl_xor_sync(~0u, fetched.others.x, 1), __shfl_xor_sync(~0u, fetched.others.y, 1),
-                     __shfl_xor_sync(~0u, fetched.others.z, 1), __shfl_xor_sync(~0u, fetched.others.w, 1)};
-  const uint32_t words[2][4] = {{fetched.mine.x, fetched.mine.y, fetched.mine.z, fetched.mine.w},
-                                {got.x, got.y, got.z, got.w}};
+  const uint4 mine = place.odd ? fetched.of_odd : fetched.of_even, its = place.odd ? fetched.of_even : fetched.of_odd;
+  const uint32_t words[2][4] = {{mine.x, mine.y, mine.z, mine.w},
+                                {__shfl_xor_sync(~0u, its.x, 1), __shfl_xor_sync(~0u, its.y, 1),
+                                 __shfl_xor_sync(~0u, its.z, 1), __shfl_xor_sync(~0u, its.w, 1)}};
   char* const to = (char*)&right[place.row][threadIdx.x / STEP * RUN_OF_CODES];
   const uint32_t turned = (place.row % 8 ^ place.odd * 4) * 16;
   Values values;

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftkit.cuda.launch import TYPES
+from ftkit.cuda.launch import TYPES, expect_shapes
 from ftkit.cuda.launch import Argument as Argument
 from ftkit.cuda.launch import Launch as Launch
 from ftkit.cuda.launch import aligned as aligned
 from ftkit.cuda.launch import blocks_of as blocks_of
-from ftkit.cuda.launch import expect_shapes
 from ftkit.cuda.layers import adamw_8bit as adamw_8bit
 from ftkit.cuda.layers import cross_entropy as cross_entropy
 from ftkit.cuda.layers import rms_norm as rms_norm
@@ -153,8 +152,8 @@ def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b
         launch(variant("coded_decode", **_macros(coded)), "coded_decode", (blocks_of(n, 32),), arguments)
     else:
         arguments = [x, *_codes(coded), *added, y, m, n, k, rank]
-        grid = (blocks_of(m, TILE), blocks_of(n, WIDE))
-        launch(variant("coded_forward", **_macros(coded)), "coded_forward", grid, arguments)
+        tiles = (blocks_of(m, TILE), blocks_of(n, WIDE))
+        launch(variant("coded_forward", **_macros(coded)), "coded_forward", tiles, arguments)
     return y
 
 

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(SHRINK_THREADS) lora_sgmv_shrink(
   }
 }
 
-// A warp makes 32 columns; a lane has four neighbours of each of its rows, see nf4.cuh.
+// A warp makes 32 columns; a lane has four neighbours of each of its rows, see fragments.cuh.
 extern "C" __global__ void __launch_bounds__(EXPAND_THREADS) lora_sgmv_expand(
     const bf16* __restrict__ low, const WEIGHT* __restrict__ pool, const int64_t* __restrict__ places,
     const int* __restrict__ ranks, const int* __restrict__ ends, const int* __restrict__ adapters, bf16* __restrict__ into,

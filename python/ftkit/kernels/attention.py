@@ -172,7 +172,10 @@ class _Attention(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y, m = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)  # m: the logarithm of each row's sum of exponentials
+        y, m = (
+            torch.empty_like(q),
+            q.new_empty(q.shape[:2], dtype=torch.float32),
+        )  # m: the logarithm of each row's sum of exponentials
         ctx.shape = list(lengths), list(shared), scale, window
         torch.ops.ftkit.attention_forward(q, k, v, *ctx.shape, y, m)
         ctx.save_for_backward(q, k, v, y, m)

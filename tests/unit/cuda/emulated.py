@@ -134,7 +134,23 @@ def poison(variant: Variant, name: str, arguments: Sequence[Argument]) -> None:
             argument.fill_(torch.nan)
 
 
-OUTPUTS = {"out", "y", "m", "along", "dq", "dk", "dv", "low", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+OUTPUTS = {
+    "out",
+    "y",
+    "m",
+    "along",
+    "dq",
+    "dk",
+    "dv",
+    "low",
+    "dx",
+    "dgate",
+    "dup",
+    "dweight",
+    "losses",
+    "gradient",
+    "scales",
+}
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -34,7 +34,7 @@ def run(kit: Kit, schedule: int, tensors: list[Tensor], lengths: tuple[int, ...]
 
 
 def near(found: list[Tensor], tensors: list[Tensor], lengths: tuple[int, ...], window: int | None) -> None:
-    """Weights and their slopes are rounded to bfloat16 (of 2⁻⁸), before sums of values of about 1, and the result again."""
+    """Weights and their slopes are rounded to bfloat16 before sums of values of about 1, and so is the result."""
     *leaves, dy = (one.double().requires_grad_() for one in tensors)
     y = attention.reference(*leaves, lengths, scale=leaves[0].shape[2] ** -0.5, window=window)
     for one, expected in zip(found, (y, *torch.autograd.grad(y, leaves, dy)), strict=True):
@@ -42,7 +42,9 @@ def near(found: list[Tensor], tensors: list[Tensor], lengths: tuple[int, ...], w
         assert (one.double() - expected).norm() <= 6e-3 * expected.norm() + 1e-5  # float32's rounding, where it is 0
 
 
-def trial(kit: Kit, schedule: int, lengths: tuple[int, ...], heads: tuple[int, int], size: int, window: int | None) -> None:
+def trial(
+    kit: Kit, schedule: int, lengths: tuple[int, ...], heads: tuple[int, int], size: int, window: int | None
+) -> None:
     tensors = batch(lengths, heads, size)
     near(run(kit, schedule, tensors, lengths, window), tensors, lengths, window)
 

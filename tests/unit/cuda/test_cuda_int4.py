@@ -113,7 +113,9 @@ def test_bad_arguments_are_named(kit: Kit) -> None:
         launches.matmul_transposed(kit.launcher(), normal(20, 16), other)
     with pytest.raises(InputError, match=r"product with codes: x: expected the shape \[20, 128\], got \[20, 64\]"):
         launches.matmul(kit.launcher(), normal(20, 64), coded)
-    with pytest.raises(InputError, match=r"transposed product with codes: dy: expected the shape \[20, 16\], got \[20, 8\]"):
+    with pytest.raises(
+        InputError, match=r"transposed product with codes: dy: expected the shape \[20, 16\], got \[20, 8\]"
+    ):
         launches.matmul_transposed(kit.launcher(), normal(20, 8), coded)
     with pytest.raises(InputError, match=r"product with codes: scales: expected the shape \[32\], got \[30\]"):
         launches.matmul(kit.launcher(), x, dataclasses.replace(coded, scales=coded.scales[:15]))

@@ -99,7 +99,13 @@ def test_few_rows_of_long_sums_are_decoded_as_many_are(kit: Kit) -> None:
     assert torch.equal(launches.matmul(kit.launcher(), x[3:4], coded), found[3:4])
 
 
-TILES = [("nf4", 17, 8, 64, 16), ("nf4", 17, 264, 64, 16), ("nf4:single", 140, 136, 320, 32), ("nf4", 128, 128, 128, 0), ("nf4", 129, 8, 320, 16)]
+TILES = [
+    ("nf4", 17, 8, 64, 16),
+    ("nf4", 17, 264, 64, 16),
+    ("nf4:single", 140, 136, 320, 32),
+    ("nf4", 128, 128, 128, 0),
+    ("nf4", 129, 8, 320, 16),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

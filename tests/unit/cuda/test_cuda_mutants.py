@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.unit.cuda import mutants, mutants_ragged, test_cuda_attention, test_cuda_int4, test_cuda_lora, test_cuda_prefill
+from tests.unit.cuda import (
+    mutants,
+    mutants_ragged,
+    test_cuda_attention,
+    test_cuda_int4,
+    test_cuda_lora,
+    test_cuda_prefill,
+)
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
 from tests.unit.cuda.mutants import Mutant
@@ -41,7 +48,7 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 9, 8, 2368, s),
         lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
-        lambda kit, _: test_cuda_int4.test_groups_of_128_with_any_table(kit),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 128, 7, 24, 256, s),
     ],
     "coded_forward": [
         lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),

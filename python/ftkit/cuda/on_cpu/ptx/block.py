@@ -299,7 +299,9 @@ class Block:
         self.expect(words == expected, "matrices of another shape or type", one)
         starts = np.where(here, self.places(one.operands[1]), 0)
         places, memory = self.bytes_of("shared", starts, 16, one)
-        matrices = np.ascontiguousarray(memory[places]).view(np.uint16).reshape(-1, 4, 8, 8)  # [warps, 4, rows, columns]
+        matrices = (
+            np.ascontiguousarray(memory[places]).view(np.uint16).reshape(-1, 4, 8, 8)
+        )  # [warps, 4, rows, columns]
         if "trans" in one.words:
             matrices = matrices.swapaxes(2, 3)
         found = np.ascontiguousarray(matrices).view(np.uint32).reshape(len(matrices), 4, _WARP)
