@@ -51,7 +51,8 @@ static __device__ __forceinline__ void copy_step(Stage& stage, const Head& one, 
   copy_commit();
 }
 
-// The warp's rows of one or two matrices, through the stages, of which none is in use.
+// The warp's rows of a matrix, through a stage. It may hold other such rows: those of the matrix before the last, if two
+// stages take turns, which all have read before the barrier here for the last.
 static __device__ __forceinline__ void load_own(Left& left, Stage& stage, const Head& head, int first, int end) {
   copy_rows<ROWS>(stage, head, first, end);
   copy_commit();
@@ -213,7 +214,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     log_sum[i] = row < piece.end ? m[(int64_t)row * heads + head] * LOG2_E : 0.0f;
     if (lane % 4 == 0 && row < piece.end) along[(int64_t)row * heads + head] = dot[i];
   }
-  __syncthreads();  // all have read y
   load_own(query, stages[0], head_of(q, heads, head), piece.first, piece.end);
   copy_step(stages[1], keys, values, begin, piece.end);
   const float factor = scale * LOG2_E;
@@ -259,7 +259,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Left key, value;
   load_own(key, stages[0], head_of(k, key_value_heads, key_head), piece.first, piece.end);
   load_own(value, stages[1], head_of(v, key_value_heads, key_head), piece.first, piece.end);
-  __syncthreads();  // all have read them
   const float factor = scale * LOG2_E;
   const uint32_t width = width_of(window);
   Sums key_sums = {}, value_sums = {};
