@@ -10,6 +10,7 @@
 
 constexpr int THREADS = 256;
 constexpr int WARPS = 8, ROWS = 16;
+constexpr int BLOCKS = OFFSETS || SETS > 1 ? 1 : 2;  // at once: with more numbers there are too few registers
 
 // Eight neighbours, or zeros.
 static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there) {
@@ -18,7 +19,7 @@ static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there)
   return eight;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) coded_decode(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
     const bf16* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
     const float* __restrict__ mean, const half* __restrict__ offsets, const float* __restrict__ low,

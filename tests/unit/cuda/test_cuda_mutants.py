@@ -92,7 +92,7 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
 }
 TRIALS["attention"] = [
     lambda kit, s, case=case: test_cuda_attention.trial(kit, s, *case)
-    for case in (((7, 66), (4, 2), 64, None), ((80,), (1, 1), 64, 9))
+    for case in (((80,), (1, 1), 64, 9), ((7, 66), (4, 2), 64, None))
 ]
 SCHEDULES = (2, 1, 0)
 
