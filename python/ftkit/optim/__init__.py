@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from ftkit import config, plugins
-from ftkit.optim._optimizer import Moment, Optimizer, Rule
+from ftkit.optim._optimizer import Moment, Optimizer, Place, Rule
 
-__all__ = ["Moment", "Optimizer", "Rule", "build", "clip"]
+__all__ = ["Moment", "Optimizer", "Place", "Rule", "build", "clip"]
 
 
-def build(choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter]) -> Optimizer:
-    """The optimizer that a configuration names, over named parameters."""
+def build(choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter], place: Place | None = None) -> Optimizer:
+    """The optimizer that a configuration names, over named parameters; `place`: of its state, if not in memory."""
     plugin: Any = plugins.load("optim", choice.name)
     settings = plugin.Config(**choice.options)
-    return Optimizer(parameters, plugin.rule(settings), settings.learning_rate)
+    return Optimizer(parameters, plugin.rule(settings), settings.learning_rate, place)
 
 
 def clip(parameters: Mapping[str, torch.nn.Parameter], max_norm: float) -> float:

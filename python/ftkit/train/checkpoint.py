@@ -67,7 +67,7 @@ def save(
     path = folder / f"step-{progress.step:06d}"
     with files.new_directory(path) as temporary:
         save_file(_stored(parameters), temporary / "weights.safetensors")
-        save_file(_stored(optimizer.state()), temporary / "optimizer.safetensors")
+        _write(optimizer, temporary / "optimizer.safetensors")
         save_adapter(temporary / "adapter")
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
     return path
@@ -97,6 +97,27 @@ def load(path: Path, parameters: Parameters, optimizer: Optimizer) -> Progress:
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: expected the state of this optimizer, got another ({error})") from None
     return progress
+
+
+def _write(optimizer: Optimizer, path: Path) -> None:
+    """Writes the optimizer's state, one tensor after the other, since it may be on disk for want of memory."""
+    state, header, end = optimizer.state(), {}, 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):  # all aligned
+        kind = _SAFETENSORS[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    with path.open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        for name in header:
+            tensor = state[name].detach().contiguous().cpu()
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            optimizer.rest(name.partition("/")[2])
+
+
+_SAFETENSORS = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
+"""What the states of optimizers consist of, by the format's names."""
 
 
 def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
