@@ -32,7 +32,7 @@ _ROWS, _INNER, _OUTER = 1024, 768, 1024
 _BYTES = 64 << 20
 """Beyond the caches of most processors."""
 _CALLS = 32
-_DISK_MEGABYTES = 64
+_DISK_MEGABYTES = 16
 _MEASURE_SECONDS = 0.3
 """For each figure."""
 

@@ -39,7 +39,7 @@ class Shelf:
             return tensor
         size = -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
-            os.posix_fallocate(self._file.fileno(), self._end, size)
+            _reserve(self._file.fileno(), self._end, size)
         except OSError as error:
             raise InputError(
                 f"training.offload: expected room for {written(size)} more in {self._folder}, got: {error.strerror}",
@@ -57,6 +57,13 @@ class Shelf:
         """Gives the memory of a parameter's state back, until it is used again."""
         for mapped in self._mapped.get(name, ()):
             mapped.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: the file keeps what was written
+
+
+def _reserve(file: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # else a full disk is met at the first write
+        os.posix_fallocate(file, start, size)
+    else:
+        os.ftruncate(file, start + size)
 
 
 def lies_on_disk(tensor: Tensor) -> bool:

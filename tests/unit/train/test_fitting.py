@@ -107,7 +107,7 @@ def test_a_run_that_is_made_to_fit_says_how(settings: Settings, monkeypatch: pyt
     before = train.run(config, plain.append)
     monkeypatch.setattr(planned, "LATER_BYTES", 0)
     monkeypatch.setattr(memory, "rss_bytes", lambda: 0)
-    monkeypatch.setitem(planned.RETAINED_SHARE, "float32", 0.0)
+    monkeypatch.setattr(planned, "RETAINED_SHARE", 0.0)
     assert before.planned_peak_bytes is not None
     room = before.planned_peak_bytes - 1
     again = config.changed({"training.budget": str(room), "output.name": "fitted"})
