@@ -112,7 +112,7 @@ def _write(optimizer: Optimizer, path: Path) -> None:
         file.write(len(told).to_bytes(8, "little") + told)
         for name in header:
             tensor = state[name].detach().contiguous().cpu()
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             optimizer.rest(name.partition("/")[2])
 
 
