@@ -22,7 +22,7 @@ _TRIES = 4
 def fit(case: Case, room: int) -> list[Plan]:
     """The ways that were tried, the fastest first, up to the one that takes at most `room` bytes; the last does not
     where none does."""
-    tried = _in_memory(case, room, Way(state_on_disk=case.config.training.offload == "optimizer"))
+    tried = _in_memory(case, room, Way(state_on_disk=case.can_offload and case.config.training.offload == "optimizer"))
     if tried[-1].needed_bytes > room and case.can_offload and not tried[-1].way.state_on_disk:
         smallest = case.plan(dataclasses.replace(tried[-1].way, state_on_disk=True))
         if smallest.needed_bytes <= room:  # and maybe in a faster way

@@ -16,6 +16,10 @@ Result = TypeVar("Result")
 ELSEWHERE = "elsewhere"
 
 
+class NoRoom(MemoryError):
+    """The run would take more than it may; nothing has failed yet."""
+
+
 def peak_bytes_of(
     run: Callable[[], Result], held: Mapping[str, Iterable[torch.Tensor]], device: torch.device
 ) -> tuple[Result, int]:
