@@ -110,6 +110,11 @@ class TrainingConfig:
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )
+    offload: Literal["auto", "none", "optimizer"] = option(
+        "auto",
+        "what lies in a file on disk between its uses, on a CPU: the optimizer's state, nothing, or (auto) the state "
+        "where nothing cheaper fits the memory",
+    )
     shard: Literal["auto"] | bool = option(
         "auto",
         "several processes share out weights, gradients and optimizer states instead of having all: auto: where all "

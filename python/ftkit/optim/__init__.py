@@ -14,18 +14,21 @@ from torch import Tensor
 
 from ftkit import config, plugins
 from ftkit.nn.shards import is_shared_out, local
-from ftkit.optim._optimizer import Moment, Optimizer, Rule
+from ftkit.optim._optimizer import Moment, Optimizer, Place, Rule
 from ftkit.optim._shared_out import SharedOut
 
-__all__ = ["Moment", "Optimizer", "Rule", "SharedOut", "build", "clip"]
+__all__ = ["Moment", "Optimizer", "Place", "Rule", "SharedOut", "build", "clip"]
 
 
-def build(choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter]) -> Optimizer | SharedOut:
-    """The optimizer that a configuration names, over named parameters."""
+def build(
+    choice: config.Choice, parameters: Mapping[str, torch.nn.Parameter], place: Place | None = None
+) -> Optimizer | SharedOut:
+    """The optimizer that a configuration names, over named parameters; `place`: of its state, if not in memory."""
     plugin: Any = plugins.load("optim", choice.name)
     settings = plugin.Config(**choice.options)
-    parted = any(is_shared_out(parameter) for parameter in parameters.values())
-    return (SharedOut if parted else Optimizer)(parameters, plugin.rule(settings), settings.learning_rate)
+    if any(is_shared_out(parameter) for parameter in parameters.values()):
+        return SharedOut(parameters, plugin.rule(settings), settings.learning_rate)
+    return Optimizer(parameters, plugin.rule(settings), settings.learning_rate, place)
 
 
 def clip(

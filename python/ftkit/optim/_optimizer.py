@@ -48,6 +48,18 @@ class Rule(Protocol):
         ...
 
 
+class Place(Protocol):
+    """Where a state lies, if not in memory."""
+
+    def hold(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the same values, there; `name` is the parameter's."""
+        ...
+
+    def rest(self, name: str) -> None:
+        """Nothing will touch the parameter's state for a while."""
+        ...
+
+
 class Optimizer:
     """A rule over named parameters.
 
@@ -58,13 +70,32 @@ class Optimizer:
     learning_rate: float
     """The rate that a schedule's factor of 1 stands for."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], rule: Rule, learning_rate: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        rule: Rule,
+        learning_rate: float,
+        place: Place | None = None,
+    ) -> None:
         self.learning_rate = learning_rate
         self._rule = rule
         self._parameters = dict(parameters)
         self._steps = 0
-        self._states = {name: rule.state(name, parameter.detach()) for name, parameter in parameters.items()}
-        self._copies = {name: p.detach().float() for name, p in parameters.items() if p.dtype != torch.float32}
+        self._place = place
+        self._states, self._copies = {}, {}
+        for name, parameter in parameters.items():  # one after the other, so that each can go to its place
+            held = {kind: self._held(name, each) for kind, each in rule.state(name, parameter.detach()).items()}
+            self._states[name] = held
+            if parameter.dtype != torch.float32:
+                self._copies[name] = self._held(name, parameter.detach().float())
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self._place is None else self._place.hold(name, tensor)
+
+    def rest(self, name: str) -> None:
+        """Says that a parameter's state is not needed until its next update; it may be used all the same."""
+        if self._place is not None:
+            self._place.rest(name)
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the learning rate; a parameter without a gradient stays as it is."""
@@ -95,6 +126,7 @@ class Optimizer:
         self._rule.update(weight, gradient, self._states[name], moment)
         if weight is not values:
             values.copy_(weight)
+        self.rest(name)
 
     def state(self) -> dict[str, Tensor]:
         """All that an uninterrupted run would have, down to the bit: `steps`, `KIND/NAME`, and `copy/NAME`, float32."""
@@ -111,6 +143,7 @@ class Optimizer:
         check(self.wholes(), state)
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+            self.rest(name.partition("/")[2])
         self.count(int(state["steps"]))
 
 

@@ -55,6 +55,9 @@ class SharedOut:
         for names in _rounds(self._owners, self._size):
             self._move([name for name in names if self._parameters[name].grad is not None], factor)
 
+    def rest(self, name: str) -> None:
+        """As `Optimizer.rest`: all states are in memory here."""
+
     def begin(self) -> None:
         """Counts a step, whose updates follow."""
         self._mine.begin()

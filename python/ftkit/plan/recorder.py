@@ -99,6 +99,11 @@ class Recorder(TorchDispatchMode):
             if tensor is not None and tensor.device.type != "meta":
                 self._category[self._see(tensor)] = index
 
+    def elsewhere(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts storages that lie on disk: as nothing."""
+        for tensor in tensors:
+            self._see(tensor, 0)
+
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
         """Storages born inside are counted under `name`, one of CATEGORIES."""
@@ -124,8 +129,8 @@ class Recorder(TorchDispatchMode):
     def _told(self) -> list[tuple[int, int, int]]:
         return [(storage, size, self._category[storage]) for storage, size in self._events]
 
-    def _see(self, tensor: torch.Tensor) -> int:
-        """The number of the tensor's storage, noting its birth when it is new."""
+    def _see(self, tensor: torch.Tensor, size: int | None = None) -> int:
+        """The number of the tensor's storage, noting its birth (with that size) when it is new."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         known = self._living.get(address)
@@ -134,7 +139,7 @@ class Recorder(TorchDispatchMode):
         number = len(self._category)
         self._living[address] = number
         self._category[number] = self._current
-        self._events.append((number, storage.nbytes()))
+        self._events.append((number, storage.nbytes() if size is None else size))
         self._storages[number], self._sizes[number] = weakref.ref(storage), storage.nbytes()
         weakref.finalize(storage, self._forget, address, number)
         return number

@@ -71,6 +71,8 @@ def save(
     with files.new_directory(path) as temporary:
         write(temporary / "weights.safetensors", _wholes(parameters))
         write(temporary / "optimizer.safetensors", optimizer.wholes())
+        for name in parameters:
+            optimizer.rest(name)
         save_adapter(temporary / "adapter")
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
     return path

@@ -12,6 +12,7 @@ import torch
 
 from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
+from ftkit.config.cache import cache_directory
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.eight_bits import EightBitProducts
@@ -19,7 +20,7 @@ from ftkit.nn.shards import local
 from ftkit.plan.budget import written
 from ftkit.plan.speed import advice, speeds
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, lock, memory, planned, rounding, samples, sharding
+from ftkit.train import fitting, lock, memory, offload, planned, rounding, samples, sharding
 from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.tasks import Tasks
@@ -77,11 +78,15 @@ class Session:
         """What lives as long as the session, by the planner's categories."""
         trained = list(self.parameters.values())
         mine = {id(parameter) for parameter in trained}
+        state = list(self.optimizer.state().values())
+        on_disk = [tensor for tensor in state if self.plan.way.state_on_disk and offload.lies_on_disk(tensor)]
+        elsewhere = {id(tensor) for tensor in on_disk}
         held = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
         return {
             "base weights": [tensor for tensor in held if id(tensor) not in mine],
             "adapter": [local(parameter) for parameter in trained],
-            "optimizer": self.optimizer.state().values(),
+            "optimizer": [tensor for tensor in state if id(tensor) not in elsewhere],
+            memory.ELSEWHERE: on_disk,
         }
 
     def examples(self) -> list[samples.Example]:
@@ -117,6 +122,12 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     torch.set_num_threads(training.threads or threads_of_environment())
     _core.set_threads(torch.get_num_threads())
     device = device_of(config.model.device)
+    if training.offload == "optimizer" and (device.type != "cpu" or processes.sharded):
+        raise InputError(
+            "training.offload: expected auto or none on a GPU or where weights are shared out, got optimizer",
+            "the state goes to disk in a process with all weights, on a CPU; training.shard=false makes it one",
+        )
+    started_bytes = memory.rss_bytes()
     loaded = base_of(config, device)
     objective = plugins.load("objectives", config.objective.name)
     read = functools.partial(
@@ -153,6 +164,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         evaluated=_evaluated(config, evaluation),
         mapped_bytes=_mapped_bytes(loaded),
         formats=models.formats(loaded.path, config.model.quant),
+        started_bytes=started_bytes,
     )
     room = min(processes.exchange(memory.room(training.budget, device)))
     if device.type == "cpu":
@@ -162,7 +174,12 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         notices += filter(None, [advice(speeds(), config.model.dtype)])
     if plan.way.streamed:
         stream(linear.weight for linear in loaded.model.linears().values())
-    if plan.way.parts > 1 or plan.way.streamed or (plan.way.recomputed and training.activation_checkpointing == "auto"):
+    if (
+        plan.way.parts > 1
+        or plan.way.streamed
+        or plan.way.state_on_disk
+        or (plan.way.recomputed and training.activation_checkpointing == "auto")
+    ):
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
     loaded.model.recomputed_layers = plan.way.recomputed
     loaded.model.train()
@@ -192,7 +209,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         device=device,
         parameters=parameters,
         loss=sharding.settled(loss, loaded.model) if processes.sharded else loss,
-        optimizer=optim.build(config.optimizer, parameters),
+        optimizer=optim.build(config.optimizer, parameters, place_of(plan)),
         dataset=dataset,
         evaluation=batches,
         steps=steps,
@@ -204,6 +221,11 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         plan=plan,
         room=room,
     )
+
+
+def place_of(plan: planned.Plan) -> optim.Place | None:
+    """Where the optimizer's state lies, if not in memory."""
+    return offload.Shelf(cache_directory() / "scratch") if plan.way.state_on_disk else None
 
 
 def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes: Processes) -> list[planned.Step]:
