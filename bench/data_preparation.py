@@ -1,8 +1,8 @@
 """Preparing a dataset of conversations: tokens a second, against TRL with two processes and packing.
 
 Both go the whole way: read the file, template, tokenize, pack into rows of 1,024 tokens; ours checks rows, proves loss
-masks and writes its cache to disk, too. TRL's way is the constructor of its `SFTTrainer`, over a model of a few weights;
-it is given our tokenizer's own `tokenizer.json`, and must count the same tokens.
+masks and writes its cache to disk, too. TRL's way is the constructor of its `SFTTrainer`, over a model of a few
+weights; it is given our tokenizer's own `tokenizer.json`, and must count the same tokens.
 
 Conversations have the lengths of chats (lognormal, median 180 tokens, σ 0.7, at most 1,024) and real text: pages,
 code and manuals in several languages, as they lie on the machine.
@@ -29,7 +29,7 @@ ROOM = 1024
 """Tokens of a row."""
 PROCESSES = 2
 PLACES = {
-    "prose": ((sysconfig.get_path("purelib"), "/usr/share/doc"), ("METADATA", "*.md", "*.rst", "*.txt", "copyright"), 6),
+    "prose": ((sysconfig.get_path("purelib"), "/usr/share/doc"), ("METADATA", "*.md", "*.rst", "*.txt"), 6),
     "code": ((sysconfig.get_path("stdlib"),), ("*.py",), 3),
     "languages": (("/usr/share/vim",), ("tutor.*.utf-8",), 1),
 }

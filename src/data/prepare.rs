@@ -159,7 +159,7 @@ type Outcomes = Vec<Result<Outcome, BadRow>>;
 
 /// Encodes rows in parallel.
 fn encode(rows: Rows, settings: &Settings, encoder: &Encoder) -> Outcomes {
-    let encode_row = |row: Result<(Schema, Row), BadRow>| {
+    let encode_row = |row: Result<(Schema, Row), BadRow>| -> Result<Outcome, BadRow> {
         let (schema, Row { place, columns }) = row?;
         let outcome = settings.tasks.then(|| task(&columns)).transpose().and_then(|task| {
             let example = schema.read(&columns, &settings.mapping)?;

@@ -44,7 +44,7 @@ impl Scratch {
 impl Merges {
     /// `merges` has left, right and what they become, in the order of their rank; of equal pairs the last one counts.
     pub fn new(bytes: [u32; 256], merges: &[(u32, u32, u32)]) -> Self {
-        let mut made = Self { bytes, table: vec![(NONE, NONE); (2 * merges.len()).next_power_of_two()].into() };
+        let mut made = Self { bytes, table: vec![(NONE, NONE); (merges.len() * 3 / 2 + 1).next_power_of_two()].into() };
         for (rank, &(left, right, token)) in (0_u64..).zip(merges) {
             let at = made.slot(left, right);
             made.table[at] = (key(left, right), rank << 32 | u64::from(token));

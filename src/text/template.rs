@@ -43,9 +43,7 @@ impl Compiled {
     fn new(source: &str) -> Result<Self> {
         let prepared = prepare(source)?;
         let mut environment = python::environment();
-        limits::on_deep_stack(|| {
-            environment.add_template_owned(NAME, prepared).map_err(|error| describe(&error))
-        })?;
+        limits::on_deep_stack(|| environment.add_template_owned(NAME, prepared).map_err(|error| describe(&error)))?;
         Ok(Self { environment, source: source.to_owned() })
     }
 }

@@ -47,10 +47,6 @@ impl Words {
         if bytes["type"] != "ByteLevel" || bytes["add_prefix_space"] != false {
             return None;
         }
-        let isolates = |step: &Value| -> Option<&str> {
-            let isolates = step["type"] == "Split" && step["behavior"] == "Isolated" && step["invert"] == false;
-            step["pattern"]["Regex"].as_str().filter(|_| isolates)
-        };
         let digits = |steps: &[Value]| match steps {
             [] => Some(Digits::None),
             [step] if step["type"] == "Digits" && step["individual_digits"] == true => Some(Digits::Numeric),
@@ -104,6 +100,12 @@ impl Words {
         };
         if self.digits == Digits::None { None } else { text.find(alone) }
     }
+}
+
+/// The expression whose matches a step isolates.
+fn isolates(step: &Value) -> Option<&str> {
+    let isolates = step["type"] == "Split" && step["behavior"] == "Isolated" && step["invert"] == false;
+    step["pattern"]["Regex"].as_str().filter(|_| isolates)
 }
 
 /// What the expressions tell apart.
