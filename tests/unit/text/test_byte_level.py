@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tokenizer.from_dir(place), TheirTokenizer.from_file(str(place / "tokenizer.json"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(pieces, max_size=25).map("".join))
 def test_ids_are_theirs(pair: tuple[Tokenizer, TheirTokenizer], text: str) -> None:
     ours, theirs = pair
@@ -52,7 +52,7 @@ def test_ids_are_theirs(pair: tuple[Tokenizer, TheirTokenizer], text: str) -> No
 
 def test_every_plane(pair: tuple[Tokenizer, TheirTokenizer]) -> None:
     ours, theirs = pair
-    codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and (code < 0x3000 or code % 41 == 0)]
+    codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and (code < 0x2000 or code % 97 == 0)]
     random.Random(0).shuffle(codes)
     for start in range(0, len(codes), 512):
         text = "".join(f"a{chr(code)}b {chr(code)}1{chr(code)} '{chr(code)}  " for code in codes[start : start + 512])
