@@ -1,0 +1,55 @@
+"""How many tokens sparse layers keep in a run, for its plan: of its own batches, and in batches that are made up.
+
+What a sparse layer keeps of a batch depends on where its trained tokens are. A plan looks at all batches of the run and
+takes the one that keeps most, with as many tokens, trained ones too, as any other has: an upper bound.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ftkit import data
+from ftkit.nn.batch import UNTRAINED, RaggedBatch
+from ftkit.nn.blocks import BLOCK, Blocks
+
+
+def largest(share: float, dataset: data.Dataset, batches: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """The fields of a `planned.Shape` that needs no less than any of these batches of rows."""
+    tokens, trained, most = 0, 0, -1
+    found: dict[str, Any] = {}
+    for rows in batches:
+        batch = dataset.batch(list(rows))
+        blocks = Blocks.of(batch.lengths, batch.trained.tolist(), share)
+        tokens, trained = max(tokens, len(batch.tokens)), max(trained, len(batch.trained))
+        if sum(blocks.kept_lengths) > most:
+            most = sum(blocks.kept_lengths)
+            found = {"lengths": batch.lengths, "groups": batch.groups, "kept": blocks.kept, "rows": tuple(rows)}
+    return {**found, "lengths": longer(found["lengths"], tokens), "trained": trained}
+
+
+def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """The same sequences, the last one long enough that all have so many tokens."""
+    return (*lengths[:-1], lengths[-1] + max(0, tokens - sum(lengths)))
+
+
+def trained_places(lengths: Sequence[int], kept: Sequence[int], trained: int, size: int = BLOCK) -> list[int]:
+    """Places of the stream to train on, so many that each sequence keeps at least `kept` blocks, as far as they go."""
+    one_each: list[int] = []
+    beside: list[int] = []
+    others: list[int] = []
+    start = 0
+    for length, count in zip(lengths, kept, strict=True):
+        last = (length - 1) // size * size
+        starts = [begin for begin in range(0, last, size)][: max(count - 1, 0)] + [last]
+        one_each += [start + begin for begin in starts]
+        inside = {begin // size for begin in starts}
+        for place in range(length):
+            if place % size or place // size not in inside:
+                (beside if place // size in inside else others).append(start + place)
+        start += length
+    return sorted((one_each + beside + others)[:trained])
+
+
+def dearest(tokens: int) -> RaggedBatch:
+    """A batch of so many tokens from which predictors learn at the highest cost: one sequence, with many anchors."""
+    targets = [0 if place >= BLOCK and place % (2 * BLOCK) == 0 else UNTRAINED for place in range(tokens)]
+    return RaggedBatch.pack([[0] * tokens], targets=[targets], adapter=0)
