@@ -6,6 +6,7 @@ shape, by lengths and trained places alone.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ class Blocks:
                 block += 1
             if not anchors or anchors[-1] != block:
                 anchors.append(block)
-        edges = {block for first, end in zip(firsts, firsts[1:], strict=False) if first < end for block in (first, end - 1)}
+        edges = {block for first, end in itertools.pairwise(firsts) if first < end for block in (first, end - 1)}
         return cls(
             size=size,
             share=share,
@@ -75,7 +76,7 @@ class Blocks:
         forced = [0] * (len(self.firsts) - 1)
         for block in self.always:
             forced[self.sequence[block]] += 1
-        counts = (end - first for first, end in zip(self.firsts, self.firsts[1:], strict=False))
+        counts = (end - first for first, end in itertools.pairwise(self.firsts))
         return tuple(max(math.ceil(self.share * count), least) for count, least in zip(counts, forced, strict=True))
 
     @functools.cached_property

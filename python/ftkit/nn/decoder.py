@@ -92,9 +92,7 @@ class Attention(nn.Module):
         output: Tensor = self.o_proj(y.flatten(1), routes)
         return output
 
-    def projected(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], routes: Routes
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x: Tensor, angles: tuple[Tensor, Tensor], routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
         """[T, d] to queries [T, heads, head_dim], keys and values [T, key_value_heads, head_dim], at their angles."""
         q, k, v = (
             y.unflatten(-1, (-1, self.config.head_dim))

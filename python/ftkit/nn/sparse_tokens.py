@@ -36,13 +36,13 @@ RANK = 32
 class Predictor(nn.Module):
     """Tells of a layer's blocks which ones those with trained tokens will look at."""
 
-    def __init__(self, width: int, generator: torch.Generator, rank: int = RANK) -> None:
+    def __init__(self, width: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
 
         def side() -> nn.ParameterList:
-            shapes = ((width, rank), (rank, rank), (rank, rank))
+            shapes = ((width, RANK), (RANK, RANK), (RANK, RANK))
             made = (torch.randn(shape, generator=generator) * (2 / shape[0]) ** 0.5 for shape in shapes)
-            return nn.ParameterList(nn.Parameter(matrix, requires_grad=False) for matrix in made)
+            return nn.ParameterList(nn.Parameter(matrix.to(device), requires_grad=False) for matrix in made)
 
         self.queries, self.keys = side(), side()
 
@@ -64,12 +64,21 @@ class SparseTokens(nn.Module):
     """The predictors of a decoder's layers, from the `first` on."""
 
     def __init__(
-        self, layers: int, width: int, *, share: float, first: int = 0, seed: int = 0, size: int = BLOCK
+        self,
+        layers: int,
+        width: int,
+        *,
+        share: float,
+        first: int = 0,
+        seed: int = 0,
+        size: int = BLOCK,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.share, self.first, self.size = share, first, size
         generator = torch.Generator().manual_seed(seed)
-        self.predictors = nn.ModuleDict({str(layer): Predictor(width, generator) for layer in range(first, layers)})
+        device = torch.device(device)
+        self.predictors = nn.ModuleDict({str(n): Predictor(width, generator, device) for n in range(first, layers)})
 
     def predictor(self, layer: int) -> Predictor | None:
         """The layer's, or None for one that takes all tokens."""

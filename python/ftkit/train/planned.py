@@ -186,6 +186,15 @@ class Case:
             gpu=gpu,
         )
 
+    def with_few_trained(self) -> "Case":
+        """The same where the trained tokens of each sequence fit into what sparse layers keep of it."""
+        share = self.config.training.sparse_tokens
+        steps = [
+            tuple(dataclasses.replace(s, **sparse_shapes.with_few_trained(share, s.lengths)) for s in step)
+            for step in self.steps
+        ]
+        return dataclasses.replace(self, steps=steps)
+
     def plan(self, way: Way) -> Plan:
         """The peak of a training step, exactly as the real one would count it."""
         plans = []

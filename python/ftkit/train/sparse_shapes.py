@@ -4,6 +4,7 @@ What a sparse layer keeps of a batch depends on where its trained tokens are. A 
 takes the one that keeps most, with as many tokens, trained ones too, as any other has: an upper bound.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def trained_places(lengths: Sequence[int], kept: Sequence[int], trained: int, si
     start = 0
     for length, count in zip(lengths, kept, strict=True):
         last = (length - 1) // size * size
-        starts = [begin for begin in range(0, last, size)][: max(count - 1, 0)] + [last]
+        starts = [*list(range(0, last, size))[: max(count - 1, 0)], last]
         one_each += [start + begin for begin in starts]
         inside = {begin // size for begin in starts}
         for place in range(length):
@@ -47,6 +48,15 @@ def trained_places(lengths: Sequence[int], kept: Sequence[int], trained: int, si
                 (beside if place // size in inside else others).append(start + place)
         start += length
     return sorted((one_each + beside + others)[:trained])
+
+
+def with_few_trained(share: float, lengths: Sequence[int], size: int = BLOCK) -> dict[str, Any]:
+    """The fields of a `planned.Shape` of sequences whose trained tokens fit into the blocks that are kept anyway."""
+    kept = tuple(min(-(-length // size), max(2, math.ceil(share * -(-length // size)))) for length in lengths)
+    return {
+        "kept": kept,
+        "trained": sum(min(size * count, length) for count, length in zip(kept, lengths, strict=True)),
+    }
 
 
 def dearest(tokens: int) -> RaggedBatch:

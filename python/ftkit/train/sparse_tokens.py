@@ -68,15 +68,13 @@ def attach(config: RunConfig, model: Decoder) -> None:
             "a window counts neighbours, and some of them would be left out; data.max_tokens may be as long as it",
         )
     first = max(1, round(DENSE_SHARE * sizes.layers))
-    sparse = SparseTokens(
-        sizes.layers, sizes.hidden_size, share=training.sparse_tokens, first=first, seed=training.seed
+    share, seed = training.sparse_tokens, training.seed
+    model.sparse_tokens = SparseTokens(
+        sizes.layers, sizes.hidden_size, share=share, first=first, seed=seed, device=model.device
     )
-    model.sparse_tokens = sparse.to(model.device)
 
 
-def prepare(
-    model: Decoder, batches: Iterable[RaggedBatch], path: Path, *, write: bool, done: int
-) -> list[str]:
+def prepare(model: Decoder, batches: Iterable[RaggedBatch], path: Path, *, write: bool, done: int) -> list[str]:
     """The model's predictors, as they lie in the run's folder of them, or else learned from batches and written there.
 
     `done`: the steps that the run has behind it. Returns what people should know. Raises InputError for a file that
@@ -181,9 +179,7 @@ class Learner:
         return before
 
 
-def _attention(
-    layer: Layer, h: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, blocks: Blocks
-) -> Tensor:
+def _attention(layer: Layer, h: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, blocks: Blocks) -> Tensor:
     """f32 [anchors, blocks]: what free blocks get of a layer's exact attention."""
     q, k, _ = layer.self_attn.projected(h, angles, batch.routes)
     places = blocks.on(h.device)

@@ -111,7 +111,9 @@ def masked(model: Decoder, rows: RaggedBatch) -> Tensor:
     for number, layer in enumerate(model.layers):
         kept = thinning.kept(number, layer, x)
         stays = torch.ones(len(place), dtype=torch.bool) if kept is None else torch.isin(place, kept)
-        seen = (rows.sequence[:, None] == rows.sequence) & (place <= place[:, None]) & (stays | (place == place[:, None]))
+        seen = (
+            (rows.sequence[:, None] == rows.sequence) & (place <= place[:, None]) & (stays | (place == place[:, None]))
+        )
         q, k, v = layer.self_attn.projected(layer.input_layernorm(x, rows.routes), angles, rows.routes)
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
         scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
