@@ -35,7 +35,8 @@ def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: 
     what is kept before it. Where the model is thinned out, a layer takes only some of the rows.
     """
     learns = cache is None and torch.is_grad_enabled()
-    recomputed, thinning = (model.recomputed_layers, model.thinning(batch)) if learns else (0, None)
+    recomputed: int = model.recomputed_layers if learns else 0
+    thinning: Any = model.thinning(batch) if learns else None
     for number, layer in enumerate(model.layers):
         run = functools.partial(checkpoint, layer, use_reentrant=False) if number < recomputed else layer
         kept = None if thinning is None else thinning.kept(number, layer, x)

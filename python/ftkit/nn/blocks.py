@@ -52,7 +52,8 @@ class Blocks:
             ends += [min(begin + size, token) for begin in begins]
             sequence += [number] * len(begins)
             firsts.append(len(starts))
-        anchors, block = [], 0
+        anchors: list[int] = []
+        block = 0
         for place in trained:
             while ends[block] <= place:
                 block += 1

@@ -52,12 +52,14 @@ class Predictor(nn.Module):
         keys = _low(h, self.keys)[places.tokens].amax(1)  # [blocks, rank]
         queries = _low(h[places.anchor_tokens], self.queries)[places.anchor_rows].amax(1)  # [anchors, rank]
         scores = queries.float() @ keys.float().t() / queries.shape[1] ** 0.5
-        return scores.masked_fill(~places.open, float("-inf"))
+        logits: Tensor = scores.masked_fill(~places.open, float("-inf"))
+        return logits
 
 
 def _low(h: Tensor, matrices: nn.ParameterList) -> Tensor:
     first, second, third = (matrix.to(h.dtype) for matrix in matrices)
-    return torch.relu(torch.relu(h @ first) @ second) @ third
+    low: Tensor = torch.relu(torch.relu(h @ first) @ second) @ third
+    return low
 
 
 class SparseTokens(nn.Module):

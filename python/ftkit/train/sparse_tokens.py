@@ -12,6 +12,7 @@ lie in the run's directory, and are read from there when it is resumed.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from ftkit.errors import InputError
 from ftkit.kernels.informativeness import informativeness
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.blocks import Blocks
-from ftkit.nn.decoder import Decoder, Layer
+from ftkit.nn.decoder import Attention, Decoder
 from ftkit.nn.sparse_tokens import SparseTokens, best_shares
 from ftkit.train import files
 
@@ -88,13 +89,12 @@ def prepare(model: Decoder, batches: Iterable[RaggedBatch], path: Path, *, write
         return []
     if done:
         raise InputError(f"{path}: expected the predictors that the run began with, got nothing", "start a new run")
-    was_training, learner, told = model.training, Learner(model), []
+    was_training, learner = model.training, Learner(model)
     model.eval()
     try:
-        told = [learner.read(batch) for batch in batches]
+        told = [seen for seen in map(learner.read, batches) if seen is not None]
     finally:
         model.train(was_training)
-    told = [seen for seen in told if seen is not None]
     if write:
         with files.new_directory(path) as temporary:
             save_file({name: p.detach().cpu().contiguous() for name, p in sparse.named_parameters()}, temporary / _FILE)
@@ -142,16 +142,17 @@ class Learner:
         get that its predictor would have kept before, and the best choice; None where nothing can be left out.
         """
         model, sparse, blocks = self._model, self._sparse, self._sparse.blocks(batch)
-        if blocks.kept_lengths == batch.lengths:
+        if blocks.kept_lengths == batch.lengths or not blocks.anchors:
             return None
         blocks = blocks.with_anchors(ANCHORS)
         x = model.embed_tokens(batch.tokens, batch.routes)
         angles = model.rotary(batch.positions, x.dtype)
         found = []
-        for number, layer in enumerate(model.layers):
+        layers: Any = model.layers
+        for number, layer in enumerate(layers):
             if sparse.predictor(number) is not None:
                 h = layer.input_layernorm(x, batch.routes)
-                wanted = _attention(layer, h, angles, batch, blocks)
+                wanted = _attention(layer.self_attn, h, angles, batch, blocks)
                 logits = self._learn(str(number), h, blocks, wanted, updates)
                 most = wanted.amax(0)  # [blocks]
                 kept = (blocks.choose_blocks(scores) for scores in (best_shares(logits), most))
@@ -179,9 +180,11 @@ class Learner:
         return before
 
 
-def _attention(layer: Layer, h: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, blocks: Blocks) -> Tensor:
+def _attention(
+    attention: Attention, h: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, blocks: Blocks
+) -> Tensor:
     """f32 [anchors, blocks]: what free blocks get of a layer's exact attention."""
-    q, k, _ = layer.self_attn.projected(h, angles, batch.routes)
+    q, k, _ = attention.projected(h, angles, batch.routes)
     places = blocks.on(h.device)
     firsts = [blocks.firsts[blocks.sequence[block]] for block in blocks.anchors]
     asking = tuple(

@@ -1,5 +1,4 @@
-"""Runs whose layers leave tokens out: planned from above, resumed to the same bits, refused where they make no sense.
-"""
+"""Runs whose layers leave tokens out: planned from above, resumed to the same bits, refused where they make no sense."""
 
 import random
 from collections.abc import Callable
