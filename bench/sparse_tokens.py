@@ -1,12 +1,13 @@
-"""Rows of 2,048 tokens of which ten matter: layers that leave tokens out, against layers that take all of them.
+"""Rows of 2,048 tokens of which nine matter: layers that leave tokens out, against layers that take all of them.
 
 A tiny decoder learns to recall on rows of up to 512 tokens: eight values of eight kinds stand among random letters, and
 the last token asks for one kind. Then a LoRA teaches it the same on rows four times as long, once with all tokens and
 once with `training.sparse_tokens`, by the same configuration otherwise. After the value comes one of four endings at
-random and a sign that it is over, so that no model has a loss below (ln 4) / 3. Told are the held-out loss (of all tokens, in both), the most
-tensor memory of a step beside what it begins with, and a step's processor time, taking turns.
+random, and a sign that it is over, so that no model has a loss below (ln 4) / 3. Told are the held-out loss (of all
+tokens, in both), the most tensor memory of a step beside what it begins with, and a step's processor time, taking
+turns.
 
-Then the same memory and time of a step of SmolLM2-135M on a made-up row of as many tokens, and what a plan says of it.
+Then the memory and time of a step of SmolLM2-135M on a made-up row of as many tokens.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Runs whose layers leave tokens out: planned from above, resumed to the same bits, refused where they make no sense."""
+"""Runs whose layers leave tokens out: plans from above, the same bits after a resume, and what is refused."""
 
 import random
 from collections.abc import Callable
