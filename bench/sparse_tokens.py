@@ -183,7 +183,8 @@ def _learn_base(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = [f"<{kind}:{value}>" for kind in range(KINDS) for value in range(VALUES)]
     asks = [f"<ask:{kind}>" for kind in range(KINDS)] + [f"<end:{ending}>" for ending in range(ENDINGS)]
-    tokenizer.add_special_tokens(["<|begin|>", "<|stop|>", *kinds, *asks])
+    tokenizer.add_special_tokens(["<|begin|>", "<|stop|>"])
+    tokenizer.add_tokens([*kinds, *asks])  # special ones mean nothing inside a message
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|stop|>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)

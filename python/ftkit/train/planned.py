@@ -67,6 +67,8 @@ class Shape:
     """As in `RaggedBatch`."""
     kept: tuple[int, ...] = ()
     """Of each sequence, the blocks that sparse layers keep; all of them where it is empty."""
+    share: float = 1.0
+    """What of a sequence's blocks they keep where trained tokens don't ask for more."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -329,7 +331,7 @@ def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:
     """A batch of this shape; which of its tokens are trained on changes nothing, but for sparse layers."""
     trained: Collection[int] = range(shape.trained)
     if shape.kept:
-        trained = set(sparse_shapes.trained_places(shape.lengths, shape.kept, shape.trained))
+        trained = set(sparse_shapes.trained_places(shape.lengths, shape.kept, shape.share, shape.trained))
     flat = iter([0 if place in trained else UNTRAINED for place in range(shape.tokens)])
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]

@@ -24,7 +24,7 @@ def largest(share: float, dataset: data.Dataset, batches: Iterable[Sequence[int]
         if sum(blocks.kept_lengths) > most:
             most = sum(blocks.kept_lengths)
             found = {"lengths": batch.lengths, "groups": batch.groups, "kept": blocks.kept, "rows": tuple(rows)}
-    return {**found, "lengths": longer(found["lengths"], tokens), "trained": trained}
+    return {**found, "share": share, "lengths": longer(found["lengths"], tokens), "trained": trained}
 
 
 def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -32,22 +32,28 @@ def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
     return (*lengths[:-1], lengths[-1] + max(0, tokens - sum(lengths)))
 
 
-def trained_places(lengths: Sequence[int], kept: Sequence[int], trained: int, size: int = BLOCK) -> list[int]:
-    """Places of the stream to train on, so many that each sequence keeps at least `kept` blocks, as far as they go."""
-    one_each: list[int] = []
+def trained_places(
+    lengths: Sequence[int], kept: Sequence[int], share: float, trained: int, size: int = BLOCK
+) -> list[int]:
+    """Places of the stream to train on, so that each sequence keeps at least `kept` blocks, as far as they go."""
+    needed: list[int] = []
     beside: list[int] = []
     others: list[int] = []
     start = 0
     for length, count in zip(lengths, kept, strict=True):
-        last = (length - 1) // size * size
-        starts = [*list(range(0, last, size))[: max(count - 1, 0)], last]
-        one_each += [start + begin for begin in starts]
-        inside = {begin // size for begin in starts}
+        blocks = -(-length // size)
+        inside = {*range(count - 1), blocks - 1}
+        forced = count > math.ceil(share * blocks)  # more than the share asks for: but for the edges, each has one
         for place in range(length):
-            if place % size or place // size not in inside:
-                (beside if place // size in inside else others).append(start + place)
+            block = place // size
+            if block not in inside:
+                others.append(start + place)
+            elif forced and place % size == 0 and 0 < block < blocks - 1:
+                needed.append(start + place)
+            else:
+                beside.append(start + place)
         start += length
-    return sorted((one_each + beside + others)[:trained])
+    return sorted((needed + beside + others)[:trained])
 
 
 def with_few_trained(share: float, lengths: Sequence[int], size: int = BLOCK) -> dict[str, Any]:
