@@ -23,7 +23,6 @@ Make = Callable[..., dict[str, Any]]
 def _few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictors learn from a few batches, which is enough to be told apart."""
     monkeypatch.setattr(sparse_tokens, "BATCHES", 3)
-    monkeypatch.setattr(sparse_tokens, "UPDATES", 2)
 
 
 @pytest.fixture
