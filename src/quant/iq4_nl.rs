@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], codes [16] laid out as in Q4_0.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 #[cfg(target_arch = "x86_64")]
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
@@ -17,16 +17,26 @@ pub(super) const BYTES: usize = 18;
 /// The values of the codes: closer together near zero, where most weights are.
 pub(super) const TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
+/// The same above 128 more.
+pub(super) const CODES: [u8; 16] = {
+    let (mut codes, mut i) = ([0; 16], 0);
+    while i < 16 {
+        (codes[i], i) = (TABLE[i] as u8 ^ 0x80, i + 1);
+    }
+    codes
+};
+
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, half: true, split });
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 4, nested: false, table: Some(&CODES), split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let Parts { codes, scales, .. } = parts;
     scales[0] = half_at(block, 0);
     for i in 0..16 {
-        codes[i] = TABLE[usize::from(block[2 + i] & 0x0f)] as u8 ^ 0x80;
-        codes[i + 16] = TABLE[usize::from(block[2 + i] >> 4)] as u8 ^ 0x80;
+        codes[i] = block[2 + i] & 0x0f;
+        codes[i + 16] = block[2 + i] >> 4;
     }
 }
 

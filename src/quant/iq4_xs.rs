@@ -3,8 +3,8 @@
 //! Bytes: d [2], high 2 bits of the scales [2], low 4 bits of the scales [4], codes [128]: 16 bytes for 32 values, the
 //! first 16 in the low halves.
 
-use super::int8::IntegerForm;
-use super::iq4_nl::{TABLE, Table, code_of, plain};
+use super::int8::{IntegerForm, Parts};
+use super::iq4_nl::{CODES, TABLE, Table, code_of, plain};
 use super::nested;
 use super::scales::half_at;
 #[cfg(target_arch = "x86_64")]
@@ -18,19 +18,20 @@ pub(super) const BYTES: usize = 136;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, half: false, split });
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 4, nested: true, table: Some(&CODES), split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
-    let d = half_at(block, 0);
+    let Parts { codes, scales, d, .. } = parts;
+    *d = half_at(block, 0);
     let high = u16::from_le_bytes([block[2], block[3]]);
     for group in 0..8 {
         let low = (block[4 + group / 2] >> (group % 2 * 4)) & 0x0f;
-        scales[group] = d * f32::from((low | (((high >> (group * 2)) & 3) as u8) << 4) as i8 - 32);
+        scales[group] = f32::from((low | (((high >> (group * 2)) & 3) as u8) << 4) as i8 - 32);
         for i in 0..16 {
             let byte = block[8 + group * 16 + i];
-            codes[group * 32 + i] = TABLE[usize::from(byte & 0x0f)] as u8 ^ 0x80;
-            codes[group * 32 + 16 + i] = TABLE[usize::from(byte >> 4)] as u8 ^ 0x80;
+            codes[group * 32 + i] = byte & 0x0f;
+            codes[group * 32 + 16 + i] = byte >> 4;
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Bytes: s (low half) and m (high half) [16], codes [64], d [2], d' [2]. Each 32 bytes of codes hold 128 values: bits
 //! 2j, 2j + 1 of byte i hold value 32 j + i.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::nested;
 use super::scales::half_at;
 #[cfg(target_arch = "x86_64")]
@@ -17,15 +17,16 @@ pub(super) const BYTES: usize = 84;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 16, zero: 0, offsets: true, bits: 4, half: false, split });
+    Some(IntegerForm { group: 16, zero: 0, offsets: true, bits: 2, nested: true, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
-    let (d, d_offset) = (half_at(block, 80), half_at(block, 82));
+    let Parts { codes, scales, offsets, d, d_offset, .. } = parts;
+    (*d, *d_offset) = (half_at(block, 80), half_at(block, 82));
     for group in 0..16 {
         let (half, shift, side) = (group / 8, group % 8 / 2 * 2, group % 2);
-        scales[group] = d * f32::from(block[group] & 0x0f);
-        offsets[group] = -(d_offset * f32::from(block[group] >> 4));
+        scales[group] = f32::from(block[group] & 0x0f);
+        offsets[group] = -f32::from(block[group] >> 4);
         for (code, byte) in codes[group * 16..].iter_mut().zip(&block[16 + half * 32 + side * 16..][..16]) {
             *code = (byte >> shift) & 3;
         }

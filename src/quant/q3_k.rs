@@ -3,7 +3,7 @@
 //! Bytes: third bits [32], low 2 bits [64], scales [12], d [2]. Bit j of byte i of the third bits belongs to value
 //! 32 j + i and is clear where 4 is to be subtracted; the low bits are laid out as in Q2_K.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::nested;
 use super::scales::half_at;
 use super::search::Integers;
@@ -16,14 +16,15 @@ pub(super) const BYTES: usize = 110;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 16, zero: 4, offsets: false, bits: 4, half: false, split });
+    Some(IntegerForm { group: 16, zero: 4, offsets: false, bits: 3, nested: true, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
-    let d = half_at(block, 108);
+    let Parts { codes, scales, d, .. } = parts;
+    *d = half_at(block, 108);
     for group in 0..16 {
         let (half, shift, side) = (group / 8, group % 8 / 2 * 2, group % 2);
-        scales[group] = d * f32::from(scale(block, group));
+        scales[group] = f32::from(scale(block, group));
         for i in 0..16 {
             let low = block[32 + half * 32 + side * 16 + i] >> shift & 3;
             codes[group * 16 + i] = low | (block[side * 16 + i] >> (group / 2) & 1) << 2;

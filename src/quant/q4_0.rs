@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 #[cfg(target_arch = "x86_64")]
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
@@ -19,10 +19,11 @@ type Grid = search::Integers<-8, 7>;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 8, offsets: false, bits: 4, half: true, split });
+    Some(IntegerForm { group: 32, zero: 8, offsets: false, bits: 4, nested: false, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let Parts { codes, scales, .. } = parts;
     scales[0] = half_at(block, 0);
     for i in 0..16 {
         codes[i] = block[2 + i] & 0x0f;

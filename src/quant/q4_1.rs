@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], m [2], codes [16]: byte i holds value i in its low and value i + 16 in its high half.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 #[cfg(target_arch = "x86_64")]
 use super::scales::x86;
 use super::scales::{half_at, half_bytes};
@@ -16,10 +16,11 @@ pub(super) const BYTES: usize = 20;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 0, offsets: true, bits: 4, half: true, split });
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, bits: 4, nested: false, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let Parts { codes, scales, offsets, .. } = parts;
     (scales[0], offsets[0]) = (half_at(block, 0), half_at(block, 2));
     for i in 0..16 {
         codes[i] = block[4 + i] & 0x0f;

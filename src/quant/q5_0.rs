@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], fifth bits [4] (bit i of the u32 for value i), low 4 bits [16] laid out as in Q4_0.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::scales::{half_at, half_bytes};
 use super::search;
 use super::weights::Weights;
@@ -17,10 +17,11 @@ type Grid = search::Integers<-16, 15>;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 16, offsets: false, bits: 5, half: true, split });
+    Some(IntegerForm { group: 32, zero: 16, offsets: false, bits: 5, nested: false, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let Parts { codes, scales, .. } = parts;
     scales[0] = half_at(block, 0);
     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     for i in 0..16 {

@@ -3,7 +3,7 @@
 //! Bytes: d [2], d' [2], scales and offsets [12], fifth bits [32] (bit j of byte i for value 32 j + i), low 4 bits [128]
 //! laid out as in Q4_K.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::nested;
 use super::scales::{half_at, pack_scales_and_offsets, scale_and_offset};
 use super::weights::Weights;
@@ -15,14 +15,15 @@ pub(super) const BYTES: usize = 176;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 0, offsets: true, bits: 5, half: false, split });
+    Some(IntegerForm { group: 32, zero: 0, offsets: true, bits: 5, nested: true, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
-    let (d, d_offset) = (half_at(block, 0), half_at(block, 2));
+    let Parts { codes, scales, offsets, d, d_offset, .. } = parts;
+    (*d, *d_offset) = (half_at(block, 0), half_at(block, 2));
     for group in 0..8 {
         let (scale, offset) = scale_and_offset(&block[4..16], group);
-        (scales[group], offsets[group]) = (d * f32::from(scale), -(d_offset * f32::from(offset)));
+        (scales[group], offsets[group]) = (f32::from(scale), -f32::from(offset));
         for (i, code) in codes[group * 32..][..32].iter_mut().enumerate() {
             let low = block[48 + group / 2 * 32 + i] >> (group % 2 * 4) & 0x0f;
             *code = low | (block[16 + i] >> group & 1) << 4;

@@ -4,7 +4,7 @@
 //! 0 to 63 in their low halves and 64 to 127 in their high ones; bits 2j, 2j + 1 of byte i of 32 hold the high bits of
 //! value 32 j + i.
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::nested;
 use super::scales::half_at;
 use super::search::Integers;
@@ -17,13 +17,14 @@ pub(super) const BYTES: usize = 210;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 16, zero: 32, offsets: false, bits: 6, half: false, split });
+    Some(IntegerForm { group: 16, zero: 32, offsets: false, bits: 6, nested: true, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
-    let d = half_at(block, 208);
+    let Parts { codes, scales, d, .. } = parts;
+    *d = half_at(block, 208);
     for group in 0..16 {
-        scales[group] = d * f32::from(block[192 + group] as i8);
+        scales[group] = f32::from(block[192 + group] as i8);
     }
     for (i, code) in codes.iter_mut().enumerate() {
         let low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 0x0f;

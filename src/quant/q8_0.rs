@@ -2,7 +2,7 @@
 //!
 //! Bytes: d [2], codes [32].
 
-use super::int8::IntegerForm;
+use super::int8::{IntegerForm, Parts};
 use super::scales::{half_at, half_bytes};
 use super::search;
 use super::weights::Weights;
@@ -17,10 +17,11 @@ type Grid = search::Integers<-127, 127>;
 
 /// As whole numbers.
 pub(super) const INTEGERS: Option<IntegerForm> =
-    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, half: true, split });
+    Some(IntegerForm { group: 32, zero: 128, offsets: false, bits: 8, nested: false, table: None, split });
 
-fn split(block: &[u8], codes: &mut [u8], scales: &mut [f32], _: &mut [f32]) {
+fn split(block: &[u8], parts: &mut Parts) {
     let Some(block) = block.first_chunk::<BYTES>() else { return };
+    let Parts { codes, scales, .. } = parts;
     scales[0] = half_at(block, 0);
     for (code, byte) in codes.iter_mut().zip(&block[2..]) {
         *code = byte ^ 0x80;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::engine::{Engine, Refused};
 use super::language::Language;
@@ -41,6 +41,12 @@ impl Sources {
     pub fn of(&self, choice: usize) -> Option<Vec<Source>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&choice).cloned()
     }
+
+    /// The same as JSON.
+    pub fn shown(&self, choice: usize) -> Option<Value> {
+        let shown = |source: Source| json!({"source": source.source, "text": source.text});
+        self.of(choice).map(|sources| sources.into_iter().map(shown).collect())
+    }
 }
 
 /// One choice of an answer: where its parts are asked for, and where they go.
@@ -68,10 +74,17 @@ pub struct Pen {
 }
 
 impl Pen {
-    /// Asks for a part of the answer, whose events go to `sink`.
-    pub fn submit(&mut self, prompt: Vec<u32>, sampling: Sampling, sink: Box<dyn Sink>) -> Result<(), Refused> {
+    /// Asks for a part of the answer, whose events go to `sink`; the prompt's last `answered` tokens are parts before it.
+    pub fn submit(
+        &mut self,
+        prompt: Vec<u32>,
+        answered: usize,
+        sampling: Sampling,
+        sink: Box<dyn Sink>,
+    ) -> Result<(), Refused> {
         let request = Request {
             prompt,
+            answered,
             sampling,
             constraint: None,
             adapter: self.adapter,

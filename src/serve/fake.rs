@@ -235,6 +235,7 @@ impl Sink for Listener {
 pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener: &Listener) -> Request {
     Request {
         prompt: prompt.to_vec(),
+        answered: 0,
         sampling,
         constraint: None,
         adapter,

@@ -27,6 +27,8 @@ pub trait Sink: Send {
 pub struct Request {
     /// The prompt's tokens; not empty.
     pub prompt: Vec<u32>,
+    /// Tokens at the prompt's end that belong to the answer already: penalties count them as such.
+    pub answered: usize,
     /// How to choose tokens, and when to stop.
     pub sampling: Sampling,
     /// What the answer must look like, if that was asked for.

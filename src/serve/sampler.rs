@@ -49,6 +49,15 @@ impl Sampler {
         Self { sampling, random, constraint, prompt, counts: HashMap::new() }
     }
 
+    /// A sampler for an answer to `prompt` of which some tokens are written already.
+    pub fn going_on(sampling: Sampling, (prompt, answer): (&[u32], &[u32]), constraint: Option<Constraint>) -> Self {
+        let mut sampler = Self::new(sampling, prompt, constraint);
+        for &token in answer {
+            *sampler.counts.entry(token).or_default() += 1;
+        }
+        sampler
+    }
+
     /// The parameters.
     pub fn sampling(&self) -> &Sampling {
         &self.sampling

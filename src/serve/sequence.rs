@@ -76,8 +76,8 @@ const OPEN_TOKENS: usize = 128;
 impl Sequence {
     /// A request that has passed [`Limits::check`].
     pub fn new(request: Request, limits: &Limits) -> Self {
-        let Request { prompt, sampling, constraint, adapter, root, decoder, sink, client, priority, deadline, urgent } =
-            request;
+        let Request { prompt, answered, sampling, constraint, adapter, root, decoder, sink, .. } = request;
+        let Request { client, priority, deadline, urgent, .. } = request;
         let answer = Answer::new(decoder, &sampling.stop);
         let room = limits.longest() - prompt.len();
         let mut chain = Chain::new(root);
@@ -94,7 +94,7 @@ impl Sequence {
             open: sampling.max_tokens.is_none(),
             table: BlockTable::default(),
             chain,
-            sampler: Sampler::new(sampling, &prompt, constraint),
+            sampler: Sampler::going_on(sampling, prompt.split_at(prompt.len().saturating_sub(answered)), constraint),
             answer,
             adapter,
             flow: Flow { client, adapter, priority: priority.clamp(-MAX_PRIORITY, MAX_PRIORITY) },

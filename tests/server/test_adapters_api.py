@@ -10,7 +10,9 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from managing import GREEDY, QUESTION, Managed
+from safetensors.torch import load_file, save_file
 from serving import KEY, start, stop
 
 from ftkit.data import feedback
@@ -93,6 +95,21 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(managed: Manage
         assert str(managed.state) not in refused.text
     assert managed.answer("fits") == before
     assert managed.http.get("/v1/adapters/fits").json()["generation"] == 1
+
+
+def test_an_adapter_whose_answers_are_no_numbers_is_named_and_harms_nobody(managed: Managed) -> None:
+    managed.load("sound", "v3")
+    before = managed.answer("sound")
+    shutil.copytree(managed.folder / "v4", managed.folder / "loud")
+    file = managed.folder / "loud" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(file).items()}, file)
+    assert managed.load("loud", "loud").status_code == 200  # each of its numbers is one
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    refused = managed.http.post("/v1/chat/completions", ask | {"model": "loud"})
+    assert refused.status_code == 500
+    assert "loud: the model's logits are not finite" in refused.json()["error"]["message"]
+    assert managed.answer("sound") == before
+    assert managed.server.metric("blocks_used") == 0
 
 
 class Payload:

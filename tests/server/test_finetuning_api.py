@@ -204,6 +204,18 @@ def test_a_job_from_upload_to_answer(studio: Studio) -> None:
         event.data["train_loss"] for event in reversed(events) if event.type == "metrics" and "train_loss" in event.data
     ]
     assert losses[-1] < losses[0] / 2
+    samples = [event.data for event in reversed(events) if event.data.get("moment")]
+    assert [one["moment"] for one in samples] == ["before"] * 3 + ["after"] * 3
+    assert {one["prompt"] for one in samples} < {row["messages"][0]["content"] for row in CHATS}
+    # in evaluation mode and to 64 tokens, but else as the models answer
+    first = next(one for one in samples if one["moment"] == "after")
+    said = client.chat.completions.create(
+        model=job.fine_tuned_model,
+        messages=[{"role": "user", "content": first["prompt"]}],
+        temperature=0,
+        max_tokens=64,
+    )
+    assert (said.choices[0].message.content or "").strip() == first["answer"]
     pages = list(client.fine_tuning.jobs.list_events(job.id, limit=20))
     assert [event.id for event in pages] == [event.id for event in events]
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data

@@ -279,6 +279,13 @@ def test_a_job_from_its_rows_to_its_answers(here: Visit, tmp_path: Path) -> None
     expect(card).to_contain_text("succeeded", timeout=90_000)
     expect(card.get_by_role("img", name=re.compile(r"Loss from \d"))).to_be_visible()
     expect(card.get_by_role("list", name="Planned memory").get_by_role("meter")).not_to_have_count(0)
+    card.get_by_text("Samples").click()
+    expect(card.locator("dl")).to_have_count(1)  # all rows have the same prompt
+    terms = card.locator("dt").all_inner_texts()
+    assert terms == ["Prompt", "In the data", "Before", "After"]
+    assert card.locator("dd").all_inner_texts()[:2] == ["Say it.", "yes yes yes"]
+    page.get_by_role("tab", name="Training").click()  # asks the server again
+    expect(card.locator("dl")).to_be_visible()
     name = card.get_by_role("heading").inner_text()
     assert "from-the-page" in name
     page.get_by_role("tab", name="Adapters").click()

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import ollama
+import openai
 import pytest
+from browsing import chromium, visit
+from playwright.sync_api import expect
 from serving import Http, Server, start, stop
 from speakers import speaker
 
@@ -59,6 +64,7 @@ def test_answers_are_those_of_the_terminal_and_name_their_sources(http: Http, re
     for how in (
         {"temperature": 0.0},
         {"temperature": 1.0, "seed": 4},
+        {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
         {"temperature": 1.0, "logit_bias": BIAS, "stop": ["\0", "a", "B"]},
     ):
         bias = {int(token): number for token, number in how.get("logit_bias", {}).items()}
@@ -105,9 +111,98 @@ def test_without_retrieval_where_it_is_not_wanted_or_cannot_be(http: Http, retri
     assert (status, document["choices"][0]["message"]["content"]) == (200, "1")
     status, document = ask(http, ignore_eos=False, response_format=schema, retrieval=True)
     assert (status, document["error"]["param"]) == (400, "retrieval")
-    status, document = ask(http, presence_penalty=1)
-    assert status == 400
-    assert document["error"]["message"].startswith("presence_penalty: expected 0 with retrieval")
+
+
+TEN: dict[str, Any] = {"temperature": 0, "max_tokens": 10}
+
+
+@pytest.fixture(scope="module")
+def told(http: Http) -> tuple[str, list[tuple[str, str]]]:
+    """What the other APIs are held to: an answer and its sources in a chat's words."""
+    (choice,) = http.post("/v1/chat/completions", {"messages": TALK} | TEN).json()["choices"]
+    assert choice["sources"]
+    return choice["message"]["content"], [(one["source"], one["text"]) for one in choice["sources"]]
+
+
+def test_anthropic_s_client_finds_citations(http: Http, told: tuple[str, list[tuple[str, str]]]) -> None:
+    client = anthropic.Anthropic(base_url=http.url, api_key="-", max_retries=0)
+    asked: dict[str, Any] = {"model": "tiny", "messages": TALK, "max_tokens": 10, "extra_body": {"temperature": 0}}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        cited = [event.citation for event in stream if event.type == "citation"]
+        last = stream.get_final_message()
+    for message in (whole, last):
+        (block,) = message.content
+        assert block.type == "text"
+        assert block.citations is not None
+        found = [(one.source, one.cited_text) for one in block.citations if one.type == "search_result_location"]
+        assert (block.text, found) == told
+    assert [(one.source, one.cited_text) for one in cited if one.type == "search_result_location"] == told[1]
+    # what was said comes back as it is, with its citations
+    again: Any = [*TALK, {"role": "assistant", "content": [part.model_dump() for part in whole.content]}, *TALK]
+    assert client.messages.create(**asked | {"messages": again}).content
+    (block,) = client.messages.create(**asked | {"extra_body": {"temperature": 0, "retrieval": False}}).content
+    assert block.type == "text"
+    assert block.citations is None
+
+
+def test_responses_have_annotations(http: Http, told: tuple[str, list[tuple[str, str]]]) -> None:
+    client = openai.OpenAI(base_url=f"{http.url}/v1", api_key="-", max_retries=0)
+    asked: dict[str, Any] = {"model": "tiny", "input": TALK, "max_output_tokens": 10, "temperature": 0}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+    last = next(event.response for event in events if event.type == "response.incomplete")
+    for response in (whole, last):
+        (item,) = response.output
+        assert item.type == "message"
+        (part,) = item.content
+        assert part.type == "output_text"
+        cited = [(one.filename, one.text) for one in part.annotations if one.type == "file_citation"]
+        assert (part.text, cited) == told
+        assert {one.index for one in part.annotations} == {len(part.text)}
+    added = [event.annotation for event in events if event.type == "response.output_text.annotation.added"]
+    assert [(one["filename"], one["text"]) for one in map(dict, added)] == told[1]
+    again: Any = [*TALK, *(item.model_dump() for item in whole.output), *TALK]
+    assert client.responses.create(**asked | {"input": again}).output
+    (item,) = client.responses.create(**asked, extra_body={"retrieval": False}).output
+    assert item.content[0].annotations == []
+
+
+def test_ollama_s_last_word_has_them(http: Http, told: tuple[str, list[tuple[str, str]]]) -> None:
+    asked = {"model": "tiny", "messages": TALK, "options": {"temperature": 0, "num_predict": 10}}
+    lines = [json.loads(line) for line in http.post("/api/chat", asked).text.splitlines()]
+    whole = http.post("/api/chat", asked | {"stream": False}).json()
+    single = {"model": "tiny", "prompt": TALK[0]["content"], "options": asked["options"], "stream": False}
+    generated = http.post("/api/generate", single).json()
+    for text, last in [
+        ("".join(line["message"]["content"] for line in lines), lines[-1]),
+        (whole["message"]["content"], whole),
+        (generated["response"], generated),
+    ]:
+        assert (text, [(one["source"], one["text"]) for one in last["sources"]]) == told
+    assert not any("sources" in line for line in lines[:-1])
+    assert "sources" not in http.post("/api/chat", asked | {"stream": False, "retrieval": False}).json()
+    assert http.post("/api/generate", single | {"raw": True, "retrieval": False}).status_code == 200
+    assert http.post("/api/generate", single | {"raw": True, "retrieval": True}).status_code == 400
+    said = ollama.Client(http.url).chat("tiny", TALK, options={"temperature": 0, "num_predict": 10})
+    assert said.message.content == told[0]
+
+
+def test_the_page_has_them_under_an_answer(http: Http) -> None:
+    with chromium() as browser, visit(browser, http.url, key=None) as here:
+        expect(here.page.locator("#model option")).not_to_have_count(0)
+        here.page.get_by_role("button", name="Settings").click()
+        for field, value in (("Temperature", "0"), ("Most tokens", "10")):
+            here.page.get_by_label(field).fill(value)
+        here.ask(TALK[0]["content"])
+        sources = ask(http, temperature=0, max_tokens=10, ignore_eos=False)[1]["choices"][0]["sources"]
+        shown = here.page.locator(".assistant .sources")
+        expect(shown.locator("blockquote").first).not_to_be_visible()
+        shown.locator("summary").click()
+        expect(shown.locator("blockquote").first).to_be_visible()
+        assert shown.locator("blockquote").all_inner_texts() == [one["text"] for one in sources]
+        assert shown.locator("p").all_inner_texts() == [one["source"] for one in sources]
 
 
 def test_a_server_without_a_retriever_says_so(managed: Any) -> None:

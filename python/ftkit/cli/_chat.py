@@ -15,6 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
 from ftkit.cli import _side_by_side, _tokens
+from ftkit.cli._bars import bars
 from ftkit.engine import Sampling
 from ftkit.engine.conversation import Conversation
 from ftkit.errors import FtkitError
@@ -29,6 +30,7 @@ _HELP = """\
 /rate up|down     rates the last answer; of two: /rate 1 or /rate 2, the better
 /logprobs         shows how likely each token was, or no longer
 /tokens           shows the conversation as the model reads it, token by token
+/plan [NAME]      the memory that this adapter's training was planned to take
 /stats            tokens and speed so far
 /clear            begins anew
 /help             this
@@ -51,15 +53,18 @@ class Chat:
         model: str | None,
         names: list[str],
         rate: Callable[[dict[str, Any]], object] | None = None,
+        planned: Callable[[str | None], dict[str, int] | None] | None = None,
     ) -> None:
         """`names`: the adapters that may be asked; `model`: the one that is asked first, None for the base model;
-        `rate` takes ratings, in the words of `/v1/feedback`."""
+        `rate` takes ratings, in the words of `/v1/feedback`; `planned` knows what an adapter's training was planned
+        to take, in bytes by category."""
         self._engine = engine
         self._sampling = sampling
         self._conversation = Conversation(system=system)
         self._model = model
         self._names = names
         self._rate_with = rate
+        self._planned = planned
         self._pair: tuple[str | None, str | None] | None = None
         self._both: tuple[tuple[str | None, str | None], list[str]] | None = None
         """The last answers, when there were two: whose they are, and their texts."""
@@ -75,6 +80,7 @@ class Chat:
             "/logprobs": self._logprobs,
             "/tokens": self._tokens,
             "/save": self._save,
+            "/plan": self._plan,
             "/stats": self._stats,
             "/clear": self._clear,
             "/help": self._help,
@@ -85,7 +91,11 @@ class Chat:
         """Until the user leaves."""
         names = dict.fromkeys(self._names)
         completions: dict[str, Any] = dict.fromkeys(self._commands)
-        completions |= {"/adapter": names, "/compare": {name: names | {"base": None} for name in [*names, "base"]}}
+        completions |= {
+            "/adapter": names,
+            "/plan": names,
+            "/compare": {name: names | {"base": None} for name in [*names, "base"]},
+        }
         session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else FileHistory(str(history)),
             completer=NestedCompleter.from_nested_dict(completions),
@@ -138,20 +148,24 @@ class Chat:
         answer, generated, tokens = "", 0, []
         sources: Sequence[Any] = ()
         self._both = None
+        console = Console()
         try:
             for delta in self._engine.stream(self._conversation.messages, self._sampling, model=self._model):
                 answer += delta.text
                 generated += len(delta.tokens) or bool(delta.text)
                 tokens += delta.tokens
                 sources = getattr(delta, "sources", sources)
-                print(delta.text, end="", flush=True)
+                if self._sampling.logprobs is not None and delta.tokens:
+                    console.print(_side_by_side.coloured(self._engine, delta.tokens), end="", soft_wrap=True)
+                else:
+                    print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" … stopped", end="")
         print()
         if sources:
-            Console().print(_sources(sources), style="dim", markup=False, highlight=False)
+            console.print(_sources(sources), style="dim", markup=False, highlight=False)
         if self._sampling.logprobs is not None and tokens:
-            Console().print(_side_by_side.probabilities(self._engine, tokens))
+            console.print(_side_by_side.alternatives(self._engine, tokens), end="")
         return answer, generated
 
     def _two(self) -> tuple[str, int]:
@@ -264,6 +278,18 @@ class Chat:
             print(f"error: {name}: expected a file that can be written, got: {str(error.strerror).lower()}")
         else:
             print(f"saved to {name}")
+        return True
+
+    def _plan(self, name: str) -> bool:
+        try:
+            found = None if self._planned is None else self._planned(name or self._model)
+        except FtkitError as error:
+            print(f"error: {error}")
+            return True
+        if found:
+            Console().print(bars(found, sum(found.values())))
+        else:
+            print(f"expected an adapter whose training is known here, got {name or self._model or 'the base model'}")
         return True
 
     def _stats(self, _: str) -> bool:

@@ -53,12 +53,14 @@ def _table(names: Sequence[str | None], texts: Sequence[str]) -> Table:
     return table
 
 
-def probabilities(engine: Any, tokens: Sequence[Token]) -> Text:
-    """An answer's tokens in the colours of their probabilities, and what else was likely where they were not."""
+def coloured(engine: Any, tokens: Sequence[Token]) -> Text:
+    """Tokens in the colours of their probabilities."""
+    return Text().join(Text(_piece(engine, token.id), style=_colour(token.logprob)) for token in tokens)
+
+
+def alternatives(engine: Any, tokens: Sequence[Token]) -> Text:
+    """What else was likely where an answer's tokens were not."""
     shown = Text()
-    for token in tokens:
-        shown.append(_piece(engine, token.id), style=_colour(token.logprob))
-    shown.append("\n")
     unsure = [token for token in tokens if token.logprob is not None and token.logprob < math.log(0.5)]
     for token in unsure[:12]:
         others = ", ".join(f"{_quoted(engine, other)} {math.exp(logprob):.2f}" for other, logprob in token.top)

@@ -96,10 +96,10 @@ def command(
         told(collection)
     if remote:
         answering, names = _remote(model, api_key, adapter or [])
-        first, rate = None, answering.rate
+        first, rate, planned = None, answering.rate, answering.planned
     else:
         options: dict[str, Any] = {"runs_dir": runs_dir, "quant": quant, "fast_decode": fast_decode, "draft": draft}
-        answering, names, rate = _engine(model, adapter or [], engine, **options)
+        answering, names, rate, planned = _engine(model, adapter or [], engine, **options)
         first = names[0] if names else None
     try:
         if collection is not None:
@@ -107,7 +107,9 @@ def command(
         from ftkit.cli._chat import Chat, one_shot
 
         if question is None:
-            Chat(answering, sampling, system=system, model=first, names=names, rate=rate).run(_history())
+            Chat(answering, sampling, system=system, model=first, names=names, rate=rate, planned=planned).run(
+                _history()
+            )
             return
         document = one_shot(answering, question, sampling, system=system, model=first, show=not json)
     finally:
@@ -140,8 +142,8 @@ def _remote(url: str, api_key: str | None, adapters: list[str]) -> tuple[Any, li
     return answering, answering.models
 
 
-def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tuple[Any, list[str], Any]:
-    """The engine, the names of its adapters, the first of which answers, and who takes ratings."""
+def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tuple[Any, list[str], Any, Any]:
+    """The engine, the names of its adapters, the first of which answers, who takes ratings, and who knows plans."""
     from ftkit.errors import InputError
 
     if engine == "llama-cpp":
@@ -149,7 +151,7 @@ def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tup
 
         if adapters:
             raise InputError("--engine llama-cpp: expected no adapters, got some", "ftkit export merges them first")
-        return LlamaCpp(Path(model)), [], None
+        return LlamaCpp(Path(model)), [], None, None
     from ftkit.engine import launch
 
     named: dict[str, str | Path] = {}
@@ -161,7 +163,8 @@ def _engine(model: str, adapters: list[str], engine: str, **options: Any) -> tup
     print("loading …", file=sys.stderr, flush=True)
     answering = launch(model, named, **options)
     own = [answering.default] if answering.default != answering.name else []
-    return answering, [*named, *own], _rater(answering, named, options["runs_dir"])
+    runs_dir = options["runs_dir"]
+    return answering, [*named, *own], _rater(answering, named, runs_dir), _planner(named, runs_dir)
 
 
 def _rater(answering: Any, named: dict[str, str | Path], runs_dir: str) -> Any:
@@ -176,6 +179,21 @@ def _rater(answering: Any, named: dict[str, str | Path], runs_dir: str) -> Any:
         feedback.keep(Path(runs_dir) / ".serve" / "feedback" / feedback.FILE, row)
 
     return rate
+
+
+def _planner(named: dict[str, str | Path], runs_dir: str) -> Any:
+    """Reads what a run planned, where an adapter is still in its run's directory."""
+    from ftkit.train.directory import RunDirectory
+    from ftkit.train.events import read
+
+    def planned(name: str | None) -> dict[str, int] | None:
+        if name is None:
+            return None
+        folder = Path(named[name]).parent if name in named else Path(runs_dir) / name
+        events = read(RunDirectory(path=folder).events)
+        return next((event["planned_by_category"] for event in events if event["event"] == "memory"), None)
+
+    return planned
 
 
 def _history() -> Path | None:

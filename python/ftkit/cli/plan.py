@@ -1,6 +1,7 @@
 """Says what a run will need before it starts: memory by category, time, and what fits."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from ftkit.config import RunConfig
     from ftkit.train.fitting import Other
     from ftkit.train.planned import Plan
-
-_BAR_CELLS = 24
 
 
 @with_run_options
@@ -47,6 +46,8 @@ def command(
 
       ftkit plan run.toml --verify
 
+      torchrun --nproc-per-node 2 -m ftkit plan run.toml
+
       ftkit plan --model-config config.json --device cuda:24GiB --quant nf4 --set model.dtype=bfloat16
     """
     from rich.console import Console
@@ -57,6 +58,7 @@ def command(
     from ftkit.plan.speed import advice, speeds
     from ftkit.train import fitting
     from ftkit.train.planned import Case
+    from ftkit.train.processes import launched
 
     architecture = None
     if model_config is not None:
@@ -64,6 +66,8 @@ def command(
         overrides = {"model.source": str(model_config), "data.path": "-"} | overrides
     config = RunConfig.from_toml(config_path, overrides)
     if verify:
+        if launched() > 1:
+            raise InputError("verify: expected one process, got several", "without torchrun it verifies one of them")
         if model_config is not None or device != "cpu":
             raise InputError(
                 "verify: expected a model and a machine that are here, got --model-config or --device",
@@ -74,6 +78,8 @@ def command(
     gpu = parse_device(device)
     room = gpu.bytes if gpu is not None else available_bytes()
     room = parse_bytes(config.training.budget) if config.training.budget else room
+    if gpu is None:
+        room //= launched()  # they share the machine's memory
     with Console(stderr=True, quiet=json).status("tracing steps"):
         case = Case.of_configuration(config, gpu, architecture)
         tried = fitting.fit(case, room)
@@ -84,9 +90,12 @@ def command(
         )
     precise = gpu is not None or config.training.precision != "dtype"
     told = None if precise else advice(speeds(), config.model.dtype)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one speaks for all
     if json:
         print_json(
             {
+                "processes": launched(),
                 "peak_bytes": plan.peak_bytes,
                 "peak_rss_bytes": plan.peak_rss_bytes if gpu is None else None,
                 "reserved_bytes": plan.reserved_bytes,
@@ -102,6 +111,8 @@ def command(
             }
         )
         return
+    if launched() > 1:
+        print(f"each of {launched()} processes:")
     print_plan(plan)
     _print_tried(tried, others, room)
     if sparse is not None:
@@ -143,18 +154,12 @@ def _verify(config: "RunConfig", json: bool) -> None:
 
 def print_plan(plan: "Plan") -> None:
     """The plan as a table on standard output, with a bar for each category's share of the peak."""
-    from rich.bar import Bar
     from rich.console import Console
-    from rich.table import Table
 
+    from ftkit.cli._bars import bars
     from ftkit.plan.budget import written
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_column()
-    for name, size in sorted(plan.by_category.items(), key=lambda item: -item[1]):
-        table.add_row(written(size), name, Bar(max(1, plan.peak_bytes), 0, size, width=_BAR_CELLS, color="cyan"))
+    table = bars(plan.by_category, plan.peak_bytes)
     table.add_row(written(plan.peak_bytes), "tensors at the peak of a step", style="bold")
     if plan.reserved_bytes is None:
         table.add_row(written(plan.peak_rss_bytes), "the process, from above")

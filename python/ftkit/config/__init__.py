@@ -117,6 +117,11 @@ class TrainingConfig:
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )
+    shard: Literal["auto"] | bool = option(
+        "auto",
+        "several processes share out weights, gradients and optimizer states instead of having all: auto: where all "
+        "weights are trained",
+    )
     seed: int = option(0, "of the data's order, the adapter's first weights and dropout", at_least=0, below=2**63)
     threads: int | None = option(
         None, "processor threads; all that this process may use when not given", at_least=1, at_most=1024

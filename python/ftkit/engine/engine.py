@@ -160,7 +160,6 @@ class Engine:
         # Also at the end of the program: the thread must be gone before the interpreter is.
         self._end = weakref.finalize(self, _close, self._core, self._step)
         self._own: set[int] = set()
-        self._next = -1
 
     @property
     def models(self) -> list[str]:
@@ -194,15 +193,17 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         priority: int = 0,
         first_token_seconds: float | None = None,
+        answered: int = 0,
     ) -> Iterator[Delta]:
         """An answer as it grows. Asked for at once; closing the iterator cancels it.
 
         `model`: the name of an adapter; the base model answers when not given. `priority`: −8 to 8, each step doubles
         the share among the requests that wait. `first_token_seconds`: the answer fails as soon as its first token
-        cannot be there by then. Raises InputError for a prompt or
-        parameters that can't be answered, FtkitError when the queue is full or the step fails.
+        cannot be there by then. `answered`: so many of the prompt's last tokens are of the answer already, and
+        penalties count them as such. Raises InputError for a prompt or parameters that can't be answered, FtkitError
+        when the queue is full or the step fails.
         """
-        return deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds))
+        return deltas(self._submit(prompt, sampling, model, tools, priority, first_token_seconds, answered))
 
     def generate(
         self,
@@ -254,7 +255,7 @@ class Engine:
             raise InputError(f"adapter name: expected one not in use, got {name!r}")
         with self._step.lock:
             # never one that was used before: pages of keys and values, and requests under way, go by it
-            number = self._next = max(self._next, *self.loaded.model.attached, -1) + 1
+            number = self.loaded.model.attached.fresh()
         shelf = self._step.shelf
         shelf.put(number, Path(adapter))
         try:
@@ -376,9 +377,10 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None,
         priority: int = 0,
         first_token_seconds: float | None = None,
+        answered: int = 0,
     ) -> _core.Stream:
         tokens = self.encode(prompt, tools=tools)
-        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds)
+        return self._core.submit(tokens, sampling.to_json(), model, priority, first_token_seconds, answered)
 
 
 def launch(

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ftkit.engine.conversation import Message
+from ftkit.engine.decode.retrieval import Sourced
 from ftkit.engine.engine import Delta, Token
+from ftkit.engine.indices import Passage
 from ftkit.engine.sampling import Sampling
 from ftkit.errors import FtkitError, InputError
 
@@ -52,6 +54,7 @@ class Remote:
             **({"logprobs": True, "top_logprobs": sampling.logprobs} if sampling.logprobs is not None else {}),
         }
         reason, usage = "stop", {"prompt_tokens": 0, "completion_tokens": 0}
+        sources: list[Passage] | None = None
         with self._send("POST", "/v1/chat/completions", body) as response:
             for event in _events(response):
                 if "error" in event:
@@ -59,17 +62,20 @@ class Remote:
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
                     reason = choice.get("finish_reason") or reason
+                    if "sources" in choice:  # a server with --retriever
+                        sources = [Passage(one["source"], one["text"]) for one in choice["sources"]]
                     tokens = tuple(map(self._token, (choice.get("logprobs") or {}).get("content") or []))
                     text = choice["delta"].get("content") or ""
                     if text or tokens:
                         yield Delta(text=text, tokens=tokens)
-        yield Delta(
-            text="",
-            tokens=(),
-            finish_reason=reason,
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-        )
+        last: dict[str, Any] = {
+            "text": "",
+            "tokens": (),
+            "finish_reason": reason,
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+        }
+        yield Delta(**last) if sources is None else Sourced(**last, sources=tuple(sources))
 
     def count(self, messages: Sequence[Message], model: str | None = None) -> int:
         """How many tokens a conversation is. Raises FtkitError when the server does not tell."""
@@ -84,12 +90,28 @@ class Remote:
         with self._send("POST", "/v1/feedback", feedback):
             pass
 
+    def planned(self, name: str | None) -> dict[str, int] | None:
+        """Bytes by category that the training of an adapter was planned to take, or of the newest job, if they are
+        known. Raises FtkitError when the server does not tell."""
+        if name is not None and name != self.name:
+            job = self._asked(f"/v1/adapters/{urllib.parse.quote(name, safe='')}")["lineage"].get("job")
+        else:
+            job = next((job["id"] for job in self._asked("/v1/fine_tuning/jobs?limit=1")["data"]), None)
+        if job is None:
+            return None
+        events = self._asked(f"/v1/fine_tuning/jobs/{job}/events?limit=10000")["data"]
+        return next((event["data"]["planned_bytes"] for event in events if "planned_bytes" in event["data"]), None)
+
     def piece(self, token: int) -> str:
         """The text of a token that an answer's log-probabilities named."""
         return next(text for text, number in self._pieces.items() if number == token)
 
     def close(self) -> None:
         """Does nothing: the server stays."""
+
+    def _asked(self, path: str) -> Any:
+        with self._send("GET", path) as response:
+            return json.load(response)
 
     def _token(self, shown: dict[str, Any]) -> Token:
         """A token from its text: servers do not tell ids, so each text gets a number here."""

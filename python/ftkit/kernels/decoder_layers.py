@@ -75,8 +75,10 @@ class _Fused:
         if not gone and not new:
             return
         together = self.layers.get(None)
-        self.adapters, self.layers, self.step = now, {}, None
-        if together is not None:
+        self.adapters, self.layers = now, {}
+        if together is None:
+            self.step = None
+        else:
             self.layers[None] = together
             for key in gone:
                 together.remove_adapter(key)

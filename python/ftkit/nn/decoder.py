@@ -146,6 +146,12 @@ class Attachments(dict[int, Any]):
     """What is known of a model's adapters by their ids, and how often that changed."""
 
     changes = 0
+    _fresh = 1 << 20  # ids that people choose are smaller
+
+    def fresh(self) -> int:
+        """An id that no adapter of this model has had, whether it was ever attached or not."""
+        self._fresh += 1
+        return self._fresh
 
     def __setitem__(self, key: int, value: Any) -> None:
         super().__setitem__(key, value)

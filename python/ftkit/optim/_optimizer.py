@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ftkit.nn.shards import Whole
+
 CHUNK = 1 << 20
 """Elements that a rule works on at a time where it needs memory for them: 4 MiB of float32."""
 
@@ -32,6 +34,13 @@ class Rule(Protocol):
 
     def state(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """A new parameter's state by kind, such as `mean`."""
+        ...
+
+    def elementwise(self, name: str, weight: Tensor) -> bool:
+        """Whether each entry of the parameter moves by itself, and its state has its shape: some rows may move alone.
+
+        Of the weight, only shape and type are looked at.
+        """
         ...
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
@@ -68,15 +77,22 @@ class Optimizer:
         """Counts a step, whose updates follow."""
         self._steps += 1
 
+    def count(self, steps: int) -> None:
+        """Goes on after so many steps."""
+        self._steps = steps
+
     @torch.no_grad()
     def update(self, name: str, factor: float) -> None:
         """One parameter's part of the step; it has a gradient."""
         parameter = self._parameters[name]
         assert parameter.grad is not None
-        values = parameter.detach()
+        self.move(name, parameter.detach(), parameter.grad, factor)
+
+    def move(self, name: str, values: Tensor, gradient: Tensor, factor: float) -> None:
+        """As `update`, for a weight and a gradient that are given; contiguous, no parameters."""
         weight = self._copies.get(name, values)
         moment = Moment(step=self._steps, rate=self.learning_rate * factor, decays=_decays(name, weight))
-        self._rule.update(weight, parameter.grad, self._states[name], moment)
+        self._rule.update(weight, gradient, self._states[name], moment)
         if weight is not values:
             values.copy_(weight)
 
@@ -86,19 +102,26 @@ class Optimizer:
         state |= {f"copy/{name}": copy for name, copy in self._copies.items()}
         return state | {"steps": torch.tensor(self._steps, dtype=torch.int64)}
 
+    def wholes(self) -> dict[str, Whole]:
+        """What `state` gives, for a checkpoint."""
+        return {name: Whole.of(tensor) for name, tensor in self.state().items()}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave. Raises KeyError for other names and RuntimeError for other tensors."""
-        mine = self.state()
-        for name in sorted(mine.keys() ^ state.keys()):
-            raise KeyError(name)
-        for name, tensor in mine.items():
-            given = state[name]
-            if (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
-                expected, got = ((tuple(each.shape), each.dtype) for each in (tensor, given))
-                raise RuntimeError(f"{name} should be {expected} and is {got}")
-        for name, tensor in mine.items():
+        check(self.wholes(), state)
+        for name, tensor in self.state().items():
             tensor.copy_(state[name])
-        self._steps = int(state["steps"])
+        self.count(int(state["steps"]))
+
+
+def check(expected: Mapping[str, Whole], state: Mapping[str, Tensor]) -> None:
+    """Raises KeyError where names differ, and RuntimeError where tensors do."""
+    for name in sorted(expected.keys() ^ state.keys()):
+        raise KeyError(name)
+    for name, one in expected.items():
+        given = state[name]
+        if (tuple(given.shape), given.dtype) != (one.shape, one.dtype):
+            raise RuntimeError(f"{name} should be {one.shape, one.dtype} and is {tuple(given.shape), given.dtype}")
 
 
 def zeros(weight: Tensor) -> Tensor:

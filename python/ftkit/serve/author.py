@@ -22,8 +22,8 @@ class Author:
         """Answers a conversation; never raises."""
         how = Sampling.from_json(sampling)
 
-        def submit(tokens: list[int], part: Sampling) -> Iterator[Delta]:
-            return deltas(pen.submit(tokens, part.to_json()))
+        def submit(tokens: list[int], answered: int, part: Sampling) -> Iterator[Delta]:
+            return deltas(pen.submit(tokens, answered, part.to_json()))
 
         try:
             for more in self._retrieving.stream(json.loads(messages), how, submit=submit):

@@ -19,6 +19,7 @@ KINDS = {
 """The schemas that a method learns from."""
 _OBJECTIVES = {"supervised": "sft", "dpo": "dpo"}
 _DPO_RATE = 2e-5
+_OF_SAMPLE = ("moment", "prompt", "expected", "answer")
 CHECKPOINT_EVERY = 10
 """Optimizer steps; so much is done again after a kill."""
 
@@ -71,7 +72,7 @@ class Job:
             "--set": f"output.checkpoint_every_steps={CHECKPOINT_EVERY}",
             **self._place(),
         }
-        found = ["train", *(part for pair in given.items() for part in pair), "--set", "output.samples=0"]
+        found = ["train", *(part for pair in given.items() for part in pair)]
         if (self.folder / "validation.jsonl").exists():
             found += ["--evaluation-data", str(self.folder / "validation.jsonl")]
         if kind == "dpo" and how.get("beta"):
@@ -140,6 +141,10 @@ class Job:
             elif event["event"] == "memory":
                 data = {"peak_bytes": event["peak_bytes"], "planned_bytes": event.get("planned_by_category", {})}
                 found.append((event["time"], "info", "The largest batch's memory was measured", "message", data))
+            elif event["event"] == "sample":
+                data = {"sample": event["number"], **{name: event[name] for name in _OF_SAMPLE}}
+                text = f"Sample {event['number']}, {event['moment']} training: {event['answer'][:200]}"
+                found.append((event["time"], "info", text, "message", data))
             elif event["event"] in ("warning", "notice"):
                 level = "warn" if event["event"] == "warning" else "info"
                 found.append((event["time"], level, event["message"], "message", {}))

@@ -15,6 +15,10 @@ from ftkit.plan.recorder import Recorder
 Result = TypeVar("Result")
 
 
+class NoRoom(MemoryError):
+    """The run would take more than it may; nothing has failed yet."""
+
+
 def peak_bytes_of(
     run: Callable[[], Result], held: Mapping[str, Iterable[torch.Tensor]], device: torch.device
 ) -> tuple[Result, int]:

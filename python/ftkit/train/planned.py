@@ -21,10 +21,11 @@ from ftkit.kernels import _gpu
 from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig, shapes
 from ftkit.nn.eight_bits import packed_bytes, takes
+from ftkit.nn.shards import local
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
-from ftkit.train import rounding, sparse_shapes, sparse_tokens
+from ftkit.train import rounding, sharding, sparse_shapes, sparse_tokens
 from ftkit.train.step import each_gradient
 
 OTHER_RESIDENT_BYTES = 1280 << 20
@@ -260,7 +261,12 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode(), _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext():
+    parts_of = sharding.shares(config)
+    with (
+        sharding.pretended(parts_of) if parts_of > 1 else contextlib.nullcontext() as mesh,
+        FakeTensorMode(),
+        _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext(),
+    ):
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         rounded = rounding.attach(config, model)
@@ -268,11 +274,16 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
         model.recomputed_layers = way.recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
+        if mesh is not None:
+            recorder.adopt(parameters.values(), "adapter")  # whole until they are shared out
+            with recorder, recorder.category("adapter"):
+                sharding.shard(model, _ADAPTER, mesh)
+            parameters = adapters.trainable(model, _ADAPTER)
         optimizer = optim.build(config.optimizer, parameters)
         mine = {id(parameter) for parameter in parameters.values()}
         held = [*model.parameters(), *model.buffers()]
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
-        recorder.adopt(parameters.values(), "adapter")
+        recorder.adopt(map(local, parameters.values()), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
         recorder.adopt(state.values(), "optimizer")
         tasks = hasattr(objective, "balanced")
@@ -282,9 +293,9 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
         recorder.adopt(held_against, "gradients")
 
         def update(name: str, gradient: torch.Tensor) -> None:
-            recorder.adopt([gradient], "gradients")
+            recorder.adopt([local(gradient)], "gradients")
             with recorder.category("optimizer"):
-                torch.linalg.vector_norm(gradient.div_(2.0), dtype=torch.float32)
+                torch.linalg.vector_norm(local(gradient).div_(2.0), dtype=torch.float32)
                 optimizer.update(name, 1.0)
 
         with recorder:
@@ -303,9 +314,11 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
                     with recorder.category("activations"):
                         parts = objective.loss(model, batch, **options)
                         parts.sum.sum().backward()
-                    recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
+                    found = [local(one.grad) for one in parameters.values() if one.grad is not None]
+                    recorder.adopt(found, "gradients")
+                    del found
                 of_batches = recorder.work.copy()
-                gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+                gradients = [local(one.grad) for one in parameters.values() if one.grad is not None]
                 with recorder.category("optimizer"):
                     torch._foreach_div_(gradients, 2.0)
                     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
@@ -318,6 +331,8 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
                     objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
+                    if mesh is not None:
+                        model.reshard()  # type: ignore[operator]
             if any(shape.kept for shape in step):
                 with recorder.category("activations"):
                     sparse_tokens.Learner(model.eval()).read(sparse_shapes.dearest(step[0].tokens), updates=2)

@@ -16,10 +16,11 @@ from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.eight_bits import EightBitProducts
+from ftkit.nn.shards import local
 from ftkit.plan.budget import written
 from ftkit.plan.speed import advice, speeds
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, lock, memory, planned, rounding, samples, sparse_shapes, sparse_tokens
+from ftkit.train import fitting, lock, memory, planned, rounding, samples, sharding, sparse_shapes, sparse_tokens
 from ftkit.train.directory import RunDirectory
 from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
@@ -39,7 +40,7 @@ class Session:
     device: torch.device
     parameters: Mapping[str, torch.nn.Parameter]
     loss: Loss
-    optimizer: optim.Optimizer
+    optimizer: optim.Optimizer | optim.SharedOut
     dataset: data.Dataset
     evaluation: Sequence[RaggedBatch] | None
     steps: int
@@ -66,7 +67,11 @@ class Session:
         """The largest of the parts of the batch that needs most memory."""
         return max(self.batch(list(self.plan.shape.rows)).cut(parts), key=lambda part: part.tokens.numel())
 
-    def save_adapter(self, folder: Path) -> None:
+    def spare(self, rows: list[int], parts: int) -> RaggedBatch | None:
+        """A part of the first of the rows, for a process that has nothing of its own where all have to go along."""
+        return self.batch(rows[:1]).cut(parts)[0] if self.processes.sharded else None
+
+    def save_adapter(self, folder: Path | None) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
         adapters.save(self.loaded.model, ADAPTER, folder, self.loaded.fingerprint, self.config.model.source)
 
@@ -84,13 +89,13 @@ class Session:
         held = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
         return {
             "base weights": [tensor for tensor in held if id(tensor) not in mine],
-            "adapter": trained,
+            "adapter": [local(parameter) for parameter in trained],
             "optimizer": self.optimizer.state().values(),
         }
 
     def examples(self) -> list[samples.Example]:
         """Prompts for the report, held-out ones where there are any."""
-        count = self.config.output.samples
+        count = 0 if self.processes.sharded else self.config.output.samples  # no process has a model to ask
         rows = (self.dataset.batch([row]) for row in range(len(self.dataset)))
         return samples.examples(self.evaluation or rows, self.loaded.tokenizer, count) if count else []
 
@@ -171,6 +176,9 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
     loaded.model.recomputed_layers = plan.way.recomputed
     loaded.model.train()
+    if processes.sharded:
+        sharding.shard(loaded.model, ADAPTER, sharding.everybody(device, processes.size))
+        notices.append(f"{processes.size} processes share out all weights; the report has no answers of the model")
     parameters = adapters.trainable(loaded.model, ADAPTER)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     batches = None
@@ -181,6 +189,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         options |= {"names": dataset.tasks}
         balanced = Tasks(config, objective, dataset.tasks, batches, processes)
         batches = balanced.held_out
+    loss = functools.partial(objective.loss, loaded.model, **options)
     many = {"processes": processes.size}
     made_of = {
         "base": loaded.fingerprint,
@@ -192,7 +201,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         loaded=loaded,
         device=device,
         parameters=parameters,
-        loss=functools.partial(objective.loss, loaded.model, **options),
+        loss=sharding.settled(loss, loaded.model) if processes.sharded else loss,
         optimizer=optim.build(config.optimizer, parameters),
         dataset=dataset,
         evaluation=batches,

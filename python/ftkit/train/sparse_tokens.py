@@ -27,7 +27,7 @@ from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.blocks import Blocks
 from ftkit.nn.decoder import Attention, Decoder
 from ftkit.nn.sparse_tokens import SparseTokens, best_shares
-from ftkit.train import files
+from ftkit.train import files, sharding
 
 _FILE = "predictors.safetensors"
 BATCHES = 24
@@ -60,6 +60,11 @@ def attach(config: RunConfig, model: Decoder) -> None:
             f"training.sparse_tokens: expected 1 with training.precision = {training.precision!r}, got "
             f"{training.sparse_tokens}",
             "a step in 8 bits is held against an exact one, which could leave out other tokens",
+        )
+    if sharding.shares(config) > 1:
+        raise InputError(
+            f"training.sparse_tokens: expected 1 with weights that processes share out, got {training.sparse_tokens}",
+            "training.shard = false leaves them whole in each, and so does a method that trains few weights",
         )
     windows = [window for window in map(sizes.window, range(sizes.layers)) if window is not None]
     if windows and min(windows) < config.data.max_tokens:

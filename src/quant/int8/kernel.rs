@@ -107,7 +107,7 @@ impl Path {
         steps: usize,
         mut write: impl FnMut(usize, usize, &[f32; TILE]),
     ) {
-        let (groups, tile_bytes) = (integers.groups(), steps * integers.step_bytes());
+        let (groups, tile_bytes) = (integers.groups(), integers.tile_bytes(steps));
         let rounded = inputs.rounded;
         let panels = rounded.count.div_ceil(ROWS);
         let places = panels * steps;
@@ -143,17 +143,24 @@ impl Path {
 }
 
 fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, steps: usize, row: usize, out: &mut [f32; TILE]) {
-    let (groups, head) = (integers.groups(), integers.head_bytes());
-    let number = |step: &[u8], index: usize| {
-        if integers.half {
-            wide(u16::from_le_bytes([step[2 * index], step[2 * index + 1]]))
-        } else {
-            f32::from_le_bytes([step[4 * index], step[4 * index + 1], step[4 * index + 2], step[4 * index + 3]])
-        }
-    };
+    let (groups, base) = (integers.groups(), IntegerForm::base(integers.bits));
+    let half = |bytes: &[u8], index: usize| wide(u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]));
     let (panel, t) = (row / ROWS, row % ROWS);
     *out = [0.0; TILE];
-    for (index, step) in tile.chunks_exact(integers.step_bytes()).enumerate() {
+    for index in 0..steps {
+        let nest = &tile[index / integers.nest() * integers.tile_bytes(integers.nest())..];
+        let (top, nest) = nest.split_at(integers.top_bytes());
+        let step = &nest[index % integers.nest() * integers.step_bytes()..][..integers.step_bytes()];
+        let (head, body) = step.split_at(integers.head_bytes());
+        // a scale (0) or an offset (1) of a group of row r
+        let number = |kind: usize, group: usize, r: usize| {
+            let index = (kind * groups + group) * TILE + r;
+            if integers.nested {
+                half(top, kind * TILE + r) * f32::from(head[index].cast_signed()) // exact: 11 bits and 8
+            } else {
+                half(head, index)
+            }
+        };
         let place = panel * steps + index;
         let scale = inputs.rounded.scales[place * ROWS + t];
         let x = |k: usize| inputs.rounded.codes[(place * 8 + k / 4) * ROWS + t][k % 4];
@@ -163,21 +170,15 @@ fn portable(integers: &IntegerForm, tile: &[u8], inputs: &Inputs<'_>, steps: usi
                 let mut sum = inputs.starts[at];
                 for k in group * integers.group..(group + 1) * integers.group {
                     let place = k / 4 * TILE * 4 + r * 4 + k % 4;
-                    let code = if integers.bits == 8 {
-                        step[head + place]
-                    } else {
-                        let bit = |bit: usize| {
-                            let byte = step[head + PLANE + (bit - 4) * PLANE / 4 + place / 8];
-                            (byte >> (place % 8) & 1) << bit
-                        };
-                        let low = step[head + place % PLANE] >> (k / 16 * 4) & 0x0f;
-                        (4..integers.bits).fold(low, |code, plane| code | bit(plane))
-                    };
+                    let low = body[place % (base * PLANE)] >> (place / (base * PLANE) * base) & (0xff >> (8 - base));
+                    let bit = |bit: usize| (body[bit * PLANE + place / 8] >> (place % 8) & 1) << bit;
+                    let code = (base..integers.bits).fold(low, |code, plane| code | bit(plane));
+                    let code = integers.table.map_or(code, |table| table[usize::from(code)]);
                     sum += i32::from(code) * i32::from(x(k));
                 }
-                *out = (number(step, group * TILE + r) * scale).mul_add(sum as f32, *out);
+                *out = (number(0, group, r) * scale).mul_add(sum as f32, *out);
                 if integers.offsets {
-                    *out = number(step, (groups + group) * TILE + r).mul_add(inputs.sums[at], *out);
+                    *out = number(1, group, r).mul_add(inputs.sums[at], *out);
                 }
             }
         }

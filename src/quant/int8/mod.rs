@@ -29,8 +29,10 @@ use crate::team::{Shared, Team};
 const TILE: usize = 16;
 /// Values of a row that stand together; x has one scale for them.
 const STEP: usize = 32;
-/// Bytes of 4 bits of a step's codes.
-const PLANE: usize = TILE * STEP / 2;
+/// Steps whose nested scales share a number.
+const NEST: usize = 8;
+/// Bytes of one bit of a step's codes.
+const PLANE: usize = TILE * STEP / 8;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 18;
 
@@ -43,15 +45,31 @@ pub(super) struct IntegerForm {
     pub zero: u8,
     /// Whether there are offsets.
     pub offsets: bool,
-    /// What codes take: 4, 5, 6 or 8.
+    /// What codes take: 2 to 6, or 8.
     pub bits: usize,
-    /// Scales and offsets are numbers of half precision.
-    pub half: bool,
-    /// One block to its codes, and each group's scale and offset.
-    pub split: Split,
+    /// Scales and offsets are whole numbers of 8 bits, to be taken times two numbers of half precision that 256 values
+    /// share; else they are numbers of half precision themselves.
+    pub nested: bool,
+    /// What stands for each code of 4 bits, where codes are not the numbers themselves.
+    pub table: Option<&'static [u8; 16]>,
+    /// Takes a block apart.
+    pub split: fn(block: &[u8], parts: &mut Parts),
 }
 
-type Split = fn(block: &[u8], codes: &mut [u8], scales: &mut [f32], offsets: &mut [f32]);
+/// A block, taken apart.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// Each value's.
+    pub codes: [u8; NEST * STEP],
+    /// Each group's.
+    pub scales: [f32; NEST * STEP / 16],
+    /// Each group's, where there are any.
+    pub offsets: [f32; NEST * STEP / 16],
+    /// What scales are to be taken times, where they are nested.
+    pub d: f32,
+    /// What offsets are to be taken times, where they are nested.
+    pub d_offset: f32,
+}
 
 impl IntegerForm {
     fn groups(&self) -> usize {
@@ -63,18 +81,47 @@ impl IntegerForm {
         (self.group, self.zero, self.offsets) == (other.group, other.zero, other.offsets)
     }
 
+    /// Scales, and offsets where there are any.
+    fn kinds(&self) -> usize {
+        if self.offsets { 2 } else { 1 }
+    }
+
     fn number_bytes(&self) -> usize {
-        if self.half { 2 } else { 4 }
+        if self.nested { 1 } else { 2 }
+    }
+
+    /// Steps that share what is above their scales: 1 where nothing is.
+    fn nest(&self) -> usize {
+        if self.nested { NEST } else { 1 }
+    }
+
+    /// Bytes that stand above so many steps.
+    fn top_bytes(&self) -> usize {
+        if self.nested { 2 * TILE * self.kinds() } else { 0 }
     }
 
     /// Bytes of 16 scales for each group of a step, and of as many offsets.
     fn head_bytes(&self) -> usize {
-        self.groups() * TILE * self.number_bytes() * if self.offsets { 2 } else { 1 }
+        self.groups() * TILE * self.number_bytes() * self.kinds()
     }
 
     /// Bytes of 32 values of 16 rows.
     fn step_bytes(&self) -> usize {
-        self.head_bytes() + TILE * STEP / 8 * self.bits
+        self.head_bytes() + PLANE * self.bits
+    }
+
+    /// Bytes of 16 rows of so many steps.
+    fn tile_bytes(&self, steps: usize) -> usize {
+        steps / self.nest() * (self.top_bytes() + self.nest() * self.step_bytes())
+    }
+
+    /// Bits of a code that stand together; the others stand in planes of one bit.
+    const fn base(bits: usize) -> usize {
+        match bits {
+            8 => 8,
+            4.. => 4,
+            _ => 2,
+        }
     }
 }
 
@@ -82,7 +129,10 @@ impl IntegerForm {
 ///
 /// For each 16 rows (zeros where there are fewer) and each 32 columns: scales `[groups, 16]`, offsets `[groups, 16]` where
 /// there are any, then codes `[8, 16, 4]`: four of each row, then the next four. Of 4-bit codes, a byte of `[4, 16, 4]`
-/// holds one of the first 16 columns in its low half, and the one 16 columns on in its high half.
+/// holds one of the first 16 columns in its low half, and the one 16 columns on in its high half; of 2-bit codes, a byte
+/// of `[2, 16, 4]` holds four that are 8 columns apart. Codes of 3, 5 and 6 bits have their other bits behind, a plane
+/// `[8, 16, 4]` each. Above 256 columns with nested scales stand what these are to be taken times, `[16]`, and the
+/// same for offsets.
 #[derive(Debug)]
 pub struct Packed {
     integers: IntegerForm,
@@ -106,7 +156,7 @@ impl Packed {
                 blocks.len()
             )));
         }
-        let tile_bytes = columns / STEP * integers.step_bytes();
+        let tile_bytes = integers.tile_bytes(columns / STEP);
         let mut bytes = Bytes::zeros(rows.div_ceil(TILE) * tile_bytes)?;
         if tile_bytes > 0 {
             use rayon::prelude::*;
@@ -132,43 +182,54 @@ impl Packed {
     }
 
     fn tiles(&self, tiles: Range<usize>) -> &[u8] {
-        let bytes = self.columns / STEP * self.integers.step_bytes();
+        let bytes = self.integers.tile_bytes(self.columns / STEP);
         &self.bytes.as_slice()[tiles.start * bytes..tiles.end * bytes]
     }
 }
 
 fn pack_tile(kind: Kind, integers: &IntegerForm, rows: &[u8], row_bytes: usize, tile: &mut [u8]) {
-    let (size, groups) = (kind.block_size(), integers.groups());
-    let mut codes = vec![0; size];
-    let (mut scales, mut offsets) = (vec![0.0; size / integers.group], vec![0.0; size / integers.group]);
+    let (size, groups, width) = (kind.block_size(), integers.groups(), integers.number_bytes());
+    let mut parts = Parts {
+        codes: [0; NEST * STEP],
+        scales: [0.0; NEST * STEP / 16],
+        offsets: [0.0; NEST * STEP / 16],
+        d: 1.0,
+        d_offset: 1.0,
+    };
     for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
-        for (b, block) in row.chunks_exact(kind.block_bytes()).enumerate() {
-            (integers.split)(block, &mut codes, &mut scales, &mut offsets);
-            let steps = tile[b * size / STEP * integers.step_bytes()..].chunks_exact_mut(integers.step_bytes());
-            let numbers = scales.chunks_exact(groups).zip(offsets.chunks_exact(groups));
-            for ((step, codes), (scales, offsets)) in steps.zip(codes.chunks_exact(STEP)).zip(numbers) {
-                let (head, body) = step.split_at_mut(integers.head_bytes());
-                let parts = if integers.offsets { vec![scales, offsets] } else { vec![scales] };
-                for (index, value) in parts.concat().into_iter().enumerate() {
-                    let at = (index * TILE + r) * integers.number_bytes();
-                    if integers.half {
-                        head[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes());
-                    } else {
-                        head[at..at + 4].copy_from_slice(&value.to_le_bytes());
-                    }
-                }
-                for (k, &code) in codes.iter().enumerate() {
-                    let place = k / 4 * TILE * 4 + r * 4 + k % 4;
-                    if integers.bits == 8 {
-                        body[place] = code;
-                        continue;
-                    }
-                    body[place % PLANE] |= (code & 0x0f) << (k / 16 * 4);
-                    for bit in 4..integers.bits {
-                        body[PLANE + (bit - 4) * PLANE / 4 + place / 8] |= (code >> bit & 1) << (place % 8);
-                    }
-                }
+        let nests = tile.chunks_exact_mut(integers.tile_bytes(size / STEP));
+        for (nest, block) in nests.zip(row.chunks_exact(kind.block_bytes())) {
+            (integers.split)(block, &mut parts);
+            let (top, steps) = nest.split_at_mut(integers.top_bytes());
+            for (d, value) in top.chunks_exact_mut(2 * TILE).zip([parts.d, parts.d_offset]) {
+                d[2 * r..2 * r + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes());
             }
+            for (index, step) in steps.chunks_exact_mut(integers.step_bytes()).enumerate() {
+                let (head, body) = step.split_at_mut(integers.head_bytes());
+                let of_step = index * groups..(index + 1) * groups;
+                let numbers = parts.scales[of_step.clone()].iter().chain(&parts.offsets[of_step]);
+                for (number, value) in head.chunks_exact_mut(TILE * width).zip(numbers) {
+                    if integers.nested {
+                        number[r] = (*value as i8).cast_unsigned();
+                    } else {
+                        number[2 * r..2 * r + 2].copy_from_slice(&half::f16::from_f32(*value).to_le_bytes());
+                    }
+                }
+                pack_codes(integers.bits, r, &parts.codes[index * STEP..(index + 1) * STEP], body);
+            }
+        }
+    }
+}
+
+/// The codes of row r into a step's.
+fn pack_codes(bits: usize, r: usize, codes: &[u8], body: &mut [u8]) {
+    let base = IntegerForm::base(bits);
+    for (k, &code) in codes.iter().enumerate() {
+        let place = k / 4 * TILE * 4 + r * 4 + k % 4;
+        // the lowest bits of columns that are far apart share a byte
+        body[place % (base * PLANE)] |= (code & (0xff >> (8 - base))) << (place / (base * PLANE) * base);
+        for bit in base..bits {
+            body[bit * PLANE + place / 8] |= (code >> bit & 1) << (place % 8);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod grammar;
 mod reader;
+mod scan;
 
 use serde_json::Value;
 

@@ -39,6 +39,7 @@ fn asked(mut fields: Fields, most: Option<Value>) -> Result<Asked, ApiError> {
         ("top_p", "top_p"),
         ("top_k", "top_k"),
         ("stop_sequences", "stop"),
+        ("retrieval", "retrieval"),
     ] {
         chat.extend(fields.take(name).map(|value| (theirs.to_owned(), value)));
     }
@@ -187,6 +188,18 @@ impl Messages {
         }
     }
 
+    /// The texts that the answer was written under, as citations of its text; an answer without retrieval has none.
+    fn citations(&self) -> Vec<Value> {
+        let sources = self.context.sources.of(0).unwrap_or_default().into_iter().enumerate();
+        let cited = sources.map(|(index, source)| {
+            json!({
+                "type": "search_result_location", "source": source.source, "title": source.source,
+                "cited_text": source.text, "search_result_index": index, "start_block_index": 0, "end_block_index": 1,
+            })
+        });
+        cited.collect()
+    }
+
     fn delta(&self, delta: &Value, lines: &mut Vec<Bytes>) {
         lines.push(event(&json!({"type": "content_block_delta", "index": self.blocks, "delta": delta})));
     }
@@ -197,7 +210,11 @@ impl Dialect for Messages {
         let answer = answers.into_iter().next().unwrap_or_default();
         let mut content = Vec::new();
         if !answer.text.is_empty() || answer.calls.is_empty() {
+            let citations = self.citations();
             content.push(json!({"type": "text", "text": answer.text}));
+            if !citations.is_empty() {
+                content[0]["citations"] = citations.into();
+            }
         }
         content.extend(answer.calls.iter().map(
             |call| json!({"type": "tool_use", "id": call.id, "name": call.name, "input": call.input("INVALID_JSON")}),
@@ -230,6 +247,12 @@ impl Dialect for Messages {
     }
 
     fn end(&mut self, _: usize, ending: &Ending, usage: Usage, lines: &mut Vec<Bytes>) {
+        for citation in self.citations() {
+            if self.block != Some("text") {
+                self.open("text", &json!({"type": "text", "text": ""}), lines);
+            }
+            self.delta(&json!({"type": "citations_delta", "citation": citation}), lines);
+        }
         self.close(lines);
         let (reason, sequence) = reason(ending);
         let delta = json!({"stop_reason": reason, "stop_sequence": sequence});

@@ -22,6 +22,7 @@ use crate::serve::calls::{Choice, Reader};
 use crate::serve::constraint::{Constraint, Format};
 use crate::serve::models::{Model, now};
 use crate::serve::{Author, Event, Pen, Request, Sink, Sources, Usage};
+use crate::{Error, ErrorKind};
 
 /// Reads a body: what is asked, and in whose words the answer is to be.
 pub(super) type Parse = fn(&[u8]) -> Result<(Asked, Maker), ApiError>;
@@ -154,6 +155,7 @@ fn submit(
             let index = requests.len();
             requests.push(Request {
                 prompt: prompt.clone(),
+                answered: 0,
                 sampling,
                 constraint: constraint.cloned(),
                 adapter: model.adapter,
@@ -242,6 +244,14 @@ struct Channel {
 impl Sink for Channel {
     fn send(&mut self, event: Event) -> bool {
         self.meter.event(&event);
+        let event = match event {
+            // among many adapters, whose answer it was
+            Event::Failed(error) if error.kind == ErrorKind::Failure => {
+                let message = format!("{}: {}", self.meter.model(), error.message);
+                Event::Failed(Error { message, ..error })
+            }
+            event => event,
+        };
         self.sender.send((self.index, event)).is_ok()
     }
 

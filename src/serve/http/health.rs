@@ -89,6 +89,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
     let sampling = Sampling { max_tokens: Some(1), temperature: 0.0, ignore_end: true, ..Sampling::default() };
     let request = Request {
         prompt: vec![0],
+        answered: 0,
         sampling,
         constraint: None,
         adapter: NO_ADAPTER,

@@ -41,6 +41,11 @@ impl Meter {
         Self { app, caller, model, prompt_tokens, pays, start, last: None, seen: 0, settled: false }
     }
 
+    /// The name of the model that answers.
+    pub fn model(&self) -> &str {
+        &self.model.name
+    }
+
     /// Notes an event.
     pub fn event(&mut self, event: &Event) {
         let now = Instant::now();

@@ -85,6 +85,9 @@ pub(super) fn generate(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
     if raw {
         let most = chat.contains_key("max_tokens");
         chat.swap_remove("chat_template_kwargs");
+        if chat.get("retrieval") == Some(&Value::Bool(false)) {
+            chat.swap_remove("retrieval");
+        }
         chat.insert("prompt".to_owned(), prompt.into());
         let mut asked = parse::completion(Fields::from(chat))?;
         if !most {
@@ -118,6 +121,7 @@ fn common(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
         }
         Some(other) => return Err(ApiError::field("format", "\"json\" or a JSON schema", kind(&other))),
     }
+    chat.extend(fields.take("retrieval").map(|wanted| ("retrieval".to_owned(), wanted)));
     let Some(options) = fields.take("options") else { return Ok(chat) };
     let mut options = Fields::of("options", options)?;
     for name in ["temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"] {
@@ -191,6 +195,9 @@ impl Ollama {
         object["prompt_eval_duration"] = nanoseconds(first).into();
         object["eval_count"] = usage.completion_tokens.into();
         object["eval_duration"] = nanoseconds(total.saturating_sub(first)).into();
+        if let Some(sources) = self.context.sources.shown(0) {
+            object["sources"] = sources;
+        }
         object
     }
 

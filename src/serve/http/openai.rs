@@ -102,9 +102,8 @@ impl OpenAi {
 
     /// Names the texts that a choice was written under, where there are some.
     fn sourced(&self, index: usize, choice: &mut Value) {
-        if let Some(sources) = self.context.sources.of(index) {
-            let sources = sources.into_iter().map(|source| json!({"source": source.source, "text": source.text}));
-            choice["sources"] = sources.collect();
+        if let Some(sources) = self.context.sources.shown(index) {
+            choice["sources"] = sources;
         }
     }
 

@@ -66,7 +66,7 @@ pub(super) fn parse(body: &[u8]) -> Result<(Asked, Maker), ApiError> {
         echo.insert(name.to_owned(), value.clone().unwrap_or(default));
         chat.extend(value.map(|value| (theirs.to_owned(), value)));
     }
-    for name in ["model", "stream", "seed", "top_k", "min_p", "service_tier", "chat_template_kwargs"] {
+    for name in ["model", "stream", "seed", "top_k", "min_p", "service_tier", "chat_template_kwargs", "retrieval"] {
         chat.extend(fields.take(name).map(|value| (name.to_owned(), value)));
     }
     let tools = fields.take("tools").unwrap_or_else(|| json!([]));
@@ -213,8 +213,21 @@ impl Responses {
         response
     }
 
+    /// The texts that the answer was written under, as citations at the end of its text.
+    fn annotations(&self, text: &str) -> Vec<Value> {
+        let sources = self.context.sources.of(0).unwrap_or_default().into_iter();
+        let index = text.chars().count();
+        let cited = sources.map(|source| {
+            json!({
+                "type": "file_citation", "file_id": source.source, "filename": source.source, "index": index,
+                "text": source.text,
+            })
+        });
+        cited.collect()
+    }
+
     fn message(&self, index: usize, text: Option<&str>, status: &str) -> Value {
-        let content: Vec<Value> = text.map(output_text).into_iter().collect();
+        let content: Vec<Value> = text.map(|text| output_text(text, self.annotations(text))).into_iter().collect();
         let id = format!("msg_{}_{index}", self.context.id);
         json!({"id": id, "type": "message", "role": "assistant", "status": status, "content": content})
     }
@@ -241,7 +254,7 @@ impl Responses {
         self.open = Some((index, String::new()));
     }
 
-    /// Ends the item that is written, if there is one.
+    /// Ends the item that is written, if there is one. What a text cites is known when the answer ends.
     fn close(&mut self, status: &str, lines: &mut Vec<Bytes>) {
         let Some((index, text)) = self.open.take() else { return };
         let place = json!({"item_id": self.items[index]["id"], "output_index": index});
@@ -254,11 +267,17 @@ impl Responses {
             fields
         };
         if self.items[index]["type"] == "message" {
+            let annotations = self.annotations(&text);
+            for (number, annotation) in annotations.iter().enumerate() {
+                let added = with(json!({"content_index": 0, "annotation_index": number, "annotation": annotation}));
+                self.send("response.output_text.annotation.added", added, lines);
+            }
+            let part_text = output_text(&text, annotations);
             let done = with(json!({"content_index": 0, "text": text, "logprobs": []}));
             self.send("response.output_text.done", done, lines);
-            let part = with(json!({"content_index": 0, "part": output_text(&text)}));
+            let part = with(json!({"content_index": 0, "part": part_text}));
             self.send("response.content_part.done", part, lines);
-            self.items[index]["content"] = json!([output_text(&text)]);
+            self.items[index]["content"] = json!([part_text]);
         } else {
             let done = with(json!({"arguments": text, "name": self.items[index]["name"]}));
             self.send("response.function_call_arguments.done", done, lines);
@@ -315,7 +334,7 @@ impl Dialect for Responses {
                     let index = self.items.len() - 1;
                     let part = json!({
                         "item_id": self.items[index]["id"], "output_index": index, "content_index": 0,
-                        "part": output_text(""),
+                        "part": output_text("", Vec::new()),
                     });
                     self.send("response.content_part.added", part, lines);
                 }
@@ -346,8 +365,8 @@ impl Dialect for Responses {
     }
 }
 
-fn output_text(text: &str) -> Value {
-    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+fn output_text(text: &str, annotations: Vec<Value>) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": annotations, "logprobs": []})
 }
 
 fn status(ending: &Ending) -> &'static str {

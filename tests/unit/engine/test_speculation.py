@@ -73,7 +73,7 @@ def guessing(
     toy: Toy, count: int, pool: ThreadPoolExecutor, stride: int | None = None, *, overlap: bool = True
 ) -> list[Segment]:
     chosen = Stride(overlap=overlap, fixed=stride)
-    return list(speculative(toy, toy.query, toy.write, count, pool, chosen, overlap=overlap))
+    return list(speculative(toy, toy.query, toy.write, count, pool, chosen))
 
 
 @settings(max_examples=60)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, TypeAlias
 
 from ftkit.engine.decode._speculation import Ids, Segment, plain, speculative
-from ftkit.engine.decode._stride import Stride
+from ftkit.engine.decode._stride import Costs, Stride
 from ftkit.engine.decode._visible import Visible
 from ftkit.engine.engine import DEFAULT, Completion, Delta, Engine, Prompt, Token
 from ftkit.engine.indices import Collection, Index, Passage
@@ -34,8 +34,8 @@ QUESTION_CHARACTERS = 1000
 _GOLDEN = 0x9E3779B97F4A7C15
 """Odd, so that no two positions of an answer have the same seed."""
 
-Submit: TypeAlias = Callable[[list[int], Sampling], Iterator[Delta]]
-"""Asks for what follows these tokens."""
+Submit: TypeAlias = Callable[[list[int], int, Sampling], Iterator[Delta]]
+"""Asks for what follows these tokens, the last so many of which are of the answer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Retrieving:
         """Over `engine`, which closes with it.
 
         `passages`: how many at a time; `every`: tokens after which the index is asked again. `speculate`: guesses from
-        what was found before, and verifies; `overlap`: writes on meanwhile; `stride`: always so many guesses (1 or
+        what was found before, and verifies; `overlap`: may write on meanwhile; `stride`: always so many guesses (1 or
         more), instead of as many as pay. Raises InputError for numbers out of bounds.
         """
         for name, number in (("passages", passages), ("every", every), ("stride", stride)):
@@ -81,6 +81,7 @@ class Retrieving:
         self._engine, self._collection, self._index = engine, collection, index
         self._count, self._every = passages, every
         self._speculate, self._overlap, self._stride = speculate, overlap, stride
+        self._costs = Costs()
         # a thread of its own, also without speculation: what torch computes in it does not depend on the caller's
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
         self.loaded = engine.loaded
@@ -98,16 +99,17 @@ class Retrieving:
 
         `prompt`: a conversation that ends with a question, or a text, before which passages are put. `submit` asks for
         a part of it, where that isn't the engine with `model`. Raises InputError
-        for a prompt or parameters that can't be answered, presence and frequency penalties among them; FtkitError when
-        the queue is full or the step fails.
+        for a prompt or parameters that can't be answered, FtkitError when the queue is full or the step fails.
         """
-        submit = submit or (lambda tokens, part: self._engine.stream(tokens, part, model=model))
+        if submit is None:
+
+            def submit(tokens: list[int], answered: int, part: Sampling) -> Iterator[Delta]:
+                return self._engine.stream(tokens, part, model=model, answered=answered)
+
         task = _Task(self._engine, self._collection, prompt, sampling, submit, self._every)
         if self._speculate:
-            stride = Stride(overlap=self._overlap, fixed=self._stride)
-            segments = speculative(
-                self._index, self._query(task), task.write, self._count, self._pool, stride, overlap=self._overlap
-            )
+            stride = Stride(self._costs, overlap=self._overlap, fixed=self._stride)
+            segments = speculative(self._index, self._query(task), task.write, self._count, self._pool, stride)
         else:
             segments = plain(self._index, self._query(task), task.write, self._count, self._pool)
         return self._shown(segments, sampling)
@@ -177,9 +179,6 @@ class _Task:
         submit: Submit,
         every: int,
     ) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(sampling, name):
-                raise InputError(f"{name}: expected 0 with retrieval, got {getattr(sampling, name)}")
         self._engine, self._collection, self._every, self._submit = engine, collection, every, submit
         self._before, self._question, self._after = _parts(prompt)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -202,7 +201,7 @@ class _Task:
         assert sampling.seed is not None
         how = replace(sampling, max_tokens=count, seed=(sampling.seed + len(answer) * _GOLDEN) % 2**64)
         found: list[Token] = []
-        for delta in self._submit(tokens, how):
+        for delta in self._submit(tokens, len(answer), how):
             found += delta.tokens
             reason = delta.finish_reason
             if reason is None:

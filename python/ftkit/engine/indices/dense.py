@@ -21,6 +21,7 @@ from ftkit.errors import InputError
 
 _FILE = "embeddings.safetensors"
 _PORTION = 256
+_LEAST_COLUMNS = 4
 _MARGIN = 8
 """Passages beyond those wanted that are scored anew: products of matrices round differently in different company."""
 
@@ -54,9 +55,15 @@ class Dense:
 
     def search(self, queries: Sequence[Tensor], count: int) -> list[list[int]]:
         """As `Index.search`; one product for all queries."""
-        scores = torch.stack(list(queries)) @ self._vectors.T  # [queries, n]
+        scores = self._scores(torch.stack(list(queries)))  # [queries, n]
         best = scores.topk(min(count + _MARGIN, len(self._vectors)), dim=1).indices
         return [self.rank(query, row.tolist())[:count] for query, row in zip(queries, best, strict=True)]
+
+    def _scores(self, queries: Tensor) -> Tensor:
+        # Passages times queries, not the other way round, and never one query alone: several columns are as fast as
+        # memory is, where a product with one is a loop of one thread, and one with few rows packs all of the passages.
+        columns = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - len(queries))))
+        return (self._vectors @ columns.T).T[: len(queries)].contiguous()
 
     def rank(self, query: Tensor, passages: Sequence[int]) -> list[int]:
         """As `Index.rank`; a passage's score depends on it and the query alone."""

@@ -4,7 +4,7 @@
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
-use super::super::{IntegerForm, PLANE, ROWS, STEP};
+use super::super::{IntegerForm, PLANE, ROWS, STEP, TILE};
 use super::{Found, Inputs};
 
 /// 32 values in 8 bits, as the portable function does it.
@@ -105,16 +105,21 @@ pub(super) unsafe fn panel(
         starts: inputs.starts.as_ptr().wrapping_add(place * groups),
         sums: inputs.sums.as_ptr().wrapping_add(place * groups),
     };
-    let two = tiles.len() > steps * integers.step_bytes();
+    let two = tiles.len() > integers.tile_bytes(steps);
     /// The kernel for some rows (and tiles).
     macro_rules! call {
         ($kernel:ident, $($size:literal),+) => {
-            match (integers.bits, groups) {
-                (4, 1) => $kernel::<$($size),+, 4, 1>(&work, out),
-                (4, _) => $kernel::<$($size),+, 4, 2>(&work, out),
-                (5, _) => $kernel::<$($size),+, 5, 1>(&work, out),
-                (6, _) => $kernel::<$($size),+, 6, 2>(&work, out),
-                _ => $kernel::<$($size),+, 8, 1>(&work, out),
+            match (integers.bits, groups, integers.nested, integers.table.is_some()) {
+                (2, ..) => $kernel::<$($size),+, 2, 2, true, false>(&work, out),
+                (3, ..) => $kernel::<$($size),+, 3, 2, true, false>(&work, out),
+                (4, _, false, false) => $kernel::<$($size),+, 4, 1, false, false>(&work, out),
+                (4, _, false, true) => $kernel::<$($size),+, 4, 1, false, true>(&work, out),
+                (4, _, true, false) => $kernel::<$($size),+, 4, 1, true, false>(&work, out),
+                (4, _, true, true) => $kernel::<$($size),+, 4, 1, true, true>(&work, out),
+                (5, _, false, _) => $kernel::<$($size),+, 5, 1, false, false>(&work, out),
+                (5, _, true, _) => $kernel::<$($size),+, 5, 1, true, false>(&work, out),
+                (6, ..) => $kernel::<$($size),+, 6, 2, true, false>(&work, out),
+                _ => $kernel::<$($size),+, 8, 1, false, false>(&work, out),
             }
         };
     }
@@ -132,85 +137,112 @@ pub(super) unsafe fn panel(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const T: usize, const N: usize, const BITS: usize, const GROUPS: usize>(
+unsafe fn vnni<
+    const T: usize,
+    const N: usize,
+    const BITS: usize,
+    const GROUPS: usize,
+    const NESTED: bool,
+    const TABLE: bool,
+>(
     work: &Work<'_>,
     out: &mut Found,
 ) {
-    let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
-    let (half, offsets) = (work.integers.half, work.integers.offsets);
-    let mask = _mm512_set1_epi8(0x0f);
+    let integers = work.integers;
+    let (bytes, head, top_bytes) = (integers.step_bytes(), integers.head_bytes(), integers.top_bytes());
+    let (nest, offsets) = (integers.nest(), integers.offsets);
+    let base = IntegerForm::base(BITS);
+    let mask = _mm512_set1_epi8(0xff_u8.wrapping_shr(8 - base as u32).cast_signed());
+    let table = integers.table.unwrap_or(&[0; 16]);
+    // SAFETY: 16 bytes are there.
+    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+    let tile_bytes = integers.tile_bytes(work.steps);
     let mut sums = [[_mm512_setzero_ps(); T]; N];
-    for step in 0..work.steps {
-        // SAFETY: each tile has `steps` steps of these bytes, and the inputs as many for each row; prefetching beyond the
-        // end changes nothing.
-        unsafe {
-            let start: [_; N] = std::array::from_fn(|n| work.tiles.add((n * work.steps + step) * bytes));
-            for start in start {
-                for line in (0..bytes).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
-                }
+    let mut at = 0;
+    for block in 0..work.steps / nest {
+        // what this block's scales, and its offsets, are to be taken times
+        let mut tops = [[_mm512_setzero_ps(); N]; 2];
+        if NESTED {
+            for (kind, tops) in tops.iter_mut().enumerate().take(integers.kinds()) {
+                // SAFETY: a block of the tile begins with as many.
+                *tops = std::array::from_fn(|n| unsafe {
+                    let top = work.tiles.add(n * tile_bytes + at + 2 * TILE * kind);
+                    _mm512_cvtph_ps(_mm256_loadu_si256(top.cast()))
+                });
             }
-            let mut whole = [[[_mm512_setzero_si512(); T]; N]; GROUPS];
-            for (group, whole) in whole.iter_mut().enumerate() {
-                for t in 0..T {
-                    let start = _mm512_set1_epi32(*work.starts.add((step * GROUPS + group) * ROWS + t));
-                    whole.iter_mut().for_each(|whole| whole[t] = start);
+        }
+        at += top_bytes;
+        for step in block * nest..(block + 1) * nest {
+            // SAFETY: each tile has `steps` steps of these bytes, and the inputs as many for each row; prefetching beyond
+            // the end changes nothing.
+            unsafe {
+                let start: [_; N] = std::array::from_fn(|n| work.tiles.add(n * tile_bytes + at));
+                at += bytes;
+                for start in start {
+                    for line in (0..bytes).step_by(64) {
+                        _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+                    }
                 }
-            }
-            for j in 0..if BITS == 8 { 8 } else { 4 } {
-                let bytes = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * j).cast()));
-                if BITS == 8 {
-                    let group = j / 4 * (GROUPS - 1);
+                let mut whole = [[[_mm512_setzero_si512(); T]; N]; GROUPS];
+                for (group, whole) in whole.iter_mut().enumerate() {
                     for t in 0..T {
-                        let a = _mm512_set1_epi32(work.four(step, j, t));
-                        for n in 0..N {
-                            whole[group][n][t] = _mm512_dpbusd_epi32(whole[group][n][t], bytes[n], a);
+                        let start = _mm512_set1_epi32(*work.starts.add((step * GROUPS + group) * ROWS + t));
+                        whole.iter_mut().for_each(|whole| whole[t] = start);
+                    }
+                }
+                for load in 0..base {
+                    let loaded = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * load).cast()));
+                    for part in 0..8 / base {
+                        let four = part * base + load;
+                        let shift = _mm_cvtsi64_si128((part * base) as i64);
+                        let mut codes = loaded;
+                        if BITS < 8 {
+                            codes = codes.map(|codes| _mm512_and_si512(_mm512_srl_epi16(codes, shift), mask));
+                        }
+                        for bit in base..BITS {
+                            let value = _mm512_set1_epi8(1 << bit);
+                            for n in 0..N {
+                                // the codes that have the bit
+                                let plane = start[n].add(head + bit * PLANE).cast::<u64>().add(four);
+                                codes[n] = _mm512_mask_add_epi8(codes[n], plane.read_unaligned(), codes[n], value);
+                            }
+                        }
+                        if TABLE {
+                            codes = codes.map(|codes| _mm512_shuffle_epi8(table, codes));
+                        }
+                        let group = four / 4 * (GROUPS - 1);
+                        for t in 0..T {
+                            let a = _mm512_set1_epi32(work.four(step, four, t));
+                            for n in 0..N {
+                                whole[group][n][t] = _mm512_dpbusd_epi32(whole[group][n][t], codes[n], a);
+                            }
                         }
                     }
-                    continue;
                 }
-                let mut low = bytes.map(|bytes| _mm512_and_si512(bytes, mask));
-                let mut high = bytes.map(|bytes| _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask));
-                for bit in 4..BITS {
-                    let value = _mm512_set1_epi8(1 << bit);
-                    for n in 0..N {
-                        // the codes that have the bit
-                        let plane = start[n].add(head + PLANE + (bit - 4) * PLANE / 4).cast::<u64>();
-                        low[n] = _mm512_mask_add_epi8(low[n], plane.add(j).read_unaligned(), low[n], value);
-                        high[n] = _mm512_mask_add_epi8(high[n], plane.add(4 + j).read_unaligned(), high[n], value);
+                let number = |kind: usize, group: usize, n: usize| {
+                    let index = kind * GROUPS + group;
+                    if NESTED {
+                        let whole = _mm512_cvtepi8_epi32(_mm_loadu_si128(start[n].add(TILE * index).cast()));
+                        _mm512_mul_ps(tops[kind][n], _mm512_cvtepi32_ps(whole))
+                    } else {
+                        _mm512_cvtph_ps(_mm256_loadu_si256(start[n].add(2 * TILE * index).cast()))
                     }
-                }
-                for t in 0..T {
-                    let a = _mm512_set1_epi32(work.four(step, j, t));
-                    let b = _mm512_set1_epi32(work.four(step, 4 + j, t));
+                };
+                for (group, whole) in whole.iter().enumerate() {
                     for n in 0..N {
-                        whole[0][n][t] = _mm512_dpbusd_epi32(whole[0][n][t], low[n], a);
-                        let whole = &mut whole[GROUPS - 1][n][t];
-                        *whole = _mm512_dpbusd_epi32(*whole, high[n], b);
-                    }
-                }
-            }
-            let number = |n: usize, index: usize| {
-                if half {
-                    _mm512_cvtph_ps(_mm256_loadu_si256(start[n].add(32 * index).cast()))
-                } else {
-                    _mm512_loadu_ps(start[n].add(64 * index).cast())
-                }
-            };
-            for (group, whole) in whole.iter().enumerate() {
-                for n in 0..N {
-                    let scale = number(n, group);
-                    for t in 0..T {
-                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*work.scales.add(step * ROWS + t)));
-                        sums[n][t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole[n][t]), sums[n][t]);
-                    }
-                }
-                if offsets {
-                    for n in 0..N {
-                        let offset = number(n, GROUPS + group);
+                        let scale = number(0, group, n);
                         for t in 0..T {
-                            let sum = _mm512_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
-                            sums[n][t] = _mm512_fmadd_ps(offset, sum, sums[n][t]);
+                            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*work.scales.add(step * ROWS + t)));
+                            sums[n][t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole[n][t]), sums[n][t]);
+                        }
+                    }
+                    if offsets {
+                        for n in 0..N {
+                            let offset = number(1, group, n);
+                            for t in 0..T {
+                                let sum = _mm512_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
+                                sums[n][t] = _mm512_fmadd_ps(offset, sum, sums[n][t]);
+                            }
                         }
                     }
                 }
@@ -236,83 +268,102 @@ fn spread_bits(bits: u32) -> __m256i {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize>(work: &Work<'_>, out: &mut Found) {
-    let (bytes, head) = (work.integers.step_bytes(), work.integers.head_bytes());
-    let (half, offsets) = (work.integers.half, work.integers.offsets);
+unsafe fn avx2<const T: usize, const BITS: usize, const GROUPS: usize, const NESTED: bool, const TABLE: bool>(
+    work: &Work<'_>,
+    out: &mut Found,
+) {
+    let integers = work.integers;
+    let (bytes, head, top_bytes) = (integers.step_bytes(), integers.head_bytes(), integers.top_bytes());
+    let (nest, offsets) = (integers.nest(), integers.offsets);
+    let base = IntegerForm::base(BITS);
     // the products of two codes up to 127 fit into 16 bits; larger ones are taken with their sign
-    let signed = work.integers.zero == 128;
-    let (mask, ones) = (_mm256_set1_epi8(0x0f), _mm256_set1_epi16(1));
+    let signed = integers.zero == 128;
+    let mask = _mm256_set1_epi8(0xff_u8.wrapping_shr(8 - base as u32).cast_signed());
+    let (ones, sign) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
+    let table = integers.table.unwrap_or(&[0; 16]);
+    // SAFETY: 16 bytes are there.
+    let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
     for side in 0..2 {
         let mut sums = [_mm256_setzero_ps(); T];
-        for step in 0..work.steps {
-            // SAFETY: as in `vnni`; each load takes one side of 16 rows.
-            unsafe {
-                let start = work.tiles.add(step * bytes);
-                for line in (0..bytes).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
+        let mut at = 0;
+        for block in 0..work.steps / nest {
+            let mut tops = [_mm256_setzero_ps(); 2];
+            if NESTED {
+                for (kind, top) in tops.iter_mut().enumerate().take(integers.kinds()) {
+                    // SAFETY: a block of the tile begins with as many.
+                    *top = unsafe {
+                        _mm256_cvtph_ps(_mm_loadu_si128(work.tiles.add(at + 2 * TILE * kind + 16 * side).cast()))
+                    };
                 }
-                let body = start.add(head + 32 * side);
-                let mut whole = [[_mm256_setzero_si256(); T]; GROUPS];
-                for (group, whole) in whole.iter_mut().enumerate() {
-                    for (t, whole) in whole.iter_mut().enumerate() {
-                        let start = if signed { 0 } else { *work.starts.add((step * GROUPS + group) * ROWS + t) };
-                        *whole = _mm256_set1_epi32(start);
+            }
+            at += top_bytes;
+            for step in block * nest..(block + 1) * nest {
+                // SAFETY: as in `vnni`; each load takes one side of 16 rows.
+                unsafe {
+                    let start = work.tiles.add(at);
+                    at += bytes;
+                    for line in (0..bytes).step_by(64) {
+                        _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(AHEAD + line).cast());
                     }
-                }
-                if BITS < 8 {
-                    for j in 0..4 {
-                        let both = _mm256_loadu_si256(body.add(64 * j).cast());
-                        let mut low = _mm256_and_si256(both, mask);
-                        let mut high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
-                        for bit in 4..BITS {
-                            let value = _mm256_set1_epi8(1 << bit);
-                            let plane = start.add(head + PLANE + (bit - 4) * PLANE / 4 + 4 * side).cast::<u32>();
-                            let spread = |four: usize| spread_bits(plane.add(2 * four).read_unaligned());
-                            low = _mm256_or_si256(low, _mm256_and_si256(spread(j), value));
-                            high = _mm256_or_si256(high, _mm256_and_si256(spread(4 + j), value));
+                    let mut whole = [[_mm256_setzero_si256(); T]; GROUPS];
+                    for (group, whole) in whole.iter_mut().enumerate() {
+                        for (t, whole) in whole.iter_mut().enumerate() {
+                            let start = if signed { 0 } else { *work.starts.add((step * GROUPS + group) * ROWS + t) };
+                            *whole = _mm256_set1_epi32(start);
                         }
-                        for t in 0..T {
-                            for (group, nibbles, four) in [(0, low, j), (GROUPS - 1, high, 4 + j)] {
+                    }
+                    for load in 0..base {
+                        let loaded = _mm256_loadu_si256(start.add(head + 64 * load + 32 * side).cast());
+                        for part in 0..8 / base {
+                            let four = part * base + load;
+                            let mut codes = loaded;
+                            if BITS < 8 {
+                                let shift = _mm_cvtsi64_si128((part * base) as i64);
+                                codes = _mm256_and_si256(_mm256_srl_epi16(codes, shift), mask);
+                            }
+                            for bit in base..BITS {
+                                let plane = start.add(head + bit * PLANE + 8 * four + 4 * side).cast::<u32>();
+                                let value = _mm256_set1_epi8(1 << bit);
+                                let spread = spread_bits(plane.read_unaligned());
+                                codes = _mm256_or_si256(codes, _mm256_and_si256(spread, value));
+                            }
+                            if TABLE {
+                                codes = _mm256_shuffle_epi8(table, codes);
+                            }
+                            let whole = &mut whole[four / 4 * (GROUPS - 1)];
+                            for (t, whole) in whole.iter_mut().enumerate() {
                                 let a = _mm256_set1_epi32(work.four(step, four, t));
-                                let products = _mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, a), ones);
-                                whole[group][t] = _mm256_add_epi32(whole[group][t], products);
+                                let pairs = if signed {
+                                    let codes = _mm256_xor_si256(codes, sign);
+                                    _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(a, codes))
+                                } else {
+                                    _mm256_maddubs_epi16(codes, a)
+                                };
+                                *whole = _mm256_add_epi32(*whole, _mm256_madd_epi16(pairs, ones));
                             }
                         }
                     }
-                } else {
-                    for j in 0..8 {
-                        let bytes = _mm256_loadu_si256(body.add(64 * j).cast());
-                        let true_codes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
-                        let group = j / 4 * (GROUPS - 1);
-                        for t in 0..T {
-                            let a = _mm256_set1_epi32(work.four(step, j, t));
-                            let pairs = if signed {
-                                _mm256_maddubs_epi16(_mm256_abs_epi8(true_codes), _mm256_sign_epi8(a, true_codes))
-                            } else {
-                                _mm256_maddubs_epi16(bytes, a)
-                            };
-                            whole[group][t] = _mm256_add_epi32(whole[group][t], _mm256_madd_epi16(pairs, ones));
+                    let number = |kind: usize, group: usize| {
+                        let index = kind * GROUPS + group;
+                        if NESTED {
+                            let whole = _mm_loadl_epi64(start.add(TILE * index + 8 * side).cast());
+                            _mm256_mul_ps(tops[kind], _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(whole)))
+                        } else {
+                            _mm256_cvtph_ps(_mm_loadu_si128(start.add(2 * TILE * index + 16 * side).cast()))
                         }
-                    }
-                }
-                let number = |index: usize| {
-                    if half {
-                        _mm256_cvtph_ps(_mm_loadu_si128(start.add(32 * index + 16 * side).cast()))
-                    } else {
-                        _mm256_loadu_ps(start.add(64 * index + 32 * side).cast())
-                    }
-                };
-                for (group, whole) in whole.iter().enumerate() {
-                    let scale = number(group);
-                    for t in 0..T {
-                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*work.scales.add(step * ROWS + t)));
-                        sums[t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(whole[t]), sums[t]);
-                    }
-                    if offsets {
-                        let offset = number(GROUPS + group);
+                    };
+                    for (group, whole) in whole.iter().enumerate() {
+                        let scale = number(0, group);
                         for t in 0..T {
-                            let sum = _mm256_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
-                            sums[t] = _mm256_fmadd_ps(offset, sum, sums[t]);
+                            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*work.scales.add(step * ROWS + t)));
+                            sums[t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(whole[t]), sums[t]);
+                        }
+                        if offsets {
+                            let offset = number(1, group);
+                            for t in 0..T {
+                                let sum = _mm256_set1_ps(*work.sums.add((step * GROUPS + group) * ROWS + t));
+                                sums[t] = _mm256_fmadd_ps(offset, sum, sums[t]);
+                            }
                         }
                     }
                 }

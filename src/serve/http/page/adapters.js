@@ -13,7 +13,7 @@ function adapterCard(adapter) {
     adapter.id,
     `Generation ${adapter.generation} · ${adapter.method} · ${size(adapter.bytes)} · ${adapter.hash.slice(0, 12)}`,
     from.join(" · "),
-    `${adapter.traffic.requests} answers, ${adapter.traffic.generated_tokens} tokens`,
+    `Answers: ${adapter.traffic.requests}, with ${adapter.traffic.generated_tokens} tokens`,
   );
   const path = `/v1/adapters/${encodeURIComponent(adapter.id)}`;
   const row = actions();

@@ -1,6 +1,6 @@
 // One answer as it grows: its text, what it cost, and how likely its tokens were.
 import { events, request } from "./api.js";
-import { $, element } from "./dom.js";
+import { $, element, following } from "./dom.js";
 import { renderer } from "./markdown.js";
 import { sampling } from "./settings.js";
 
@@ -8,8 +8,9 @@ import { sampling } from "./settings.js";
 export async function answer(model, messages, parent, signal) {
   const how = sampling();
   const shown = how.logprobs ? null : renderer(parent, $("log"));
-  const found = { text: "", usage: null, id: null, fingerprint: null, model, messages, stopped: false, error: null };
-  let first = null;
+  const found = { text: "", usage: null, id: null, fingerprint: null, sources: [], model, messages, stopped: false, error: null };
+  const began = performance.now();
+  let first = null, parts = 0;
   try {
     const body = { ...how, model: model || undefined, messages, stream: true, stream_options: { include_usage: true } };
     const response = await request("POST", "/v1/chat/completions", body, signal);
@@ -20,9 +21,14 @@ export async function answer(model, messages, parent, signal) {
       found.fingerprint = event.system_fingerprint;
       found.model = event.model;
       const choice = event.choices[0];
-      for (const one of (how.logprobs && choice?.logprobs?.content) || []) parent.append(token(one));
+      found.sources = choice?.sources ?? found.sources;
+      const tokens = (how.logprobs && choice?.logprobs?.content) || [];
+      if (tokens.length) following($("log"), () => parent.append(...tokens.map(token)));
       const more = choice?.delta?.content ?? "";
-      if (more) first ??= performance.now();
+      if (more) {
+        first ??= performance.now();
+        parts += 1;
+      }
       found.text += more;
       if (more) shown?.add(more);
     }
@@ -30,7 +36,9 @@ export async function answer(model, messages, parent, signal) {
     found.stopped = error.name === "AbortError";
     if (!found.stopped) found.error = error.message;
   }
-  found.seconds = first === null ? 0 : (performance.now() - first) / 1000;
+  // with retrieval many tokens come at once, and the first ones took time, too
+  const since = 2 * parts < (found.usage?.completion_tokens ?? 0) ? began : first;
+  found.seconds = first === null ? 0 : (performance.now() - since) / 1000;
   await shown?.whole();
   return found;
 }
@@ -43,6 +51,18 @@ function token(one) {
   made.title = lines.join("\n");
   // where nothing hovers, a tap tells
   made.addEventListener("click", () => { $("status").textContent = lines.join("  "); });
+  return made;
+}
+
+// The passages that an answer was written under; their texts are there for whoever opens them.
+export function sources(found) {
+  const made = element("details", undefined, "sources");
+  const names = [...new Set(found.sources.map((one) => one.source))];
+  made.append(element("summary", `Sources: ${names.join(", ")}`));
+  for (const { source, text } of found.sources) {
+    const quote = element("blockquote", text);
+    made.append(element("p", source, "meta"), quote);
+  }
   return made;
 }
 

@@ -27,9 +27,26 @@ export function actions(...buttons) {
   return row;
 }
 
-// New cards in place of the old ones; who was on a button stays there.
+// A part of a card that can be opened, and stays so when its card is made anew.
+export function opened(summary, key, ...parts) {
+  const made = element("details");
+  const head = element("summary", summary);
+  head.dataset.key = `${key} ${summary}`;
+  made.append(head, ...parts);
+  return made;
+}
+
+// New cards in place of the old ones. Those that say the same stay; so does what is open, and who is on a button.
 export function replace(parent, cards) {
   const key = document.activeElement?.dataset?.key;
-  parent.replaceChildren(...cards);
-  if (key) [...parent.querySelectorAll("button")].find((one) => one.dataset.key === key)?.focus();
+  const keyed = (root) => [...root.querySelectorAll("[data-key]")];
+  const open = new Set(keyed(parent).filter((one) => one.parentElement.open).map((one) => one.dataset.key));
+  for (const one of cards.flatMap(keyed)) if (open.has(one.dataset.key)) one.parentElement.open = true;
+  const before = [...parent.children];
+  for (const [index, now] of cards.entries()) {
+    if (!before[index]) parent.append(now);
+    else if (!before[index].isEqualNode(now)) before[index].replaceWith(now);
+  }
+  for (const old of before.slice(cards.length)) old.remove();
+  if (key && document.activeElement?.dataset?.key !== key) keyed(parent).find((one) => one.dataset.key === key)?.focus();
 }

@@ -1,7 +1,7 @@
 // The chat: asks, shows what is chosen of the conversation, and stops. What is said is lost with the page.
 import { answer } from "./answer.js";
 import { Branches } from "./branches.js";
-import { $ } from "./dom.js";
+import { $, following } from "./dom.js";
 import { models } from "./models.js";
 import { system } from "./settings.js";
 import { answered, question, waiting } from "./turns.js";
@@ -64,10 +64,10 @@ async function reply(asked) {
   const messages = [...system(), ...talk.said(asked)];
   const found = await Promise.all(names.map((name, index) => answer(name, messages, node.sides[index].text, controller.signal)));
   node.content = found.find((one) => one.text)?.text ?? "";
-  answered(node, found, acts);
-  const below = log.scrollHeight - log.scrollTop - log.clientHeight < 160;
-  busy(null);
-  if (below) log.scrollTop = log.scrollHeight;
+  following(log, () => {
+    answered(node, found, acts);
+    busy(null);
+  });
 }
 
 function grow() {

@@ -25,6 +25,15 @@ export function iconButton(icon, label, act) {
   return made;
 }
 
+const CLOSE_TO_THE_END = 80; // pixels
+
+// Makes a change to what `scroller` shows; it stays at its end where it was there.
+export function following(scroller, change) {
+  const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < CLOSE_TO_THE_END;
+  change();
+  if (below) scroller.scrollTop = scroller.scrollHeight;
+}
+
 // Where no other page may read the clipboard's interface (plain HTTP from another machine), the older way.
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

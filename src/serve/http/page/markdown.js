@@ -1,9 +1,8 @@
 // Markdown as it grows: rendered and cleaned by the server, at most a few times a second; code can be copied.
 import { request } from "./api.js";
-import { button, copy, element } from "./dom.js";
+import { button, copy, element, following } from "./dom.js";
 
 const PAUSE_MILLISECONDS = 120;
-const CLOSE_TO_THE_END = 80; // pixels
 
 // Shows `html` in `element` and leaves the blocks that did not change alone: what is selected in them stays so.
 function update(parent, html, before) {
@@ -47,10 +46,10 @@ export function renderer(parent, scroller) {
       } catch {
         html = null; // too long, or nobody there: the text as it is
       }
-      const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < CLOSE_TO_THE_END;
-      if (html === null) [parent.textContent, blocks] = [now, []];
-      else blocks = update(parent, html, blocks);
-      if (below) scroller.scrollTop = scroller.scrollHeight;
+      following(scroller, () => {
+        if (html === null) [parent.textContent, blocks] = [now, []];
+        else blocks = update(parent, html, blocks);
+      });
       shown = now;
       if (shown !== text) await new Promise((resolve) => { setTimeout(resolve, PAUSE_MILLISECONDS); });
     }

@@ -1,6 +1,6 @@
 // Training: rows are uploaded, a job begins, and its loss is drawn while it goes down.
 import { call } from "./api.js";
-import { action, actions, card, replace, size } from "./cards.js";
+import { action, actions, card, opened, replace, size } from "./cards.js";
 import { $, element } from "./dom.js";
 import { models } from "./models.js";
 
@@ -8,6 +8,7 @@ const UNDER_WAY = ["validating_files", "queued", "running", "paused"];
 const JOBS = "/v1/fine_tuning/jobs";
 const status = $("training-status");
 let finished = new Set();
+const ended = new Map(); // what was told of jobs that nothing happens to any more
 
 // Losses as a line; its words are for those who do not see it.
 function chart(losses) {
@@ -36,16 +37,41 @@ function plan(bytes) {
   return list;
 }
 
+// What the model says to some of the rows' prompts, before training and after it.
+function samples(job, told) {
+  const found = new Map();
+  for (const { data } of told) {
+    if (data.answer !== undefined) found.set(data.sample, { ...found.get(data.sample), ...data, [data.moment]: data.answer });
+  }
+  if (!found.size) return null;
+  const lists = [...found].sort(([one], [other]) => one - other).map(([, one]) => {
+    const list = element("dl");
+    for (const [term, text] of [["Prompt", one.prompt], ["In the data", one.expected], ["Before", one.before], ["After", one.after]]) {
+      if (text !== undefined) list.append(element("dt", term), element("dd", text || "(nothing)"));
+    }
+    return list;
+  });
+  return opened("Samples", job.id, ...lists);
+}
+
+async function events(job) {
+  if (ended.has(job.id)) return ended.get(job.id);
+  const list = await call(status, "GET", `${JOBS}/${job.id}/events?limit=10000`);
+  if (list && !UNDER_WAY.includes(job.status)) ended.set(job.id, list.data);
+  return list?.data ?? [];
+}
+
 async function jobCard(job) {
   const made = card(job.fine_tuned_model ?? job.id, `${job.status} · ${job.method.type}`);
-  const list = await call(status, "GET", `${JOBS}/${job.id}/events?limit=1000`);
-  const told = list?.data ?? [];
+  const told = await events(job);
   const steps = told.filter((event) => typeof event.data.train_loss === "number").reverse();
   if (steps.length > 1) made.append(chart(steps.map((event) => event.data.train_loss)));
   const last = steps.at(-1)?.data;
   if (last) made.append(element("p", `Step ${last.step} of ${last.total_steps}, loss ${last.train_loss.toFixed(4)}, at first ${steps[0].data.train_loss.toFixed(4)}`, "meta"));
   const planned = told.find((event) => event.data.planned_bytes)?.data.planned_bytes;
   if (planned) made.append(plan(planned));
+  const written = samples(job, told);
+  if (written) made.append(written);
   if (job.error) made.append(element("p", job.error.message, "wrong"));
   if (UNDER_WAY.includes(job.status)) {
     const change = (word) => call(status, "POST", `${JOBS}/${job.id}/${word}`);

@@ -1,5 +1,5 @@
 // How a question and an answer look: their text, and what can be done with them.
-import { told } from "./answer.js";
+import { sources, told } from "./answer.js";
 import { button, copy, element, iconButton } from "./dom.js";
 import { thumbs, votes } from "./rating.js";
 
@@ -98,6 +98,7 @@ export function answered(node, found, acts) {
     const one = found[index];
     text.classList.remove("waiting");
     meta.textContent = told(one);
+    if (one.sources.length) side.insertBefore(sources(one), meta);
     if (one.error) side.insertBefore(element("p", one.error, "wrong"), meta);
   }
   const row = tools(asking("retry", "Answer again", () => acts.retry(node)));
