@@ -54,7 +54,7 @@ def command(
 
     from ftkit import models
     from ftkit.config import RunConfig
-    from ftkit.plan.budget import available_bytes, parse_bytes, parse_device
+    from ftkit.plan.budget import available_bytes, parse_bytes, parse_device, written
     from ftkit.plan.speed import advice, speeds
     from ftkit.train import fitting
     from ftkit.train.planned import Case
@@ -81,8 +81,10 @@ def command(
     if gpu is None:
         room //= launched()  # they share the machine's memory
     with Console(stderr=True, quiet=json).status("tracing steps"):
-        tried = fitting.fit(Case.of_configuration(config, gpu, architecture), room)
+        case = Case.of_configuration(config, gpu, architecture)
+        tried = fitting.fit(case, room)
         plan, fits = tried[-1], tried[-1].needed_bytes <= room
+        sparse = case.with_few_trained().plan(plan.way) if config.training.sparse_tokens < 1 else None
         others = (
             [] if fits else fitting.others(config, room, lambda other: Case.of_configuration(other, gpu, architecture))
         )
@@ -105,6 +107,7 @@ def command(
                 "tried": [dataclasses.asdict(plan) for plan in tried],
                 "others": [dataclasses.asdict(other) for other in others],
                 "precision": told,
+                **({} if sparse is None else {"sparse_peak_bytes": sparse.peak_bytes}),
             }
         )
         return
@@ -112,6 +115,11 @@ def command(
         print(f"each of {launched()} processes:")
     print_plan(plan)
     _print_tried(tried, others, room)
+    if sparse is not None:
+        print(
+            f"\nsparse tokens: what is left out depends on the data, which train will have read; nothing is, above.\n"
+            f"{written(sparse.peak_bytes)} of tensors where the trained tokens of a row fit into the share"
+        )
     if told is not None:
         print(f"\n{told}")
 

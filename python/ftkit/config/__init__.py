@@ -107,6 +107,13 @@ class TrainingConfig:
         "what frozen matrices multiply in: dtype: as model.dtype says; int8: both sides rounded to 8 bits, on a CPU, "
         "watched over, and faster",
     )
+    sparse_tokens: float = option(
+        1.0,
+        "share of a long row's blocks of 64 tokens that most layers take, trained ones always; 1: all. Below it the "
+        "others' activations are neither computed nor kept",
+        above=0,
+        at_most=1,
+    )
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )

@@ -9,7 +9,7 @@ or torch's own, and the trace is replayed by the rules of torch's allocator ther
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from ftkit.nn.shards import local
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
-from ftkit.train import memory, rounding, sharding
+from ftkit.train import memory, rounding, sharding, sparse_shapes, sparse_tokens
 from ftkit.train.offload import lies_on_disk
 from ftkit.train.step import each_gradient
 
@@ -72,6 +72,10 @@ class Shape:
     """Targets that are trained on in it."""
     shared: tuple[int, ...] = ()
     """As in `RaggedBatch`."""
+    kept: tuple[int, ...] = ()
+    """Of each sequence, the blocks that sparse layers keep; all of them where it is empty."""
+    share: float = 1.0
+    """What of a sequence's blocks they keep where trained tokens don't ask for more."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -93,10 +97,13 @@ class Shape:
 
     def cut(self, parts: int) -> "Shape":
         """The largest part, with all that may be trained in it."""
-        first, last = max(cuts(self.lengths, self.groups, parts), key=lambda ends: sum(self.lengths[slice(*ends)]))
-        lengths, groups, shared = (of[first:last] for of in (self.lengths, self.groups, self.shared))
+        ends = cuts(self.lengths, self.groups, parts)
+        tokens = {part: sum(self.lengths[slice(*part)]) for part in ends}
+        first, last = max(ends, key=lambda part: (sum(self.kept[slice(*part)]), tokens[part]))
+        lengths, groups, shared, kept = (of[first:last] for of in (self.lengths, self.groups, self.shared, self.kept))
+        lengths = sparse_shapes.longer(lengths, max(tokens.values()))  # another part may keep less of more
         trained = min(self.trained, sum(lengths))
-        return dataclasses.replace(self, lengths=lengths, groups=groups, shared=shared, trained=trained)
+        return dataclasses.replace(self, lengths=lengths, groups=groups, shared=shared, kept=kept, trained=trained)
 
 
 Step = tuple[Shape, ...]
@@ -191,6 +198,15 @@ class Case:
             formats=models.formats(source, config.model.quant),
             gpu=gpu,
         )
+
+    def with_few_trained(self) -> "Case":
+        """The same where the trained tokens of each sequence fit into what sparse layers keep of it."""
+        share = self.config.training.sparse_tokens
+        steps = [
+            tuple(dataclasses.replace(s, **sparse_shapes.with_few_trained(share, s.lengths)) for s in step)
+            for step in self.steps
+        ]
+        return dataclasses.replace(self, steps=steps)
 
     def plan(self, way: Way) -> Plan:
         """The peak of a training step, exactly as the real one would count it."""
@@ -289,6 +305,7 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         rounded = rounding.attach(config, model)
+        sparse_tokens.attach(config, model)
         model.recomputed_layers = way.recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
@@ -353,6 +370,9 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
                     objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
                     if mesh is not None:
                         model.reshard()  # type: ignore[operator]
+            if any(shape.kept for shape in step):
+                with recorder.category("activations"):
+                    sparse_tokens.Learner(model.eval()).read(sparse_shapes.dearest(step[0].tokens), updates=2)
         given = {field.name for field in dataclasses.fields(RaggedBatch)}
         made = [value for name, value in vars(batches[-1]).items() if name not in given]
         kept = sum(value.nbytes for value in made if isinstance(value, torch.Tensor))
@@ -364,8 +384,11 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
 
 
 def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:
-    """A batch of this shape; which of its tokens are trained on changes nothing."""
-    flat = iter([0] * shape.trained + [UNTRAINED] * (shape.tokens - shape.trained))
+    """A batch of this shape; which of its tokens are trained on changes nothing, but for sparse layers."""
+    trained: Collection[int] = range(shape.trained)
+    if shape.kept:
+        trained = set(sparse_shapes.trained_places(shape.lengths, shape.kept, shape.share, shape.trained))
+    flat = iter([0 if place in trained else UNTRAINED for place in range(shape.tokens)])
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
     task = [0] * len(sequences) if tasks else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,19 @@ from ftkit.nn.shards import local
 from ftkit.plan.budget import written
 from ftkit.plan.speed import advice, speeds
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, lock, memory, offload, planned, rounding, samples, sharding
+from ftkit.train import (
+    fitting,
+    lock,
+    memory,
+    offload,
+    planned,
+    rounding,
+    samples,
+    sharding,
+    sparse_shapes,
+    sparse_tokens,
+)
+from ftkit.train.directory import RunDirectory
 from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.tasks import Tasks
@@ -73,6 +86,13 @@ class Session:
     def save_adapter(self, folder: Path | None) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
         adapters.save(self.loaded.model, ADAPTER, folder, self.loaded.fingerprint, self.config.model.source)
+
+    def learn_sparse_tokens(self, run: RunDirectory, done: int) -> list[str]:
+        """Before the first step after `done`; what people should know."""
+        rows = itertools.islice(self.feed(0), sparse_tokens.BATCHES)
+        parts = (part for portion in rows for part in self.batch(portion).cut(self.plan.way.parts))
+        path = run.sparse_tokens
+        return sparse_tokens.prepare(self.loaded.model, parts, path, write=self.processes.first, done=done)
 
     def tensors(self) -> dict[str, Iterable[torch.Tensor]]:
         """What lives as long as the session, by the planner's categories."""
@@ -155,6 +175,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
     rounded = rounding.attach(config, loaded.model)
+    sparse_tokens.attach(config, loaded.model)
     if objective.PAIRS:
         notices += _notices_of_preferences(config, dataset)
     case = planned.Case(
@@ -238,6 +259,9 @@ def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes
     first, later = set(cut[::accumulated]), {rows for place, rows in enumerate(cut) if place % accumulated}
     if processes.size > 1:
         first = later = set(cut)  # either may be a process' first
+    if config.training.sparse_tokens < 1:
+        shape = planned.Shape(**sparse_shapes.largest(config.training.sparse_tokens, dataset, dict.fromkeys(cut)))
+        return [(shape,) * min(accumulated, 2)]
     fronts = [_largest(dataset, batches) for batches in (first, later) if batches]
     longest = max(map(len, fronts))
     return list(zip(*(front + front[-1:] * (longest - len(front)) for front in fronts), strict=True))

@@ -96,6 +96,8 @@ def _start(
             events.emit(kind, progress.step, **told, seconds_left=made.seconds_left(progress.step))
             for notice in [*notices, *made.notices]:
                 events.emit("notice", progress.step, message=notice)
+            for notice in mine.one_after_the_first(lambda: made.learn_sparse_tokens(run, progress.step)):
+                events.emit("notice", progress.step, message=notice)
             asked = made.examples() if mine.first else []
             if progress.step == 0:
                 _sample(made, asked, events, 0, None)

@@ -14,7 +14,7 @@ from ftkit import adapters, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.plan.budget import Gpu
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, memory, offload, planned, session
+from ftkit.train import fitting, memory, offload, planned, session, sparse_tokens
 from ftkit.train.planned import Case, Plan
 from ftkit.train.step import clear, gradients, means, step_in_backward
 
@@ -51,6 +51,7 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     model = session.base_of(config, device).model
     adapters.attach(model, config.method.name, config.method.options, config.training.seed, session.ADAPTER)
+    sparse_tokens.attach(config, model)
     model.recomputed_layers = plan.way.recomputed
     if plan.way.streamed:
         stream(linear.weight for linear in model.linears().values())
