@@ -2,7 +2,7 @@
 
 Both go the whole way: read the file, template, tokenize, pack into rows of 1,024 tokens; ours checks rows, proves loss
 masks and writes its cache to disk, too. TRL's way is the constructor of its `SFTTrainer`, over a model of a few
-weights; it is given our tokenizer's own `tokenizer.json`, and must count the same tokens.
+weights; it is given our tokenizer's own `tokenizer.json`, and must count as many tokens within 0.1 %.
 
 Conversations have the lengths of chats (lognormal, median 180 tokens, σ 0.7, at most 1,024) and real text: pages,
 code and manuals in several languages, as they lie on the machine.
@@ -54,7 +54,8 @@ def run() -> list[dict[str, Any]]:
             rates["again"].append(tokens / ours(data, cache)[1])
             fills["ours"].append(fill)
             theirs, seconds, constructor, fill = _peer(data, Path(place) / f"peer-{number}")
-            assert theirs == tokens, f"expected TRL to have {tokens:,} tokens, too, got {theirs:,}"
+            # TRL takes a special token's text in a message for the token, ours for text
+            assert abs(theirs - tokens) < tokens / 1000, f"expected TRL to have about {tokens:,} tokens, got {theirs:,}"
             rates["peer"].append(theirs / seconds)
             rates["constructor"].append(theirs / constructor)
             fills["peer"].append(fill)
