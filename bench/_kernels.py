@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import _sass
 from ftkit.cuda import source
 from ftkit.cuda.source import Variant, variant
-from ftkit.cuda.speed import OVERLAP, Counts, Gpu, fitted, power_mean
+from ftkit.cuda.speed import OVERLAP, Counts, Gpu, counts, fitted, power_mean
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 COUNTS = source.FOLDER / "counts.toml"
@@ -27,12 +27,15 @@ GPUS = (
     Gpu("H100", "sm_90", 132, 1.83, 3350, 989, mma_share=0.62),
     Gpu("RTX 5090", "sm_120", 170, 2.41, 1792, 209.5),
 )
+_NF4: dict[str, object] = {"SCALE": "uint8_t", "GROUP": 64, "OFFSETS": 0}
 # kernel → its variant, and bytes of memory that a warp moves in a round; 0 where products bound it
 ROUNDS: dict[str, tuple[Variant, int]] = {
-    "nf4_gemv": (variant("nf4_gemv", ROWS=1, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t"), 128 + 4),
-    "nf4_decode": (variant("nf4_decode", SCALE="uint8_t"), SPAN_BYTES),
-    "nf4_lora_forward": (variant("nf4_lora_forward", SCALE="uint8_t"), 0),
-    "nf4_lora_dx": (variant("nf4_lora_dx", SCALE="uint8_t"), 0),
+    "coded_gemv": (variant("coded_gemv", ROWS=1, VALUE="bf16", **_NF4), 128 + 4),
+    "coded_decode": (variant("coded_decode", **_NF4), SPAN_BYTES),
+    "coded_forward": (variant("coded_forward", **_NF4), 0),
+    "coded_dx": (variant("coded_dx", **_NF4), 0),
+    **{name: (variant("attention", HEAD=128), 0) for name in ("attention_forward", "attention_dq", "attention_dkv")},
+    "dequant_blocks": (variant("dequant_blocks", FORMAT="Q4_K", OUT="float"), 32 * 4 * 144 // 256 + 32 * 16),
     "dequant_coded": (variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="bf16"), 32 * (4 + 16) + 4),
     "swiglu_forward": (variant("swiglu", VALUE="bf16"), 32 * 3 * 16),
     "swiglu_backward": (variant("swiglu", VALUE="bf16"), 32 * 5 * 16),
@@ -81,7 +84,7 @@ def counted(name: str, architecture: str) -> Counts:
     """What a warp does in a round of this kernel."""
     one, moved = ROUNDS[name]
     code = _sass.examine(one, architecture)[name]
-    round_ = code.loop if name.startswith("nf4") and code.loop is not None else code.whole
+    round_ = code.loop if name.startswith(("coded", "attention")) and code.loop is not None else code.whole
     return Counts(round_.products, round_.issued, round_.shared_clocks + round_.global_clocks, moved)
 
 
@@ -109,13 +112,13 @@ def errors() -> list[float]:
 
 
 def document() -> str:
-    """The page."""
+    """The page, of what counts.toml holds."""
     lines = [_HEAD, "| kernel | of the roof of | " + " | ".join(gpu.name for gpu in GPUS) + " |"]
     lines.append("|---|---|" + "---|" * len(GPUS))
     for name, (_, moved) in ROUNDS.items():
         cells = []
         for gpu in GPUS:
-            found = counted(name, gpu.architecture)
+            found = counts()[name][gpu.architecture]
             cells.append(" / ".join(f"{found.share(gpu, overlap):.0%}" for overlap in (math.inf, OVERLAP, 1.0)))
         lines.append(f"| `{name}` | {'memory' if moved else 'tensor cores'} | {' | '.join(cells)} |")
     off = errors()
@@ -150,10 +153,11 @@ GPU says is `ftkit doctor --gpu`'s to tell.
 
 Three shares of a roof: `max` is the busiest pipe alone, which no kernel can beat; `fitted` is the prediction, the power
 mean of the pipes that fits public kernels best; `sum` has the pipes wait for one another. For products of many rows
-(4096³, a tile of 128 × 128), for decoding 9 to 16 rows, for one row, and for elementwise kernels, of which all
-instructions are counted, those of a ragged end too. Scales are quantized again. Kernels that go over a row more than
-once (`rms_norm`, `cross_entropy`, `paged_attention`) wait for the cache's second level: no more is foretold of them.
-Each cell is max / fitted / sum.
+(4096³), for decoding 9 to 16 rows, for one row of fewer than 2048 values (longer ones are decoded as several are), for
+attention with heads of 128 (of the products that are made, those of a masked half too), and for elementwise kernels, of
+which all instructions are counted, those of a ragged end too. Scales are quantized again. Kernels that go over a row
+more than once (`rms_norm`, `cross_entropy`, `paged_attention`) wait for the cache's second level: no more is foretold
+of them. Each cell is max / fitted / sum.
 """
 _CALIBRATION = """## How far that is from the truth
 
@@ -169,6 +173,13 @@ By the RTX PRO 6000's kernel the sum was held to be right before: its 243 TFLOP/
 the rate reached. But the probe ran at another clock: the same repository's profile has the tensor pipe at 85 %. By the
 sum, a tile of 256 × 128 with warps of 64 × 64 is at 53 % of an A100, where cuBLAS has 289 of 312 TFLOP/s (by yencal);
 and a product with 16 rows at 76 % of its memory, even if it did nothing but mma.
+
+What keeps `coded_forward` from more on an A100, by the sum: for each mma there are 2 clocks of the tensor core, 1 of
+shared memory to read x (a warp has 128 rows by 32 columns; 128 sums fill half of the registers), 0.3 to make the values
+of W, which all kernels round alike after the product with the scale (21 instructions for 4 registers, used 16 times),
+0.25 to issue the mma, and 0.5 for copies and the rest. Warps of 64 × 64 would read half of x, and make each value of W
+for half as many products: no gain. `coded_decode` makes each value for one product or two: that alone takes half the
+time that memory does.
 
 Of memory, one public figure was held against the model: Marlin's product with 16 rows on an A10, by its chart as fast
 as memory allows, is foretold at 79 % by the fitted mean and at 46 % by the sum; what its loop does once a column is
@@ -193,4 +204,5 @@ to 16, more).
 if __name__ == "__main__":
     DOCUMENT.parent.mkdir(exist_ok=True)
     COUNTS.write_text(counts_text(), encoding="utf-8")
+    counts.cache_clear()
     DOCUMENT.write_text(document(), encoding="utf-8")

@@ -6,29 +6,35 @@
                                     the first token of the 5 that are asked for most, 99 of 100 requests within it
     shared prefix of 1,000 tokens   time to the first token of the first request, against the second's
 
-peft holds float32 weights; ours stay in their blocks of 4 bits, as `ftkit serve` leaves them.
+peft holds float32 weights, in a process of its own with OpenMP as it comes; ours stay in their blocks of 4 bits, as
+`ftkit serve` leaves them, and are multiplied exactly, or with activations in 8 bits (`--fast-decode`).
 """
 
 import itertools
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench._figures import line, smollm2
+from bench._figures import line, openmp_as_it_comes, smollm2
 from ftkit import adapters, models
 from ftkit.engine import Engine, Sampling
 from ftkit.models import LoadedModel
+from ftkit.quant._packed import round_activations
 
 PROMPT = "The history of the city begins with"
 TOKENS = 32
 ROUNDS = 3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+BATCHES = (8, 32)
 MANY, REQUESTS, HELD = 1000, 200, 50
 
 
@@ -36,22 +42,23 @@ def run() -> list[dict[str, Any]]:
     """One line for each comparison."""
     loaded = models.load(smollm2(), quant="gguf")
     with tempfile.TemporaryDirectory() as folder:
-        kept = [_lora(loaded, Path(folder) / str(number), 16, number) for number in range(8)]
-        found = [_against_peft(loaded, kept, 8), _against_peft(loaded, kept, 32), _cost(loaded, kept)]
-        small = [_lora(loaded, Path(folder) / f"small {number}", 4, number) for number in range(MANY)]
-        return [*found, *_thousand(loaded, small), _prefix(loaded)]
+        kept = _loras(loaded, Path(folder) / "large", 16, 8)
+        small = _loras(loaded, Path(folder) / "small", 4, MANY)
+        return [*_against_peft(loaded, kept), _cost(loaded, kept), *_thousand(loaded, small), _prefix(loaded)]
 
 
-def _lora(loaded: LoadedModel, folder: Path, rank: int, seed: int) -> Path:
-    """A random LoRA on attention's layers."""
-    adapters.attach(loaded.model, "lora", {"rank": rank, "target_modules": TARGETS}, seed=seed, adapter_id=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters.trainable(loaded.model, 0).values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    adapters.save(loaded.model, 0, folder)
+def _loras(loaded: LoadedModel, folder: Path, rank: int, count: int) -> list[Path]:
+    """Random LoRAs on attention's layers."""
+    adapters.attach(loaded.model, "lora", {"rank": rank, "target_modules": TARGETS}, seed=0, adapter_id=0)
+    generator = torch.Generator().manual_seed(rank)
+    folders = [folder / str(number) for number in range(count)]
+    for place in folders:
+        with torch.no_grad():
+            for parameter in adapters.trainable(loaded.model, 0).values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        adapters.save(loaded.model, 0, place)
     adapters.detach(loaded.model, 0)
-    return folder
+    return folders
 
 
 def _engine(loaded: LoadedModel, folders: Sequence[Path], pool_bytes: int = 1 << 30) -> Engine:
@@ -69,29 +76,60 @@ def _rate(engine: Engine, names: Sequence[str | None], tokens: int = TOKENS) -> 
     return len(names) * tokens / (time.perf_counter() - start)
 
 
-def _against_peft(loaded: LoadedModel, folders: Sequence[Path], batch: int) -> dict[str, Any]:
+def _against_peft(loaded: LoadedModel, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    rounded = models.load(smollm2(), quant="gguf")
+    round_activations(rounded.model)
+    lines = []
+    unit = f"tokens/s of peft ({torch.get_num_threads()} threads)"
+    with _peft(folders) as peer, _engine(loaded, folders) as exact, _engine(rounded, folders) as fast:
+        for batch in BATCHES:
+            names = list(itertools.islice(itertools.cycle(folder.name for folder in folders), batch))
+            rates: list[list[float]] = []
+            for number in range(1 + ROUNDS):
+                peer.send(names)
+                found = [peer.recv(), _rate(exact, names), _rate(fast, names)]
+                if number:  # the first is to get warm
+                    rates.append(found)
+            theirs, *ours = (list(column) for column in zip(*rates, strict=True))
+            for how, found in zip(("", ", --fast-decode"), ours, strict=True):
+                lines.append(line(f"mixed adapters, batch {batch}{how}", unit, found, theirs))
+    return lines
+
+
+@contextmanager
+def _peft(folders: Sequence[Path]) -> Iterator[Connection]:
+    """A process that takes a batch's names and answers with its tokens a second."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_generate, args=(theirs, folders), daemon=True)
+    with openmp_as_it_comes():
+        process.start()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join()
+
+
+def _generate(asked: Connection, folders: Sequence[Path]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = smollm2()
     base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    peer = PeftModel.from_pretrained(base, folders[0], adapter_name=folders[0].name)
+    model = PeftModel.from_pretrained(base, folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
-        peer.load_adapter(folder, adapter_name=folder.name)
-    names = list(itertools.islice(itertools.cycle(folder.name for folder in folders), batch))
-    given = tokenizer([PROMPT] * batch, return_tensors="pt")
-
-    def theirs() -> float:
+        model.load_adapter(folder, adapter_name=folder.name)
+    while True:
+        try:
+            names = asked.recv()
+        except EOFError:
+            return
+        given = tokenizer([PROMPT] * len(names), return_tensors="pt")
         start = time.perf_counter()
-        peer.generate(**given, adapter_names=names, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        return batch * TOKENS / (time.perf_counter() - start)
-
-    with _engine(loaded, folders) as engine:
-        _rate(engine, names)
-        pairs = [(_rate(engine, names), theirs()) for _ in range(ROUNDS)]
-    unit = f"tokens/s of peft ({torch.get_num_threads()} threads)"
-    return line(f"mixed adapters, batch {batch}", unit, [ours for ours, _ in pairs], [peer for _, peer in pairs])
+        model.generate(**given, adapter_names=names, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        asked.send(len(names) * TOKENS / (time.perf_counter() - start))
 
 
 def _cost(loaded: LoadedModel, folders: Sequence[Path]) -> dict[str, Any]:
@@ -127,8 +165,8 @@ def _thousand(loaded: LoadedModel, folders: Sequence[Path]) -> list[dict[str, An
     drawn = generator.choice(MANY, REQUESTS, p=chances / chances.sum())
     names = [folders[number].name for number in drawn]
     few = [folders[number % 5].name for number in drawn]
-    page_bytes = 737280
-    with _engine(loaded, folders, (2 * HELD + 32 * 4) * page_bytes) as many, _engine(loaded, folders[:5]) as five:
+    pages, page_bytes = 3, 737280  # of an adapter; of 32 requests each, as well
+    with _engine(loaded, folders, pages * (HELD + 32) * page_bytes) as many, _engine(loaded, folders[:5]) as five:
         _rate(five, few[:10])
         pairs = [(_rate(many, names, 16), _rate(five, few, 16)) for _ in range(ROUNDS)]
         hot = {folder.name for folder in folders[:5]}

@@ -233,6 +233,8 @@ class DecoderLayers:
     def add_adapter(self, adapter: int, loras: Sequence[tuple[Any, ...] | None]) -> None:
         """What an adapter adds to each linear layer, in order, the head's last: (A [rank, in], B [out, rank], False,
         scale) in float32, or with Bᵀ [rank, out] and True; None where it adds nothing."""
+    def add_paged_adapter(self, adapter: int, form: LoraForm, pool: Tensor, pages: Sequence[int]) -> None:
+        """The same of an adapter whose matrices lie in these pages of `pool` uint8 [P, bytes of a page]."""
     def remove_adapter(self, adapter: int) -> None:
         """Takes an adapter off."""
     @property
@@ -255,6 +257,27 @@ class DecoderLayers:
         """
 
 @final
+class LoraForm:
+    """What LoRAs of one shape have in common: where their files have the matrices, and where pages do."""
+
+    @staticmethod
+    def of(
+        pairs: Sequence[tuple[int, tuple[int, int], int, float, tuple[str, int], tuple[str, int]]], page_bytes: int
+    ) -> LoraForm | None:
+        """Of each linear layer: (its number in the order of the forward pass, (out, in), rank, scale, where the file
+        has A [rank, in] and B [out, rank]: (F32, F16 or BF16, first byte)). None where pages cannot hold them."""
+    @property
+    def pages(self) -> int:
+        """Pages that an adapter takes."""
+    @property
+    def pairs(self) -> list[tuple[int, tuple[int, int], int, float, tuple[int, int], tuple[int, int]]]:
+        """Of each linear layer, the same with the places of A and of Bᵀ [rank, out], float32: (which of the adapter's
+        pages, first byte)."""
+    def write(self, file: bytes, pages: Tensor) -> bool:
+        """Writes an adapter from its file's bytes to `pages` uint8 [pages, bytes of a page]; False when the file ends
+        too early or has a number that is not finite."""
+
+@final
 class DecoderStep:
     """A decoder's step over a pool of pages, from token ids to logits."""
 
@@ -263,6 +286,9 @@ class DecoderStep:
     ) -> DecoderStep:
         """`embedding`: (a matrix as a linear layer's, its width); `angles`: cos and sin of every position, float32
         [positions · head_dim / 2]; `pages` as `DecoderLayers.forward` takes them."""
+    @property
+    def layers(self) -> DecoderLayers:
+        """The layers that it computes."""
     def knows(self, adapters: Sequence[int]) -> bool:
         """Whether the batches of these adapters can be computed here."""
     def run(

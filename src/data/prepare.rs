@@ -1,8 +1,12 @@
 //! Preparing a dataset: read, recognise, encode in parallel, and write to the cache; or find it there.
+//!
+//! While rows are encoded, the next ones are read and the ones before are written, all in the order of the files: what
+//! is written depends on no thread.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
@@ -15,11 +19,16 @@ use super::schema::{Mapping, Schema, renamed};
 use super::source;
 use super::statistics::Statistics;
 use crate::error::{Error, Result};
+use crate::text::on_deep_stack;
 
 /// Changes whenever the same inputs would give other sequences.
 const VERSION: u32 = 6;
 /// Rows that are encoded together: enough work for all threads, few enough to be nothing in memory.
 const CHUNK: usize = 1024;
+/// Portions of so many rows that are encoded or wait for it, while the next one is read.
+const UNDER_WAY: usize = 2;
+/// Rows that a thread encodes one after another.
+const TOGETHER: usize = 16;
 /// Names of tasks; more of them are another kind of column.
 const TASKS: usize = 256;
 /// Bad rows that an error shows.
@@ -71,26 +80,47 @@ pub fn prepare(
     if let Some(cache) = Cache::open(&place, &key).filter(|cache| cache.statistics.bad_rows <= settings.skip_bad_rows) {
         return Ok(Prepared { cache: Arc::new(cache), problems: Vec::new() });
     }
-    let mut work = Work {
-        settings,
-        encoder,
-        progress,
-        writer: Writer::create(&place)?,
-        statistics: Statistics::default(),
-        problems: Vec::new(),
-        seen: HashSet::new(),
-        tasks: Vec::new(),
-        chunk: Vec::with_capacity(CHUNK),
-        schema: settings.schema,
-        // those two are fields of a message
-        unseen: settings.mapping.clone().into_iter().filter(|(ours, _)| ours != "role" && ours != "content").collect(),
-    };
-    for source in sources {
-        work.schema = settings.schema;
-        read::rows(source, &mut |row| work.take(row))?;
-        work.encode()?;
-    }
-    let problems = work.finish(&key)?;
+    let writer = Writer::create(&place)?;
+    let problems = std::thread::scope(|scope| {
+        let (to_encode, waiting) = sync_channel(UNDER_WAY);
+        let (encoded, outcomes) = channel();
+        scope.spawn(move || {
+            for rows in waiting {
+                if encoded.send(encode(rows, settings, encoder)).is_err() {
+                    break; // nobody waits for them: an error ended the work
+                }
+            }
+        });
+        let mut work = Work {
+            settings,
+            encoder,
+            progress,
+            writer,
+            statistics: Statistics::default(),
+            problems: Vec::new(),
+            seen: HashSet::new(),
+            tasks: Vec::new(),
+            chunk: Vec::with_capacity(CHUNK),
+            to_encode,
+            outcomes,
+            under_way: 0,
+            schema: settings.schema,
+            // those two are fields of a message
+            unseen: settings
+                .mapping
+                .clone()
+                .into_iter()
+                .filter(|(ours, _)| ours != "role" && ours != "content")
+                .collect(),
+        };
+        for source in sources {
+            work.schema = settings.schema;
+            read::rows(source, &mut |row| work.take(row))?;
+            work.hand_over()?;
+        }
+        work.write_until(0)?;
+        work.finish(&key)
+    })?;
     let cache = Cache::open(&place, &key)
         .ok_or_else(|| Error::failure(format!("{}: what was just written reads back differently", place.display())))?;
     Ok(Prepared { cache: Arc::new(cache), problems })
@@ -122,6 +152,29 @@ fn task(columns: &Map<String, Value>) -> Result<String, String> {
     }
 }
 
+/// Rows that are recognised, and bad ones among them, so that problems are told in the order of the file.
+type Rows = Vec<Result<(Schema, Row), BadRow>>;
+/// What they became.
+type Outcomes = Vec<Result<Outcome, BadRow>>;
+
+/// Encodes rows in parallel.
+fn encode(rows: Rows, settings: &Settings, encoder: &Encoder) -> Outcomes {
+    let encode_row = |row: Result<(Schema, Row), BadRow>| -> Result<Outcome, BadRow> {
+        let (schema, Row { place, columns }) = row?;
+        let outcome = settings.tasks.then(|| task(&columns)).transpose().and_then(|task| {
+            let example = schema.read(&columns, &settings.mapping)?;
+            let outcome = encoder.encode(&example).map_err(|error| error.to_string())?;
+            Ok(Outcome { task, ..outcome })
+        });
+        outcome.map_err(|problem| BadRow { place, problem })
+    };
+    let groups = rows.into_par_iter().chunks(TOGETHER);
+    // their templates share a stack
+    let groups: Vec<Outcomes> =
+        groups.map(|rows| on_deep_stack(|| rows.into_iter().map(encode_row).collect())).collect();
+    groups.into_iter().flatten().collect()
+}
+
 struct Work<'a> {
     settings: &'a Settings,
     encoder: &'a Encoder,
@@ -132,8 +185,13 @@ struct Work<'a> {
     seen: HashSet<u64>,
     /// Names of tasks, as they come.
     tasks: Vec<String>,
-    /// Rows that wait, bad ones among them, so that problems are told in the order of the file.
-    chunk: Vec<Result<(Schema, Row), BadRow>>,
+    /// Rows that are read, and not yet handed over.
+    chunk: Rows,
+    /// Where they are encoded, and what comes back from there.
+    to_encode: SyncSender<Rows>,
+    outcomes: Receiver<Outcomes>,
+    /// Portions that are not yet written.
+    under_way: usize,
     schema: Option<Schema>,
     /// Names that were given for columns, and were in no row so far.
     unseen: Mapping,
@@ -155,7 +213,7 @@ impl Work<'_> {
             self.schema = Some(schema);
         }
         self.chunk.push(recognised);
-        if self.chunk.len() == CHUNK { self.encode() } else { Ok(()) }
+        if self.chunk.len() == CHUNK { self.hand_over() } else { Ok(()) }
     }
 
     fn bad(&mut self, bad: &BadRow) {
@@ -165,28 +223,28 @@ impl Work<'_> {
         }
     }
 
-    /// Encodes the rows that are waiting, in parallel, and writes them in their order.
-    fn encode(&mut self) -> Result<()> {
-        let rows = std::mem::take(&mut self.chunk);
-        let outcomes: Vec<Result<Outcome, BadRow>> = rows
-            .into_par_iter()
-            .map(|row| {
-                let (schema, Row { place, columns }) = row?;
-                let outcome = self.settings.tasks.then(|| task(&columns)).transpose().and_then(|task| {
-                    let example = schema.read(&columns, &self.settings.mapping)?;
-                    let outcome = self.encoder.encode(&example).map_err(|error| error.to_string())?;
-                    Ok(Outcome { task, ..outcome })
-                });
-                outcome.map_err(|problem| BadRow { place, problem })
-            })
-            .collect();
-        for outcome in outcomes {
-            match outcome {
-                Ok(outcome) => self.write(outcome)?,
-                Err(bad) => self.bad(&bad),
-            }
-        }
+    /// Gives the rows that were read to be encoded, and writes some of those before.
+    fn hand_over(&mut self) -> Result<()> {
+        self.write_until(UNDER_WAY)?;
+        self.under_way += 1;
+        let rows = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK));
+        self.to_encode.send(rows).map_err(|_| Error::failure("the thread that encodes rows has ended"))?;
         (self.progress)(self.statistics.rows)
+    }
+
+    /// Writes what was encoded, until no more than `most` portions are under way.
+    fn write_until(&mut self, most: usize) -> Result<()> {
+        while self.under_way > most {
+            let outcomes = self.outcomes.recv();
+            for outcome in outcomes.map_err(|_| Error::failure("the thread that encodes rows has ended"))? {
+                match outcome {
+                    Ok(outcome) => self.write(outcome)?,
+                    Err(bad) => self.bad(&bad),
+                }
+            }
+            self.under_way -= 1;
+        }
+        Ok(())
     }
 
     fn write(&mut self, mut outcome: Outcome) -> Result<()> {

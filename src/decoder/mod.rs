@@ -11,6 +11,7 @@ pub mod attention;
 pub mod kept;
 pub mod lora;
 pub(crate) mod math;
+pub mod pages;
 pub mod step;
 
 use std::collections::HashMap;
@@ -170,11 +171,16 @@ impl<'a> Layers<'a> {
                 lora.fits(outputs, inputs)
             });
         }
-        if !right || count != LINEARS * self.layers.len() + usize::from(self.head.is_some()) || count != loras.len() {
+        if !right || count != self.linears() || count != loras.len() {
             return Err(Error::failure("adapter: expected a pair of matrices that fit each linear layer, got others"));
         }
         self.loras.insert(adapter, loras);
         Ok(())
+    }
+
+    /// Linear layers, the head's among them where there is one.
+    pub fn linears(&self) -> usize {
+        LINEARS * self.layers.len() + usize::from(self.head.is_some())
     }
 
     /// Takes an adapter off the layers.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 
+use super::form::LoraForm;
 use super::quant::kind_called;
 use super::tensor::{Element, Memory};
 use crate::decoder::attention::{self, Layout, Rows, Value};
@@ -251,6 +252,24 @@ impl DecoderLayers {
         Ok(())
     }
 
+    /// Puts an adapter on the layers whose matrices lie in these pages of a pool, uint8 [P, bytes of a page].
+    #[allow(clippy::needless_pass_by_value)]
+    fn add_paged_adapter(
+        &self,
+        adapter: i32,
+        form: &LoraForm,
+        pool: &Bound<'_, PyAny>,
+        pages: Vec<u32>,
+    ) -> PyResult<()> {
+        let mut keep = Keep(Vec::new());
+        let pool = keep.memory::<u8>("pool", pool)?.0;
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        let loras = form.0.loras(pool, &pages, layers.linears())?;
+        layers.add_adapter(adapter, loras)?;
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner).insert(adapter, keep.0);
+        Ok(())
+    }
+
     /// Takes an adapter off the layers.
     fn remove_adapter(&self, adapter: i32) {
         self.layers.write().unwrap_or_else(PoisonError::into_inner).remove_adapter(adapter);
@@ -361,6 +380,12 @@ impl DecoderStep {
         let (memory, block_tokens) = Pages::of(pages)?;
         keep.0.push(pages.clone().unbind());
         Ok(Self { layers, entrance, pages: memory, block_tokens, _tensors: keep.0 })
+    }
+
+    /// The layers.
+    #[getter]
+    fn layers(&self, py: Python<'_>) -> Py<DecoderLayers> {
+        self.layers.clone_ref(py)
     }
 
     /// Whether all of these adapters can be computed here.

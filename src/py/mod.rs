@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod data;
 mod decoder;
 mod errors;
+mod form;
 mod gguf;
 mod optim;
 mod plan;
@@ -23,6 +24,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gguf::register(module)?;
     quant::register(module)?;
     decoder::register(module)?;
+    form::register(module)?;
     optim::register(module)?;
     plan::register(module)?;
     training::register(module)?;

@@ -30,9 +30,12 @@ impl Queue {
         self.waiting.push_front(sequence);
     }
 
-    /// Makes all that were passed candidates again.
-    pub fn again(&mut self) {
-        self.waiting.iter_mut().for_each(|sequence| sequence.passed = false);
+    /// Makes all that were passed candidates again, but those whose adapter is absent.
+    pub fn again(&mut self, absent: impl Fn(i32) -> bool) {
+        for sequence in &mut self.waiting {
+            sequence.passed = absent(sequence.adapter);
+            sequence.missed |= sequence.passed;
+        }
     }
 
     /// The number of the one whose turn it is, of those that were not passed.

@@ -9,10 +9,13 @@
 //! turn, starts after it; one whose beginning is being computed for another lets others pass until that is done.
 //! Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
 
-use std::collections::HashSet;
+mod begin;
+mod counters;
+mod draft;
+
 use std::time::{Duration, Instant};
 
-use super::admission::{Load, peak};
+pub use self::counters::Counters;
 use super::limits::Limits;
 use super::pool::BlockPool;
 use super::queue::Queue;
@@ -21,41 +24,6 @@ use super::residency::{Fetched, Moves, Residency};
 use super::sequence::{Outcome, Sequence};
 use super::step::Batch;
 use crate::{Error, Result};
-
-/// What the scheduler did so far; the numbers only rise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Requests whose first token was generated.
-    pub started: u64,
-    /// Requests that ended with an answer.
-    pub finished: u64,
-    /// Requests that failed.
-    pub failed: u64,
-    /// Requests that failed because their first token could not come in time; they count as failed, too.
-    pub late: u64,
-    /// Requests whose caller left.
-    pub cancelled: u64,
-    /// Times that a sequence had to give up its pages.
-    pub preempted: u64,
-    /// Tokens of prompts computed, again after a preemption included.
-    pub prefilled_tokens: u64,
-    /// Tokens that were in the pool already.
-    pub cached_tokens: u64,
-    /// Requests whose prompt began with such tokens.
-    pub cache_hits: u64,
-    /// Requests whose adapter was in the pool when they came to it.
-    pub adapter_hits: u64,
-    /// Requests that waited for their adapter to be read.
-    pub adapter_misses: u64,
-    /// Adapters that had to make room.
-    pub adapter_evictions: u64,
-    /// Tokens generated.
-    pub generated_tokens: u64,
-    /// Tokens drafted.
-    pub drafted_tokens: u64,
-    /// Tokens drafted that were right.
-    pub accepted_tokens: u64,
-}
 
 /// The queue, the running sequences and the pool.
 pub struct Scheduler {
@@ -271,179 +239,12 @@ impl Scheduler {
                 budget -= count;
             }
         }
-        // New ones. Who cannot begin is passed, but nobody overtakes a request that waits for room.
-        self.queue.again();
-        while budget > 0 && self.running.len() < self.limits.sequences {
-            let Some(next) = self.queue.next() else { break };
-            if self.absent(next) || self.coming(next) {
-                continue;
-            }
-            let sequence = match self.admit(next) {
-                Ok(Some(sequence)) => sequence,
-                Ok(None) => break,
-                Err(error) => {
-                    self.refuse(next, error);
-                    continue;
-                }
-            };
-            let left = sequence.left();
-            let chunk = left.min(budget);
-            self.planned.push((self.running.len(), chunk, usize::from(chunk == left)));
-            budget -= chunk;
-            self.running.push(sequence);
-        }
+        budget = self.begin(budget);
         self.draft(budget);
         // Rows under one adapter side by side, so that its matrices are read once.
         let running = &self.running;
         self.planned.sort_unstable_by_key(|&(index, _, _)| (running[index].adapter, index));
         (!self.planned.is_empty()).then(|| self.batch())
-    }
-
-    /// Adds drafts to sequences that generate, or asks for them, as long as the step stays small.
-    fn draft(&mut self, budget: usize) {
-        let rows: usize = self.planned.iter().map(|planned| planned.1).sum();
-        let mut room = budget.min(DRAFT_ROWS.saturating_sub(rows));
-        for (index, count, wanted) in &mut self.planned {
-            let sequence = &mut self.running[*index];
-            if room > 0 && (*count, *wanted) == (1, 1) && sequence.left() == 1 && self.limits.draft_tokens > 0 {
-                let most = room.min(self.limits.draft_tokens);
-                if self.limits.draft_model {
-                    sequence.ask(most, &mut self.pool);
-                    room -= sequence.wishes();
-                } else {
-                    sequence.propose(most, &mut self.pool);
-                    let more = sequence.draft.len();
-                    (*count, *wanted, room) = (1 + more, 1 + more, room - more);
-                }
-            }
-        }
-    }
-
-    /// What the drafting model is to compute next for the step that is planned: the last token of each sequence that
-    /// wishes for a draft, or of its draft; none when all is drafted. Its pages have the same numbers as the model's.
-    pub fn drafting(&self) -> Option<Batch> {
-        let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
-        let asking = || self.planned.iter().map(|planned| &self.running[planned.0]).filter(|one| one.wishes() > 0);
-        let length = |sequence: &Sequence| sequence.tokens.len() + sequence.draft.len();
-        batch.blocks = asking().map(|sequence| self.pool.pages_for(length(sequence))).max()?;
-        for sequence in asking() {
-            let last = sequence.draft.last().or_else(|| sequence.tokens.last())?;
-            batch.rows.push(batch.tokens.len() as i32);
-            batch.tokens.push(*last as i32);
-            batch.positions.push(length(sequence) as i32 - 1);
-            batch.cu_seqlens.push(batch.tokens.len() as i32);
-            batch.adapter.push(-1);
-            let pages = &sequence.table.pages()[..self.pool.pages_for(length(sequence))];
-            let row = batch.block_table.len();
-            batch.block_table.extend(pages.iter().map(|&page| page as i32));
-            batch.block_table.resize(row + batch.blocks, 0);
-        }
-        Some(batch)
-    }
-
-    /// Takes the drafting model's logits: a row for each sequence that [`Scheduler::drafting`] named.
-    pub fn drafted(&mut self, logits: &[f32]) {
-        let mut rows = logits.chunks_exact(self.limits.vocabulary);
-        for (index, count, wanted) in &mut self.planned {
-            let sequence = &mut self.running[*index];
-            if sequence.wishes() > 0 {
-                let Some(row) = rows.next() else { return sequence.undraft() };
-                sequence.guessed(row, &self.limits.end_ids);
-                (*count, *wanted) = (1 + sequence.draft.len(), 1 + sequence.draft.len());
-            }
-        }
-    }
-
-    /// Whether a waiting sequence's adapter is not there yet; that one is then passed.
-    fn absent(&mut self, waiting: usize) -> bool {
-        self.residency.sync(&mut self.pool);
-        let Some(sequence) = self.queue.get(waiting) else { return false };
-        sequence.passed = !self.residency.ready(sequence.adapter);
-        sequence.missed |= sequence.passed;
-        sequence.passed
-    }
-
-    /// Whether a running sequence is computing the page that a waiting one needs next; that one is then passed.
-    fn coming(&mut self, waiting: usize) -> bool {
-        let Some(sequence) = self.queue.get(waiting) else { return false };
-        sequence.passed = sequence
-            .missing(&self.pool)
-            .is_some_and(|next| self.running.iter().any(|other| other.left() > 1 && other.computes(&next, &self.pool)));
-        sequence.passed
-    }
-
-    /// Takes a waiting sequence out and gives it the pages that it needs to begin, if it can stay until its end.
-    ///
-    /// # Errors
-    /// It would not have room even alone.
-    fn admit(&mut self, waiting: usize) -> Result<Option<Sequence>> {
-        let Some(sequence) = self.queue.get(waiting) else { return Ok(None) };
-        let own = self.residency.pages(sequence.adapter, &self.pool);
-        let most = self.pool.pages().saturating_sub(own);
-        // Even alone it would have no more, and nobody is to wait for what can't be.
-        let longest = most * self.pool.block_tokens();
-        if sequence.tokens.len() >= longest {
-            return Err(Residency::too_large(own, &self.pool));
-        }
-        sequence.longest = sequence.longest.min(longest);
-        let room = most.saturating_sub(self.residency.held_beside(sequence.adapter));
-        sequence.adopt(&mut self.pool);
-        let fits = self.running.is_empty() || need(&self.limits, &self.pool, &self.running, sequence) <= room;
-        let (tokens, adapter) = (sequence.tokens.len(), sequence.adapter);
-        if !fits || !self.residency.enter(adapter, &mut self.pool) {
-            sequence.release(&mut self.pool);
-            return Ok(None);
-        }
-        if !sequence.table.reserve(&mut self.pool, tokens) {
-            sequence.release(&mut self.pool);
-            self.residency.leave(adapter, &mut self.pool);
-            return Ok(None);
-        }
-        if sequence.fresh() {
-            if !sequence.first {
-                self.begun.push((sequence.flow.priority, sequence.came));
-            }
-            self.counters.cache_hits += u64::from(sequence.computed > 0);
-            if self.residency.knows(adapter) {
-                self.counters.adapter_misses += u64::from(sequence.missed);
-                self.counters.adapter_hits += u64::from(!sequence.missed);
-            }
-        }
-        sequence.admitted();
-        Ok(self.queue.take(waiting).map(|mut sequence| {
-            sequence.first = false;
-            self.counters.cached_tokens += sequence.computed as u64;
-            self.queue.charge(sequence.flow, sequence.left(), 0);
-            sequence
-        }))
-    }
-
-    /// Ends a waiting sequence with an error.
-    fn refuse(&mut self, waiting: usize, error: Error) {
-        if let Some(mut sequence) = self.queue.take(waiting) {
-            self.queue.leave(sequence.flow);
-            self.counters.failed += 1;
-            sequence.fail(error);
-        }
-    }
-
-    /// Makes room for all tokens of a running sequence, if need be by preempting the youngest; `false` when that is itself.
-    fn reserve(&mut self, index: usize) -> bool {
-        loop {
-            let sequence = &mut self.running[index];
-            if sequence.table.reserve(&mut self.pool, sequence.tokens.len()) {
-                return true;
-            }
-            // `index` is in bounds, so there is a last one, and it comes no earlier than `index`: not planned yet.
-            let Some(mut youngest) = self.running.pop() else { return false };
-            youngest.release(&mut self.pool);
-            self.residency.leave(youngest.adapter, &mut self.pool);
-            self.counters.preempted += 1;
-            self.queue.resume(youngest);
-            if self.running.len() == index {
-                return false;
-            }
-        }
     }
 
     /// The batch that is planned, with the drafts that there are.
@@ -543,26 +344,6 @@ impl Scheduler {
             false
         });
     }
-}
-
-/// Rows of a step up to which more rows cost little, since reading the weights takes most of the time.
-const DRAFT_ROWS: usize = 16;
-
-/// Pages that the running sequences and one more need at most, all together, until they have ended.
-fn need(limits: &Limits, pool: &BlockPool, running: &[Sequence], next: &Sequence) -> usize {
-    // Tokens of a step that prompts get whatever else runs.
-    let least = limits.batch_tokens - limits.sequences.min(limits.batch_tokens) + 1;
-    let (mut before, mut shared) = (0, HashSet::<u32>::new());
-    let mut load = |sequence: &Sequence| -> Load {
-        let pages = sequence.table.pages().iter();
-        shared.extend(pages.filter(|&&page| pool.holders(page) > 1));
-        // One that generates starts now. Prompts go one after the other, the first of them now.
-        let left = sequence.left();
-        before += if left > 1 { left } else { 0 };
-        sequence.load(if left > 1 { before.div_ceil(least) - 1 } else { 0 }, 1 + limits.draft_tokens, pool)
-    };
-    let loads: Vec<Load> = running.iter().chain([next]).map(&mut load).collect();
-    peak(&loads, shared.len(), pool.block_tokens())
 }
 
 #[cfg(test)]

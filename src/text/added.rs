@@ -43,6 +43,11 @@ impl AddedTokens {
         Ok(Self { automaton, tokens, beginnings, longest_beginning })
     }
 
+    /// Whether the text of any of them is in `text`.
+    pub fn occur_in(&self, text: &str) -> bool {
+        self.automaton.is_match(text)
+    }
+
     /// The special tokens in `text`, from left to right, but for those that `is_text` says are only text.
     pub fn special(&self, text: &str, is_text: impl Fn(&Range<usize>) -> bool) -> Vec<Found> {
         let mut found = Vec::new();

@@ -18,3 +18,11 @@ pub(super) const TEMPLATE_DEPTH: usize = 200;
 /// The stack for compiling and rendering, in bytes; only what is touched takes memory. A template can nest its own text
 /// or a value as deep as its length or its fuel allow, and some of what walks them (their destructors too) recurses.
 pub(super) const STACK_BYTES: usize = 1 << 30;
+/// What a stack may have lost of it to those who called, and still be the one.
+const CALLERS_BYTES: usize = 16 << 20;
+
+/// Does `work` with a stack of [`STACK_BYTES`], a new one unless it's there: making one for a few conversations at a time
+/// is much less work than for each rendering.
+pub fn on_deep_stack<T>(work: impl FnOnce() -> T) -> T {
+    stacker::maybe_grow(STACK_BYTES - CALLERS_BYTES, STACK_BYTES, work)
+}

@@ -5,6 +5,7 @@
 //! what the template itself writes is parsed as special tokens.
 
 mod added;
+mod byte_level;
 mod clock;
 mod conversation;
 mod decode;
@@ -12,6 +13,7 @@ mod directory;
 mod encode;
 mod json;
 mod limits;
+mod merges;
 mod pretokenizers;
 mod provenance;
 mod python;
@@ -22,11 +24,13 @@ mod template;
 pub(crate) mod tests;
 mod tokenizer;
 mod vocabulary;
+mod words;
 
 pub use conversation::{Conversation, TrainOn};
 pub use decode::StreamDecoder;
 pub use encode::{Encoded, encode_conversation, encode_prompt};
 pub use json::parse as parse_json;
+pub use limits::on_deep_stack;
 pub use save::save;
 pub use template::Template;
 pub use tokenizer::{Specials, Tokenizer};

@@ -43,9 +43,7 @@ impl Compiled {
     fn new(source: &str) -> Result<Self> {
         let prepared = prepare(source)?;
         let mut environment = python::environment();
-        stacker::grow(limits::STACK_BYTES, || {
-            environment.add_template_owned(NAME, prepared).map_err(|error| describe(&error))
-        })?;
+        limits::on_deep_stack(|| environment.add_template_owned(NAME, prepared).map_err(|error| describe(&error)))?;
         Ok(Self { environment, source: source.to_owned() })
     }
 }
@@ -121,7 +119,7 @@ impl Template {
             .insert("strftime_now".to_owned(), Value::from_function(move |format: &str| clock::strftime(now, format)));
         let mut out = Limited(Vec::new());
         let template = compiled.environment.get_template(NAME).map_err(|error| describe(&error))?;
-        stacker::grow(limits::STACK_BYTES, || {
+        limits::on_deep_stack(|| {
             template.render_captured_to(Value::from(variables), &mut out).map(drop).map_err(|error| describe(&error))
         })?;
         String::from_utf8(out.0).map_err(|_| Error::failure("chat template: expected UTF-8 from the renderer"))

@@ -28,7 +28,7 @@ pub(crate) fn tokenizer() -> Tokenizer {
     Tokenizer::from_json(&document.to_string(), config).expect("a tokenizer")
 }
 
-fn bytes() -> Value {
+pub(crate) fn bytes() -> Value {
     // GPT-2's letters for bytes: the printable ones are themselves, the rest follow from U+0100
     let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     let others = (0..256).filter(|&byte| !printable(byte)).enumerate();

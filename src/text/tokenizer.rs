@@ -1,4 +1,4 @@
-//! Text to ids and back, by the `tokenizers` crate.
+//! Text to ids and back, by the `tokenizers` crate; and sooner, to the same ids, where [`ByteLevel`] knows the way.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,9 +7,10 @@ use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
 use tokenizers::AddedVocabulary;
-use tokenizers::{AddedToken, Model, OffsetType, PreTokenizer, PreTokenizerWrapper};
+use tokenizers::{AddedToken, Model, OffsetReferential, OffsetType, PreTokenizer, PreTokenizerWrapper};
 
 use super::added::AddedTokens;
+use super::byte_level::ByteLevel;
 use super::directory::{self, Config};
 use crate::error::{Error, Result};
 
@@ -56,6 +57,7 @@ struct Inner {
     /// The pre-tokenizer for text that doesn't begin a sequence.
     continuing: Option<PreTokenizerWrapper>,
     added: AddedTokens,
+    byte_level: Option<ByteLevel>,
     special_tokens: BTreeMap<String, String>,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -111,23 +113,47 @@ impl Tokenizer {
         end_ids.extend(names.filter_map(|name| parsing.token_to_id(name)).filter(|id| added.contains_key(id)));
         end_ids.sort_unstable();
         end_ids.dedup();
+        let byte_level = ByteLevel::of(text, &parsing);
         let added = AddedTokens::new(added.into_iter().collect())?;
         let special_tokens = config.special_tokens;
         let hash = OnceLock::new();
         Ok(Self {
-            inner: Arc::new(Inner { parsing, literal, continuing, added, special_tokens, bos, eos, end_ids, hash }),
+            inner: Arc::new(Inner {
+                parsing,
+                literal,
+                continuing,
+                added,
+                byte_level,
+                special_tokens,
+                bos,
+                eos,
+                end_ids,
+                hash,
+            }),
         })
     }
 
     /// The ids of `text`; none is added in front or behind.
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>> {
-        match specials {
-            Specials::Literal => self.encode_between(text, true),
-            Specials::Parse => {
-                let encoded = guarded(|| self.inner.parsing.encode_fast(text, false))?;
-                Ok(encoded.map_err(|error| cannot_encode(&*error))?.get_ids().to_vec())
+        match (specials, &self.inner.byte_level) {
+            (Specials::Literal, _) => self.encode_between(text, true),
+            (Specials::Parse, Some(byte_level)) => {
+                self.encode_words(byte_level, self.inner.parsing.get_added_vocabulary(), text)
             }
+            (Specials::Parse, None) => self.parsed_by_crate(text),
         }
+    }
+
+    /// Whether text is encoded without the crate.
+    #[cfg(test)]
+    pub(super) fn is_byte_level(&self) -> bool {
+        self.inner.byte_level.is_some()
+    }
+
+    /// The reference of parsing special tokens.
+    pub(super) fn parsed_by_crate(&self, text: &str) -> Result<Vec<u32>> {
+        let encoded = guarded(|| self.inner.parsing.encode_fast(text, false))?;
+        Ok(encoded.map_err(|error| cannot_encode(&*error))?.get_ids().to_vec())
     }
 
     /// The ids of a raw prompt, special tokens included: behind [`Self::opening`], unless the text begins with it itself.
@@ -141,6 +167,32 @@ impl Tokenizer {
 
     /// The ids of a stretch of text in which special tokens are only text; `first` says that nothing is before it.
     pub(super) fn encode_between(&self, text: &str, first: bool) -> Result<Vec<u32>> {
+        match &self.inner.byte_level {
+            // it's the same wherever the text stands
+            Some(byte_level) => self.encode_words(byte_level, &self.inner.literal, text),
+            None => self.between_by_crate(text, first),
+        }
+    }
+
+    /// The ids of `text` with the tokens that `added` finds in it.
+    fn encode_words(&self, byte_level: &ByteLevel, added: &AddedVocabulary, text: &str) -> Result<Vec<u32>> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        if !self.inner.added.occur_in(text) {
+            byte_level.encode(text, false, &mut ids);
+            return Ok(ids);
+        }
+        let pieces = guarded(|| added.extract_and_normalize(self.inner.parsing.get_normalizer(), text))?;
+        for (piece, _, tokens) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
+            match tokens {
+                Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
+                None => byte_level.encode(piece, true, &mut ids),
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The reference of [`Self::encode_between`].
+    pub(super) fn between_by_crate(&self, text: &str, first: bool) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
         }

@@ -1,5 +1,8 @@
 """SmolLM2's tokenizer and template, rebuilt from its GGUF file, give transformers' ids."""
 
+import random
+import sysconfig
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,22 @@ def test_literal_text_holds_no_special_token(ours: Tokenizer, text: str) -> None
     ids = ours.encode(text, specials=False)
     assert not any(ours.is_special(token) for token in ids)
     assert ours.decode(ids, skip_special=False) == text
+
+
+def test_megabytes_of_real_text(ours: Tokenizer, theirs: Any) -> None:
+    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    paths = sorted(path for root in roots for name in ("*.py", "*.md", "METADATA") for path in root.glob(f"*/{name}"))
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in random.Random(0).sample(paths, 120)]
+    assert sum(map(len, texts)) > 1_000_000
+    seconds = [0.0, 0.0]
+    for text in texts:
+        ids = []
+        for side, encode in enumerate((ours.encode, lambda text: theirs.encode(text, add_special_tokens=False))):
+            start = time.process_time()
+            ids.append(encode(text))
+            seconds[side] += time.process_time() - start
+        assert ids[0] == ids[1]
+    assert seconds[0] < seconds[1] / 2, "the library does the work: the tokenizer isn't taken for what it is"
 
 
 def test_it_knows_its_ends(ours: Tokenizer) -> None:

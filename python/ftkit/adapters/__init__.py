@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ftkit import plugins
 from ftkit.adapters import _files
+from ftkit.adapters._files import Snapshot, snapshot
 from ftkit.config import fields
 from ftkit.config.fields import Problem, table_of
 from ftkit.errors import InputError
@@ -30,15 +31,18 @@ from ftkit.nn.linear import Linear, Weight
 
 __all__ = [
     "Attached",
+    "Snapshot",
     "attach",
     "content",
     "detach",
+    "file_keys",
     "load",
     "merged",
     "merged_weights",
     "notices",
     "read",
     "save",
+    "snapshot",
     "trainable",
 ]
 
@@ -145,10 +149,11 @@ def notices(model: Decoder, adapter_id: int = 0) -> list[str]:
 
 
 def save(
-    model: Decoder, adapter_id: int, folder: Path, base_fingerprint: str | None = None, base_name: str = ""
+    model: Decoder, adapter_id: int, folder: Path | None, base_fingerprint: str | None = None, base_name: str = ""
 ) -> None:
     """Writes the adapter to a new directory: PEFT's two files, and ftkit.json with the base's fingerprint.
 
+    Without a folder it takes part in gathering what processes share out, and another one writes.
     `base_fingerprint`: that of the model's weights when not given; `base_name`: what the base was loaded as.
     """
     attached = _known(model, adapter_id)
@@ -209,9 +214,20 @@ def read(shell: Decoder, folder: Path) -> tuple[Attached, dict[str, nn.Module]]:
     return attached, found
 
 
+def file_keys(attached: Attached, modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The key that each parameter, by its `id`, has in its adapter's file; `attached` and `modules` as of `read`."""
+    ends = plugins.load("adapters", attached.method).PEFT_KEYS
+    return {
+        id(parameter): f"{_files.PREFIX}{name}.{ends.get(inner, inner)}"
+        for name, module in modules.items()
+        for inner, parameter in module.named_parameters()
+    }
+
+
 def content(folder: Path) -> str:
-    """A hash of what `load` reads of a directory: the same for the same adapter, wherever it stands."""
-    return _files.content(folder)
+    """A hash of what `load` reads of a directory: the same for the same adapter, wherever it stands. Raises InputError
+    when it cannot be read."""
+    return _files.snapshot(folder).content
 
 
 def _trained_over(base: str, fingerprint: str) -> str | None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ftkit.errors import InputError
+from ftkit.nn.shards import Whole
+from ftkit.nn.shards import write as write_tensors
 
 PREFIX = "base_model.model."
 """Before a layer's name in the keys of PEFT's files."""
@@ -30,17 +32,19 @@ class Files:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Tensor], peft_type: str | None, options: dict[str, Any], record: dict[str, Any]
+    folder: Path | None,
+    tensors: Mapping[str, Tensor],
+    peft_type: str | None,
+    options: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
-    """Writes a new directory."""
+    """Writes a new directory; without one it takes part in gathering tensors that processes share out."""
+    stored = {key: Whole.of(tensor.detach()) for key, tensor in tensors.items()}
+    if folder is None:
+        write_tensors(None, stored)
+        return
     folder.mkdir(parents=True)
-    stored: dict[str, Tensor] = {}
-    homes: set[int] = set()
-    for key, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
-        stored[key] = values.clone() if values.data_ptr() in homes else values  # the format has no shared tensors
-        homes.add(values.data_ptr())
-    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, stored, {"format": "pt"})
     if peft_type is not None:
         config = {
             "peft_type": peft_type,
@@ -70,16 +74,44 @@ def read(folder: Path) -> Files:
     return Files(config=config, tensors=tensors, record=record)
 
 
-def content(folder: Path) -> str:
-    """The hash of a directory's files. Raises InputError when one cannot be read."""
-    digest = hashlib.sha256()
-    for path in (folder / name for name in (WEIGHTS, CONFIG, RECORD)):
-        try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise InputError(f"{path}: expected a file that can be read, got: {str(error).lower()}") from None
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Snapshot:
+    """The bytes of a directory's files, all as they were at one moment; empty for one that is not there."""
+
+    weights: bytes
+    config: bytes
+    record: bytes
+
+    @property
+    def content(self) -> str:
+        """Their hash."""
+        parts = (hashlib.sha256(part).digest() for part in (self.weights, self.config, self.record))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
+    def head(self) -> bytes:
+        """The beginning of the weights, which says what is where in them."""
+        return self.weights[: 8 + int.from_bytes(self.weights[:8], "little")]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Reads a directory's files. Raises InputError when one cannot be read, or they change meanwhile."""
+    paths = [folder / name for name in (WEIGHTS, CONFIG, RECORD)]
+
+    def states() -> list[tuple[int, ...] | None]:
+        found = [path.stat() if path.exists() else None for path in paths]
+        return [state and (state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
+
+    try:
+        before = states()
+        parts = [path.read_bytes() if state else b"" for path, state in zip(paths, before, strict=True)]
+        after = states()
+    except OSError as error:
+        text = str(error).lower()
+        raise InputError(f"{error.filename or folder}: expected a file that can be read, got: {text}") from None
+    if before != after:
+        raise InputError(f"{folder}: expected files that stay as they are while they are read, got others")
+    return Snapshot(*parts)
 
 
 def _object(path: Path) -> dict[str, Any]:

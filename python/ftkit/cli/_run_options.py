@@ -37,6 +37,11 @@ _OPTIONS: dict[str, tuple[str, type, str]] = {
     "evaluation_data": ("evaluation.path", str, "A file of held-out rows."),
     "quant": ("model.quant", str, "How matrices are held: none, gguf, nf4, int8, … (ftkit list quant)."),
     "precision": ("training.precision", str, "int8: frozen matrices multiply in 8 bits, watched over; else dtype."),
+    "sparse_tokens": (
+        "training.sparse_tokens",
+        float,
+        "Share of a long context's tokens that most layers keep, such as 0.25; trained ones always.",
+    ),
     "name": ("output.name", str, "The run's name."),
     "runs_dir": ("output.runs_dir", str, "The directory of runs (default: runs)."),
     "seed": ("training.seed", int, "Seed of order, first weights and dropout."),

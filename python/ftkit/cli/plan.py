@@ -1,6 +1,7 @@
 """Says what a run will need before it starts: memory by category, time, and what fits."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,16 +46,19 @@ def command(
 
       ftkit plan run.toml --verify
 
+      torchrun --nproc-per-node 2 -m ftkit plan run.toml
+
       ftkit plan --model-config config.json --device cuda:24GiB --quant nf4 --set model.dtype=bfloat16
     """
     from rich.console import Console
 
     from ftkit import models
     from ftkit.config import RunConfig
-    from ftkit.plan.budget import available_bytes, parse_bytes, parse_device
+    from ftkit.plan.budget import available_bytes, parse_bytes, parse_device, written
     from ftkit.plan.speed import advice, speeds
     from ftkit.train import fitting
     from ftkit.train.planned import Case
+    from ftkit.train.processes import launched
 
     architecture = None
     if model_config is not None:
@@ -62,6 +66,8 @@ def command(
         overrides = {"model.source": str(model_config), "data.path": "-"} | overrides
     config = RunConfig.from_toml(config_path, overrides)
     if verify:
+        if launched() > 1:
+            raise InputError("verify: expected one process, got several", "without torchrun it verifies one of them")
         if model_config is not None or device != "cpu":
             raise InputError(
                 "verify: expected a model and a machine that are here, got --model-config or --device",
@@ -72,17 +78,24 @@ def command(
     gpu = parse_device(device)
     room = gpu.bytes if gpu is not None else available_bytes()
     room = parse_bytes(config.training.budget) if config.training.budget else room
+    if gpu is None:
+        room //= launched()  # they share the machine's memory
     with Console(stderr=True, quiet=json).status("tracing steps"):
-        tried = fitting.fit(Case.of_configuration(config, gpu, architecture), room)
+        case = Case.of_configuration(config, gpu, architecture)
+        tried = fitting.fit(case, room)
         plan, fits = tried[-1], tried[-1].needed_bytes <= room
+        sparse = case.with_few_trained().plan(plan.way) if config.training.sparse_tokens < 1 else None
         others = (
             [] if fits else fitting.others(config, room, lambda other: Case.of_configuration(other, gpu, architecture))
         )
     precise = gpu is not None or config.training.precision != "dtype"
     told = None if precise else advice(speeds(), config.model.dtype)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one speaks for all
     if json:
         print_json(
             {
+                "processes": launched(),
                 "peak_bytes": plan.peak_bytes,
                 "peak_rss_bytes": plan.peak_rss_bytes if gpu is None else None,
                 "reserved_bytes": plan.reserved_bytes,
@@ -94,11 +107,19 @@ def command(
                 "tried": [dataclasses.asdict(plan) for plan in tried],
                 "others": [dataclasses.asdict(other) for other in others],
                 "precision": told,
+                **({} if sparse is None else {"sparse_peak_bytes": sparse.peak_bytes}),
             }
         )
         return
+    if launched() > 1:
+        print(f"each of {launched()} processes:")
     print_plan(plan)
     _print_tried(tried, others, room)
+    if sparse is not None:
+        print(
+            f"\nsparse tokens: what is left out depends on the data, which train will have read; nothing is, above.\n"
+            f"{written(sparse.peak_bytes)} of tensors where the trained tokens of a row fit into the share"
+        )
     if told is not None:
         print(f"\n{told}")
 

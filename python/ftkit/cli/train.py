@@ -30,6 +30,8 @@ def command(
 
       ftkit train run.toml --set optimizer.learning_rate=1e-4 --name second-try
 
+      ftkit train --model model.gguf --data long.jsonl --max-tokens 8192 --sparse-tokens 0.25
+
       ftkit train --resume --name second-try
 
       torchrun --nproc-per-node 2 -m ftkit train run.toml --set training.gradient_accumulation_steps=2

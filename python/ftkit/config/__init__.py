@@ -107,8 +107,25 @@ class TrainingConfig:
         "what frozen matrices multiply in: dtype: as model.dtype says; int8: both sides rounded to 8 bits, on a CPU, "
         "watched over, and faster",
     )
+    sparse_tokens: float = option(
+        1.0,
+        "share of a long row's blocks of 64 tokens that most layers take, trained ones always; 1: all. Below it the "
+        "others' activations are neither computed nor kept",
+        above=0,
+        at_most=1,
+    )
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
+    )
+    offload: Literal["auto", "none", "optimizer"] = option(
+        "auto",
+        "what lies in a file on disk between its uses, on a CPU: the optimizer's state, nothing, or (auto) the state "
+        "where nothing cheaper fits the memory",
+    )
+    shard: Literal["auto"] | bool = option(
+        "auto",
+        "several processes share out weights, gradients and optimizer states instead of having all: auto: where all "
+        "weights are trained",
     )
     seed: int = option(0, "of the data's order, the adapter's first weights and dropout", at_least=0, below=2**63)
     threads: int | None = option(

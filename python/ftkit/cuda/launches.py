@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftkit.cuda.launch import TYPES
+from ftkit.cuda.launch import TYPES, expect_shapes
 from ftkit.cuda.launch import Argument as Argument
 from ftkit.cuda.launch import Launch as Launch
 from ftkit.cuda.launch import aligned as aligned
@@ -29,10 +29,12 @@ from ftkit.cuda.pages import takes_attention as takes_attention
 from ftkit.cuda.source import variant
 
 GEMV_ROWS, DECODE_ROWS = 4, 16
-STEP = 64
+DECODE_COLUMNS = 2048
+"""From here on each warp of `coded_decode` has a part of a row to read, and it takes fewer rows than 5, too."""
+GROUPS, STEP = (32, 64, 128), 64
 """Values of one scale, and of one step of the tensor core's kernels."""
-TILE = 128
-"""Rows, and columns, of the result that a block of the tiled kernels makes."""
+TILE, WIDE = 128, 256
+"""Rows of the result that a block of the tiled kernels makes, and columns; `coded_dx` makes 128 of these, too."""
 BLOCK_FORMATS = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
 
 
@@ -90,7 +92,7 @@ def dense(launch: Launch, coded: Codes, dtype: torch.dtype = torch.float32) -> T
             kernel,
             "dequant_coded",
             grid,
-            [*_codes(coded), _or_none(coded.offsets, torch.float16, coded), out, count, coded.group],
+            [*_codes(coded), out, count, coded.group],
         )
     return out
 
@@ -105,69 +107,85 @@ def block_dense(launch: Launch, kind: str, blocks: Tensor, columns: int, dtype: 
 
 
 def takes_matmul(x: Tensor, coded: Codes) -> bool:
-    """4-bit codes; up to 4 rows with any group of whole eights, more of them as NF4 in bfloat16."""
-    columns = coded.shape[1]
-    if coded.table is None or len(coded.table) != 16 or not takes_dense(coded) or columns % coded.group:
+    """4-bit codes; up to 4 rows with any group of whole eights, more of them by the tensor core's kernels."""
+    if not _by_sixteen(coded) or not takes_dense(coded) or coded.shape[1] % coded.group:
         return False
-    return (x.dtype in TYPES and x.shape[0] <= GEMV_ROWS and aligned(x)) or _takes_tiles(x, coded)
+    return (x.dtype in TYPES and x.shape[0] <= GEMV_ROWS and aligned(x)) or takes_tiles(x, coded)
 
 
-def takes_transposed(dy: Tensor, coded: Codes) -> bool:
-    """4-bit codes with a table as NF4's, and dy in bfloat16."""
-    return coded.table is not None and len(coded.table) == 16 and _takes_tiles(dy, coded)
-
-
-def _takes_tiles(x: Tensor, coded: Codes) -> bool:
+def takes_tiles(x: Tensor, coded: Codes) -> bool:
+    """x or dy in bfloat16, 4-bit codes; whole groups and steps of 64 along in, whole eights along out."""
+    if not _by_sixteen(coded) or not takes_dense(coded) or coded.group not in GROUPS or x.ndim != 2:
+        return False
     rows, columns = coded.shape
-    plain = coded.offsets is None and coded.scales.dtype in (torch.uint8, torch.float32)
-    sizes = coded.group == STEP and columns % STEP == 0 and rows % 8 == 0
-    return x.dtype == torch.bfloat16 and plain and sizes and aligned(x, coded.codes)
+    parts = [coded.codes, coded.scales, *([] if coded.offsets is None else [coded.offsets])]
+    whole = columns % max(STEP, coded.group) == 0 and rows % 8 == 0 and all(one.is_contiguous() for one in parts)
+    return x.dtype == torch.bfloat16 and whole and aligned(x)
+
+
+def _by_sixteen(coded: Codes) -> bool:
+    return coded.table is not None and len(coded.table) == 16
 
 
 def matmul(launch: Launch, x: Tensor, coded: Codes, low: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank]."""
+    """x [rows, in] to x Wᵀ (+ low Bᵀ) [rows, out] in x's dtype; low [rows, rank], b [out, rank].
+
+    Raises InputError for sizes that don't agree.
+    """
     (n, k), m = coded.shape, x.shape[0]
+    _expect("a product with codes", coded, x=(x, (m, k)))
     y = x.new_empty(m, n)
-    rank = 0 if low is None else low.shape[1]
-    scale = TYPES[coded.scales.dtype]
     if not y.numel():
         return y
     if m > DECODE_ROWS:
         low, b = _sixteens(low, 1), _sixteens(b, 1)
-        rank = 0 if low is None else low.shape[1]
-    if m <= GEMV_ROWS:
-        offsets = _or_none(coded.offsets, torch.float16, coded)
-        added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
-        macros = {"ROWS": m, "VALUE": TYPES[x.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
-        kernel = variant("nf4_gemv", **macros, SCALE=scale)
+    rank = 0 if low is None else low.shape[1]
+    one_by_one = m <= GEMV_ROWS and not (k >= DECODE_COLUMNS and takes_tiles(x, coded))
+    kind = x.dtype if m > DECODE_ROWS else torch.float32
+    added = [_or_none(low, kind, coded), _or_none(b, x.dtype, coded)]
+    if one_by_one:
+        kernel = variant("coded_gemv", ROWS=m, VALUE=TYPES[x.dtype], **_macros(coded))
         grid = (blocks_of(n, kernel.constant("THREADS") // 32),)
-        launch(kernel, "nf4_gemv", grid, [x, *_codes(coded), offsets, *added, y, n, k, rank])
+        launch(kernel, "coded_gemv", grid, [x, *_codes(coded), *added, y, n, k, rank])
     elif m <= DECODE_ROWS:
-        added = [_or_none(low, torch.float32, coded), _or_none(b, x.dtype, coded)]
         arguments: list[Argument] = [x, *_codes(coded), *added, y, m, n, k, rank]
-        launch(variant("nf4_decode", SCALE=scale), "nf4_decode", (blocks_of(n, 32),), arguments)
+        launch(variant("coded_decode", **_macros(coded)), "coded_decode", (blocks_of(n, 32),), arguments)
     else:
-        added = [_or_none(low, x.dtype, coded), _or_none(b, x.dtype, coded)]
         arguments = [x, *_codes(coded), *added, y, m, n, k, rank]
-        kernel = variant("nf4_lora_forward", SCALE=scale)
-        launch(kernel, "nf4_lora_forward", (blocks_of(m, TILE), blocks_of(n, TILE)), arguments)
+        tiles = (blocks_of(m, TILE), blocks_of(n, WIDE))
+        launch(variant("coded_forward", **_macros(coded)), "coded_forward", tiles, arguments)
     return y
 
 
 def matmul_transposed(
     launch: Launch, dy: Tensor, coded: Codes, dlow: Tensor | None = None, a: Tensor | None = None
 ) -> Tensor:
-    """dy [rows, out] to dy W (+ dlow A) [rows, in]; dlow [rows, rank], a [rank, in]."""
+    """dy [rows, out] to dy W (+ dlow A) [rows, in]; dlow [rows, rank], a [rank, in].
+
+    Raises InputError for sizes that don't agree.
+    """
     (n, k), m = coded.shape, dy.shape[0]
+    _expect("a transposed product with codes", coded, dy=(dy, (m, n)))
     dx = dy.new_empty(m, k)
     if not dx.numel():
         return dx
     dlow, a = _sixteens(dlow, 1), _sixteens(a, 0)
     added = [_or_none(dlow, dy.dtype, coded), _or_none(a, dy.dtype, coded)]
     arguments: list[Argument] = [dy, *_codes(coded), *added, dx, m, n, k, 0 if dlow is None else dlow.shape[1]]
-    kernel = variant("nf4_lora_dx", SCALE=TYPES[coded.scales.dtype])
-    launch(kernel, "nf4_lora_dx", (blocks_of(m, TILE), blocks_of(k, TILE)), arguments)
+    launch(variant("coded_dx", **_macros(coded)), "coded_dx", (blocks_of(m, TILE), blocks_of(k, TILE)), arguments)
     return dx
+
+
+def _expect(operation: str, coded: Codes, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    count = coded.shape[0] * coded.shape[1]
+    flat = {"codes": (coded.codes.view(-1), (count // 2,)), "scales": (coded.scales.view(-1), (count // coded.group,))}
+    if coded.offsets is not None:
+        flat["offsets"] = (coded.offsets.view(-1), (count // coded.group,))
+    expect_shapes(operation, **tensors, **flat)
+
+
+def _macros(coded: Codes) -> dict[str, object]:
+    return {"SCALE": TYPES[coded.scales.dtype], "GROUP": coded.group, "OFFSETS": int(coded.offsets is not None)}
 
 
 def _codes(coded: Codes) -> list[Tensor]:
@@ -179,7 +197,8 @@ def _codes(coded: Codes) -> list[Tensor]:
         if nested is None
         else [nested.map, nested.greatest, nested.mean]
     )
-    return [coded.codes.view(torch.uint8), _or_none(coded.table, torch.float32, coded), *scales]
+    offsets = coded.codes.new_empty(0, dtype=torch.float16) if coded.offsets is None else coded.offsets.view(-1)
+    return [coded.codes.view(torch.uint8), _or_none(coded.table, torch.float32, coded), *scales, offsets]
 
 
 def _sixteens(tensor: Tensor | None, axis: int) -> Tensor | None:

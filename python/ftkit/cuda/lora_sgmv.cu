@@ -3,7 +3,7 @@
 // For what lies where, see lora_bgmv.cu. x, low and y are bf16; in is a multiple of 16, out of 4, width of 16. low has
 // zeros from an adapter's rank up to the next sixteen. A block makes a piece of at most 32 rows of one segment, and reads
 // all its operands straight from memory: of 64 neighbours along in, lane (g, q) of a warp has the 16 from 16 q on, and
-// the four products of 16 take them by fours, as nf4.cuh has it. So a row's numbers depend on the row and its adapter
+// the four products of 16 take them by fours, as fragments.cuh has it. So a row's numbers depend on the row and its adapter
 // alone. WEIGHT: what the pool holds: float, bf16.
 #include "numbers.cuh"
 #include "ragged.cuh"
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(SHRINK_THREADS) lora_sgmv_shrink(
   }
 }
 
-// A warp makes 32 columns; a lane has four neighbours of each of its rows, see nf4.cuh.
+// A warp makes 32 columns; a lane has four neighbours of each of its rows, see fragments.cuh.
 extern "C" __global__ void __launch_bounds__(EXPAND_THREADS) lora_sgmv_expand(
     const bf16* __restrict__ low, const WEIGHT* __restrict__ pool, const int64_t* __restrict__ places,
     const int* __restrict__ ranks, const int* __restrict__ ends, const int* __restrict__ adapters, bf16* __restrict__ into,

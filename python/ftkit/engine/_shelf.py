@@ -4,56 +4,42 @@
     install   weights to the pages that the scheduler has given; rows under the adapter may follow
     evict     the pages are another's
 
-An adapter that is a LoRA, of whatever method and ranks, is written to the pages as its matrices A and B, and the model
-computes with them there. What is no LoRA (a layer trained whole, a bias) stays in memory of its own, and its pages are
-left untouched: they are what it is charged.
+An adapter that is a LoRA, of whatever ranks, goes to the pages as its matrices A and B, and the core's step computes
+with them there. The model's own modules get to know it only when something is to be computed under it that the core's
+step does not compute (`wear`). What is no LoRA of matrices that its file has (a layer trained whole, a bias) stays in
+memory of its own, and its pages are left untouched: they are what it is charged.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ftkit import adapters
+from ftkit.engine._form import Form, Forms
+from ftkit.engine._whole import Whole
 from ftkit.errors import FtkitError, InputError
-from ftkit.kernels.lora_linear import lora_linear
 from ftkit.nn.decoder import Decoder
-from ftkit.nn.linear import Weight
 from ftkit.nn.paged_cache import PagedCache
 
-ALIGNMENT = 64
-"""Bytes to which matrices are aligned in a page: a line of the processor's cache."""
+
+@dataclass(frozen=True)
+class _Pages:
+    """A LoRA that was fetched: what its pages are to hold, uint8 [pages, bytes of a page]."""
+
+    form: Form
+    content: Tensor
 
 
-class LowRank(nn.Module):
-    """A LoRA whose matrices are somebody else's memory; for computing only."""
+@dataclass(frozen=True)
+class _Modules:
+    """Another adapter that was fetched."""
 
-    bias: Tensor | None = None
-
-    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
-        super().__init__()
-        self.a, self.b, self.scale = a, b, scale
-
-    def forward(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [rows, in] to [rows, out]."""
-        return lora_linear(x, weight, self.a.to(x.dtype), self.b.to(x.dtype), self.scale)
-
-    def merged(self, weight: Weight) -> Tensor:
-        """W + s B A, in W's dtype."""
-        dense = weight.dense()
-        return (dense.to(self.a.dtype) + self.scale * (self.b @ self.a)).to(dense.dtype)
-
-    def merged_weight(self, weight: Weight) -> Weight | None:  # noqa: ARG002
-        """None: W's codes cannot hold it."""
-        return None
-
-    def as_lora(self) -> tuple[Tensor, Tensor, float]:
-        """A, B and s."""
-        return self.a, self.b, self.scale
+    attached: adapters.Attached
+    modules: Mapping[str, nn.Module]
 
 
 @dataclass
@@ -63,19 +49,19 @@ class _Book:
     folder: Path
     content: str | None = None
     """The hash of its files when it was read first: other files under this number would be another adapter."""
-    attached: adapters.Attached | None = None
-    staged: dict[str, nn.Module] | None = None
-    places: list[tuple[int, int]] = field(default_factory=list)
-    """Of the staged matrices in order, A before B: (number of the page, first byte); empty: not written to pages."""
+    staged: _Pages | _Modules | None = None
 
 
 class Shelf:
     """The adapters that a model's requests may ask for, by number."""
 
-    def __init__(self, model: Decoder, cache: PagedCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Decoder, cache: PagedCache, whole: Whole) -> None:
+        """`whole`: the model's step over the cache."""
+        self._model, self._cache, self._whole = model, cache, whole
         self._shell = model.shell()
+        self._forms = Forms(model.linears(), cache.pool.shape[1])
         self._books: dict[int, _Book] = {}
+        self._in_pages: dict[int, tuple[Form, list[int]]] = {}
         self._lock = threading.Lock()
 
     def put(self, adapter: int, folder: Path) -> None:
@@ -89,14 +75,17 @@ class Shelf:
         """
         book = self._books[adapter]
         with self._lock:
-            content = adapters.content(book.folder)
-            attached, modules = adapters.read(self._shell, book.folder)
+            files = adapters.snapshot(book.folder)
             # keys and values are found again by the content that they were computed under
-            if content != adapters.content(book.folder) or content != (book.content or content):
-                raise InputError(f"{book.folder}: expected the files that were added, got others", "add it anew")
-            book.content, book.attached, book.staged = content, attached, modules
-            pages = self._plan(book, modules)
-        return pages, content
+            content = files.content
+            if content != (book.content or content):
+                raise _others(book.folder)
+            form = self._forms.find(files)
+            staged: _Pages | _Modules | None = None if form is None else self._write(form, files)
+            if staged is None:
+                staged = self._read(book.folder, files, content)
+            book.content, book.staged = content, staged
+        return self._size(staged), content
 
     def without_place(self, adapter: int, text: str) -> str:
         """A message without the directories above an adapter's own."""
@@ -115,24 +104,34 @@ class Shelf:
         self._books[adapter].staged = None
 
     def install(self, adapter: int, pages: list[int]) -> None:
-        """Writes a fetched adapter to these pages and puts it on the model."""
+        """Writes a fetched adapter to these pages; rows under it may follow."""
         book = self._books[adapter]
-        modules, book.staged = book.staged, None
-        if modules is None or book.attached is None:
+        staged, book.staged = book.staged, None
+        if staged is None:
             raise FtkitError(f"adapter {adapter}: expected one that was fetched")
-        if book.places:
-            places = iter(book.places)
-            modules = {name: self._paged(module, pages, next(places), next(places)) for name, module in modules.items()}
-        layers = self._model.layers_by_name()
-        for name, module in modules.items():
-            layers[name].adapters[str(adapter)] = module.train(self._model.training)
-        self._model.attached[adapter] = book.attached
+        if isinstance(staged, _Modules):
+            self._attach(adapter, staged.attached, staged.modules)
+            return
+        for page, content in zip(pages, staged.content, strict=True):
+            self._cache.pool[page].copy_(content)
+        self._in_pages[adapter] = (staged.form, pages)
+        self._whole.put(adapter, staged.form.core, pages)
+
+    def wear(self, numbers: Iterable[int]) -> None:
+        """Puts those of the adapters that are in pages on the model's modules, for what the core's step does not
+        compute."""
+        for adapter in numbers:
+            if adapter in self._in_pages and adapter not in self._model.attached:
+                form, pages = self._in_pages[adapter]
+                self._attach(adapter, form.attached, dict(form.modules(self._cache.pool, pages)))
 
     def evict(self, adapter: int) -> None:
-        """Takes an adapter off the model, if it is there, and lets go what was fetched."""
+        """Takes an adapter away, if it is there, and lets go what was fetched."""
         book = self._books.get(adapter)
         if book is not None:
             book.staged = None
+        if self._in_pages.pop(adapter, None) is not None:
+            self._whole.take(adapter)
         if adapter in self._model.attached:
             adapters.detach(self._model, adapter)
 
@@ -146,36 +145,32 @@ class Shelf:
             self.evict(adapter)
             self.forget(adapter)
 
-    def _plan(self, book: _Book, modules: Mapping[str, nn.Module]) -> int:
-        """Places for the matrices, one after another, each in one page; the number of pages."""
-        page_bytes = self._cache.pool.shape[1]
-        book.places, page, at = [], 0, 0
-        for module in modules.values():
-            lora = _lora(module)
-            sizes = [] if lora is None else [matrix.numel() * 4 for matrix in lora[:2]]
-            if not sizes or max(sizes) > page_bytes or page_bytes % 4:
-                book.places = []
-                stored = {id(tensor): tensor.nbytes for module in modules.values() for tensor in module.parameters()}
-                return max(1, -(-sum(stored.values()) // page_bytes))
-            for size in sizes:
-                if at + size > page_bytes:
-                    page, at = page + 1, 0
-                book.places.append((page, at))
-                at += -(-size // ALIGNMENT) * ALIGNMENT
-        return page + 1
+    def _read(self, folder: Path, files: adapters.Snapshot, content: str) -> _Pages | _Modules:
+        """An adapter as any is read; of a LoRA, the form is learned."""
+        attached, modules = adapters.read(self._shell, folder)
+        if content != adapters.content(folder):
+            raise _others(folder)
+        form = self._forms.learn(files, attached, modules)
+        staged = None if form is None else self._write(form, files)
+        return staged or _Modules(attached, modules)
 
-    def _paged(self, module: nn.Module, pages: list[int], *places: tuple[int, int]) -> LowRank:
-        """The LoRA of a module, over pages of the pool."""
-        lora = _lora(module)
-        assert lora is not None  # or it would have no places
-        views = []
-        # B by columns: so the core adds them up without lanes to sum over
-        for matrix, (page, at) in zip((lora[0], lora[1].t()), places, strict=True):
-            row = self._cache.pool[pages[page]]
-            view = row[at : at + matrix.numel() * 4].view(torch.float32)
-            views.append(view.view(matrix.shape))
-            views[-1].copy_(matrix)
-        return LowRank(views[0], views[1].t(), lora[2])
+    def _write(self, form: Form, files: adapters.Snapshot) -> _Pages | None:
+        """A LoRA as its form says; None where the file is not all there or has numbers that are not finite."""
+        pages = torch.empty((form.core.pages, self._cache.pool.shape[1]), dtype=torch.uint8)
+        return _Pages(form, pages) if form.core.write(files.weights, pages) else None
+
+    def _size(self, staged: _Pages | _Modules) -> int:
+        """Pages that an adapter takes, or is charged."""
+        if isinstance(staged, _Pages):
+            return staged.form.core.pages
+        stored = {id(tensor): tensor.nbytes for module in staged.modules.values() for tensor in module.parameters()}
+        return max(1, -(-sum(stored.values()) // self._cache.pool.shape[1]))
+
+    def _attach(self, adapter: int, attached: adapters.Attached, modules: Mapping[str, nn.Module]) -> None:
+        layers = self._model.layers_by_name()
+        for name, module in modules.items():
+            layers[name].adapters[str(adapter)] = module.train(self._model.training)
+        self._model.attached[adapter] = attached
 
 
 def shelved(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -188,9 +183,5 @@ def shelved(folder: Path) -> Iterator[tuple[str, Path]]:
                 break
 
 
-def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
-    """A, B and s of what is a LoRA and nothing besides."""
-    if not hasattr(module, "as_lora") or module.bias is not None:
-        return None
-    lora = module.as_lora()
-    return None if lora is None else (lora[0].detach(), lora[1].detach(), lora[2])
+def _others(folder: Path) -> InputError:
+    return InputError(f"{folder}: expected the files that were added, got others", "add it anew")

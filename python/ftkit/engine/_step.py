@@ -32,10 +32,10 @@ class ModelStep:
     ) -> None:
         """Room for `tokens` tokens in `sequences` sequences of up to `blocks` pages."""
         self.model, self.cache, self._drafter = model, cache, drafter
-        self.shelf = Shelf(model, cache)
+        self._whole = Whole(model, cache)
+        self.shelf = Shelf(model, cache, self._whole)
         self.lock = threading.Lock()
         """Held during a step; whoever changes the model's adapters holds it too."""
-        self._whole = Whole(model, cache)
         sizes = (tokens, tokens, sequences + 1, sequences, sequences * blocks, tokens)
         self.workspace = [torch.zeros(size, dtype=torch.int32) for size in sizes]
 
@@ -55,6 +55,7 @@ class ModelStep:
     ) -> Tensor:
         """Float32 logits [rows, vocabulary], on the CPU."""
         with self.lock, torch.inference_mode():
+            self.shelf.wear(adapters)
             batch, wanted = self._batch(tokens, blocks, rows, lengths, adapters)
             return next_logits(batch, wanted, self.cache, self.model).float().cpu().contiguous()
 
@@ -108,6 +109,7 @@ class ModelStep:
     def embed(self, tokens: list[int], adapter: int) -> Tensor:
         """The hidden states after the final norm, averaged over the tokens, float32 [d] on the CPU; without a cache."""
         with self.lock, torch.inference_mode():
+            self.shelf.wear([adapter])
             batch = RaggedBatch.pack([tokens], adapter=adapter, device=self.model.device)
             hidden: Tensor = self.model(batch)  # [tokens, d]
             return hidden.float().mean(0).cpu().contiguous()

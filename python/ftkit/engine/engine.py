@@ -160,7 +160,6 @@ class Engine:
         # Also at the end of the program: the thread must be gone before the interpreter is.
         self._end = weakref.finalize(self, _close, self._core, self._step)
         self._own: set[int] = set()
-        self._next = -1
 
     @property
     def models(self) -> list[str]:
@@ -256,7 +255,7 @@ class Engine:
             raise InputError(f"adapter name: expected one not in use, got {name!r}")
         with self._step.lock:
             # never one that was used before: pages of keys and values, and requests under way, go by it
-            number = self._next = max(self._next, *self.loaded.model.attached, -1) + 1
+            number = self.loaded.model.attached.fresh()
         shelf = self._step.shelf
         shelf.put(number, Path(adapter))
         try:

@@ -28,7 +28,9 @@ from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 
 ROUNDS = 20
-_ROWS = {"nf4_gemv": 1, "nf4_decode": 16, "nf4_lora_forward": 2048}
+_SHORT = launches.DECODE_COLUMNS // 2
+_PRODUCTS = (("coded_gemv", 1, _SHORT), ("coded_decode", 1, 0), ("coded_decode", 16, 0), ("coded_forward", 2048, 0))
+"""Kernel, rows of x, and of how many columns if not of all."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(device, kind)
 
-    coded = _codes(size, device)
+    coded = _codes(size, size, device)
     code_bytes = coded.codes.nbytes + coded.scales.nbytes
     yield Case(
         "dequant_coded",
@@ -77,27 +79,31 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
         blocks.nbytes + size * size // 2,
         1e-6,
     )
-    for name, rows in _ROWS.items():
-        x, low, b = normal(min(rows, size), size), normal(min(rows, size), 16), normal(size, 16)
+    for name, rows, columns in _PRODUCTS:
+        k = min(size, columns or size)
+        w = _codes(size * size // k, k, device)
+        x, low, b = normal(min(rows, size), k), normal(min(rows, size), 16), normal(w.shape[0], 16)
+        if name == "coded_decode" and rows == 1 and k < launches.DECODE_COLUMNS:
+            continue  # so few columns are another kernel's
         yield Case(
             name,
-            lambda x=x, low=low, b=b: launches.matmul(launch, x, coded, low, b),  # type: ignore[misc]
-            lambda x=x, low=low, b=b: functional.linear(x, coded_dense.reference(coded).to(kind)) + low @ b.T,  # type: ignore[misc]
+            lambda x=x, w=w, low=low, b=b: launches.matmul(launch, x, w, low, b),  # type: ignore[misc]
+            lambda x=x, w=w, low=low, b=b: functional.linear(x, coded_dense.reference(w).to(kind)) + low @ b.T,  # type: ignore[misc]
             code_bytes + x.nbytes * 2,
             0.02,
-            flops=2 * len(x) * size * size if name == "nf4_lora_forward" else 0,
-            counted=name,
-            peer=_bitsandbytes(x, size),
+            flops=2 * len(x) * size * size if name == "coded_forward" else 0,
+            counted=name if rows != 1 or name == "coded_gemv" else "",
+            peer=_bitsandbytes(x, *w.shape),
         )
     dy, dlow, a = normal(min(2048, size), size), normal(min(2048, size), 16), normal(16, size)
     yield Case(
-        "nf4_lora_dx",
+        "coded_dx",
         lambda: launches.matmul_transposed(launch, dy, coded, dlow, a),
         lambda: dy @ coded_dense.reference(coded).to(kind) + dlow @ a,
         code_bytes + dy.nbytes * 2,
         0.02,
         flops=2 * len(dy) * size * size,
-        counted="nf4_lora_dx",
+        counted="coded_dx",
     )
     gate, up, weight = normal(size, size), normal(size, size), normal(size)
     yield Case(
@@ -289,23 +295,23 @@ def _microseconds(runs: Sequence[Callable[[], Tensor]]) -> list[float]:
     return [statistics.median(one) for one in times]
 
 
-def _bitsandbytes(x: Tensor, size: int) -> Callable[[], Tensor] | None:
+def _bitsandbytes(x: Tensor, rows: int, columns: int) -> Callable[[], Tensor] | None:
     """Its product of x with a random NF4 matrix; None where it isn't installed, or x is not on a GPU."""
     if x.device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         return None
     theirs = importlib.import_module("bitsandbytes")
-    weight = torch.randn(size, size, dtype=x.dtype, device=x.device)
+    weight = torch.randn(rows, columns, dtype=x.dtype, device=x.device)
     codes, state = theirs.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return lambda: theirs.matmul_4bit(x, codes.t(), quant_state=state)
 
 
-def _codes(size: int, device: str) -> Coded:
+def _codes(rows: int, columns: int, device: str) -> Coded:
     """Random codes with nested scales, in NF4's layout."""
     random = torch.Generator().manual_seed(1)
-    groups = size * size // 64
+    groups = rows * columns // 64
     return Coded(
-        shape=(size, size),
-        codes=torch.randint(0, 256, (size * size // 2,), dtype=torch.uint8, generator=random).to(device),
+        shape=(rows, columns),
+        codes=torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, generator=random).to(device),
         table=torch.linspace(-1, 1, 16).to(device),
         group=64,
         scales=torch.randint(0, 256, (groups,), dtype=torch.uint8, generator=random).to(device),

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ftkit.cuda import lora, offsets
+from ftkit.cuda import attention as attention_on_gpu
+from ftkit.cuda import launches, lora
 from ftkit.cuda.launch import Launch
 from ftkit.cuda.lora import Matrices, Segments
 from ftkit.cuda.pages import paged_prefill
 from ftkit.kernels._gpu_trial import Case
+from ftkit.kernels.attention import attention
 from ftkit.kernels.coded_matmul import Coded, coded_dense
 from ftkit.kernels.paged_attention import paged_attention
 
@@ -21,6 +23,37 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
     yield from _low_rank(launch, device, size)
     yield from _offsets(launch, device, size)
     yield _prompt(launch, device, size)
+    yield from _sequences(launch, device, size)
+
+
+def _sequences(launch: Launch, device: str, size: int) -> Iterator[Case]:
+    """A training step's attention over two sequences, and its gradients."""
+    random, heads, lengths = torch.Generator().manual_seed(5), 2, (size // 3, size - size // 3)
+    q, dy = (torch.randn(size, heads, 128, generator=random).to(device, torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(size, 1, 128, generator=random).to(device, torch.bfloat16) for _ in range(2))
+    ends, scale = torch.tensor([0, lengths[0], size], dtype=torch.int32, device=device), 128**-0.5
+    y, m = torch.empty_like(q), q.new_empty(size, heads, dtype=torch.float32)
+
+    def ours() -> Tensor:
+        attention_on_gpu.forward(launch, q, k, v, ends, scale, None, y, m)
+        return y
+
+    def torchs() -> Tensor:
+        return attention.reference(q, k, v, lengths, scale=scale)
+
+    def ours_back() -> Tensor:
+        gradients = [torch.empty_like(one) for one in (q, k, v)]
+        attention_on_gpu.backward(launch, q, k, v, ends, scale, None, ours(), m, dy, *gradients)
+        return torch.cat([one.flatten() for one in gradients])
+
+    def torchs_back() -> Tensor:
+        leaves = [one.detach().requires_grad_() for one in (q, k, v)]
+        again = attention.reference(leaves[0], leaves[1], leaves[2], lengths, scale=scale)
+        found = torch.autograd.grad(again, leaves, dy)
+        return torch.cat([one.flatten() for one in found])
+
+    yield Case("attention", ours, torchs, 3 * q.nbytes, 0.02)
+    yield Case("attention", ours_back, torchs_back, 6 * q.nbytes, 0.02)
 
 
 def _prompt(launch: Launch, device: str, size: int) -> Case:
@@ -53,9 +86,9 @@ def _offsets(launch: Launch, device: str, size: int) -> Iterator[Case]:
     table = torch.arange(16.0, device=device)
     coded = Coded(shape=(size, size), codes=codes, table=table, group=64, scales=halves(), offsets=halves())
     moved_bytes = codes.nbytes + 2 * coded.scales.nbytes
-    for name, rows in (("int4_decode", 16), ("int4_forward", min(2048, size)), ("int4_dx", min(2048, size))):
+    for name, rows in (("coded_decode", 16), ("coded_forward", min(2048, size)), ("coded_dx", min(2048, size))):
         x = torch.randn(rows, size, generator=random).to(device, torch.bfloat16)
-        ours, back = (offsets.matmul_transposed, True) if name == "int4_dx" else (offsets.matmul, False)
+        ours, back = (launches.matmul_transposed, True) if name == "coded_dx" else (launches.matmul, False)
 
         def torchs(x: Tensor = x, back: bool = back) -> Tensor:
             dense = coded_dense.reference(coded).to(x.dtype)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.kernels import _training, operation
+from ftkit.cuda import attention as on_gpu
+from ftkit.kernels import _gpu, _training, operation
 
 
 @operation
@@ -92,6 +93,72 @@ def _cpu(
     return y
 
 
+def _takes_on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,  # noqa: ARG001
+    window: int | None = None,
+    shared: tuple[int, ...] = (),
+) -> bool:
+    """Several sequences, or a window: for a whole one there is torch's kernel."""
+    ragged = len(lengths) > 1 or (window is not None and window < q.shape[0])
+    return ragged and not any(shared) and on_gpu.takes(q, k, v) and q.device.type == _gpu.device_type
+
+
+@attention.backend("cuda", _takes_on_gpu)
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    shared: tuple[int, ...] = (),
+) -> Tensor:
+    """All sequences in one launch, a block of queries and one of keys at a time."""
+    y: Tensor = _Attention.apply(q, k, v, lengths, shared, scale, window or 0)
+    return y
+
+
+def _ends(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def _gpu_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    _shared: list[int],
+    scale: float,
+    window: int,
+    y: Tensor,
+    m: Tensor,
+) -> None:
+    on_gpu.forward(_gpu.launch, q, k, v, _ends(lengths, q.device), scale, window, y, m)
+
+
+def _gpu_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    _shared: list[int],
+    scale: float,
+    window: int,
+    *rest: Tensor,
+) -> None:
+    on_gpu.backward(_gpu.launch, q, k, v, _ends(lengths, q.device), scale, window, *rest)
+
+
+_gpu.implement("attention_forward", _gpu_forward)
+_gpu.implement("attention_backward", _gpu_backward)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,7 +172,10 @@ class _Attention(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y, m = torch.empty_like(q), q.new_empty(q.shape[:2])  # m: the logarithm of each row's sum of exponentials
+        y, m = (
+            torch.empty_like(q),
+            q.new_empty(q.shape[:2], dtype=torch.float32),
+        )  # m: the logarithm of each row's sum of exponentials
         ctx.shape = list(lengths), list(shared), scale, window
         torch.ops.ftkit.attention_forward(q, k, v, *ctx.shape, y, m)
         ctx.save_for_backward(q, k, v, y, m)

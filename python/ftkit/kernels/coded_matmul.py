@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftkit import _core
-from ftkit.cuda import launches, offsets
+from ftkit.cuda import launches
 from ftkit.kernels import _gpu, operation
 
 
@@ -115,7 +115,7 @@ def _multiplies(x: Tensor, coded: Coded) -> bool:
 
 
 def _takes_transposed(dy: Tensor, coded: Coded) -> bool:
-    return _on_gpu(coded) and (launches.takes_transposed(dy, coded) or offsets.takes(dy, coded))
+    return _on_gpu(coded) and launches.takes_tiles(dy, coded)
 
 
 @coded_matmul_transposed.backend("cuda", _takes_transposed)
@@ -126,7 +126,7 @@ def _transposed(dy: Tensor, coded: Coded) -> Tensor:
 
 
 def _takes_matmul(x: Tensor, coded: Coded) -> bool:
-    return _on_gpu(coded) and (launches.takes_matmul(x, coded) or offsets.takes(x, coded))
+    return _on_gpu(coded) and launches.takes_matmul(x, coded)
 
 
 @coded_matmul.backend("cuda", _takes_matmul)
@@ -207,22 +207,10 @@ coded_lora_dx = _gpu.define(
 _gpu.implement("coded_dense", lambda *rest: launches.dense(_gpu.launch, _coded(*rest)))
 
 
-def _gpu_matmul(x: Tensor, *rest: Any) -> Tensor:
-    x, coded = x.contiguous(), _coded(*rest)
-    if coded.offsets is None or len(x) <= launches.GEMV_ROWS:
-        return launches.matmul(_gpu.launch, x, coded)
-    return offsets.matmul(_gpu.launch, x, coded)
-
-
-def _gpu_transposed(dy: Tensor, *rest: Any) -> Tensor:
-    dy, coded = dy.contiguous(), _coded(*rest)
-    if coded.offsets is None:
-        return launches.matmul_transposed(_gpu.launch, dy, coded)
-    return offsets.matmul_transposed(_gpu.launch, dy, coded)
-
-
-_gpu.implement("coded_matmul", _gpu_matmul)
-_gpu.implement("coded_matmul_transposed", _gpu_transposed)
+_gpu.implement("coded_matmul", lambda x, *rest: launches.matmul(_gpu.launch, x.contiguous(), _coded(*rest)))
+_gpu.implement(
+    "coded_matmul_transposed", lambda dy, *rest: launches.matmul_transposed(_gpu.launch, dy.contiguous(), _coded(*rest))
+)
 
 
 def _run_dense(rows: int, columns: int, *rest: Any) -> Tensor:

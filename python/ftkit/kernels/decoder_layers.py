@@ -9,6 +9,7 @@ weights' own format, the sequences of each adapter are computed in a call of the
 """
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -31,13 +32,19 @@ def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: 
 
     The activations of the model's first `recomputed_layers` are not kept for a backward pass but computed again in it.
     They come first since what is kept grows from layer to layer, and a recomputed layer's activations come on top of
-    what is kept before it.
+    what is kept before it. Where the model is thinned out, a layer takes only some of the rows.
     """
-    recomputed = model.recomputed_layers if cache is None and torch.is_grad_enabled() else 0
-    for layer in model.layers[:recomputed]:
-        x = checkpoint(layer, x, angles, batch, None, use_reentrant=False)
-    for layer in model.layers[recomputed:]:
-        x = layer(x, angles, batch, cache)
+    learns = cache is None and torch.is_grad_enabled()
+    recomputed: int = model.recomputed_layers if learns else 0
+    thinning: Any = model.thinning(batch) if learns else None
+    for number, layer in enumerate(model.layers):
+        run = functools.partial(checkpoint, layer, use_reentrant=False) if number < recomputed else layer
+        kept = None if thinning is None else thinning.kept(number, layer, x)
+        if kept is None:
+            x = run(x, angles, batch, cache)
+        else:
+            cos, sin = (angle.index_select(0, kept) for angle in angles)
+            x = x.index_copy(0, kept, run(x.index_select(0, kept), (cos, sin), thinning.batch(kept), None))
     return x
 
 
@@ -68,8 +75,10 @@ class _Fused:
         if not gone and not new:
             return
         together = self.layers.get(None)
-        self.adapters, self.layers, self.step = now, {}, None
-        if together is not None:
+        self.adapters, self.layers = now, {}
+        if together is None:
+            self.step = None
+        else:
             self.layers[None] = together
             for key in gone:
                 together.remove_adapter(key)

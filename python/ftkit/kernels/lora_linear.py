@@ -70,7 +70,7 @@ def _codes_of(weight: Frozen) -> Coded | None:
 
 def _in_one_kernel(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> bool:  # noqa: ARG001
     coded = _codes_of(weight)
-    known = coded is not None and launches.takes_matmul(x, coded) and launches.takes_transposed(x, coded)
+    known = coded is not None and launches.takes_matmul(x, coded) and launches.takes_tiles(x, coded)
     return known and x.ndim == 2 and _gpu.fits(x, a, b)
 
 

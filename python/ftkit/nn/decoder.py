@@ -24,6 +24,7 @@ from ftkit.nn.cache import KVCache
 from ftkit.nn.linear import DenseWeight, Linear, Weight, together
 from ftkit.nn.rotary import Rope, Rotary
 from ftkit.nn.routes import Routes
+from ftkit.nn.sparse_tokens import SparseTokens, Thinning
 from ftkit.nn.tables import Embedding, RMSNorm
 
 
@@ -82,12 +83,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None) -> Tensor:
         """[T, d] to [T, d]."""
         routes, config = batch.routes, self.config
-        q, k, v = (
-            y.unflatten(-1, (-1, config.head_dim)) for y in together((self.q_proj, self.k_proj, self.v_proj), x, routes)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, routes), self.k_norm(k, routes)
-        q, k = rope(q, *angles), rope(k, *angles)
+        q, k, v = self.projected(x, angles, routes)
         scale, window = config.head_dim**-0.5, config.window(self.layer)
         if cache is None:
             y = attention(q, k, v, batch.lengths, scale=scale, window=window, shared=batch.shared)
@@ -95,6 +91,16 @@ class Attention(nn.Module):
             y = cache.attend(self.layer, q, k, v, batch, scale=scale, window=window)
         output: Tensor = self.o_proj(y.flatten(1), routes)
         return output
+
+    def projected(self, x: Tensor, angles: tuple[Tensor, Tensor], routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, d] to queries [T, heads, head_dim], keys and values [T, key_value_heads, head_dim], at their angles."""
+        q, k, v = (
+            y.unflatten(-1, (-1, self.config.head_dim))
+            for y in together((self.q_proj, self.k_proj, self.v_proj), x, routes)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, routes), self.k_norm(k, routes)
+        return rope(q, *angles), rope(k, *angles), v
 
 
 class FeedForward(nn.Module):
@@ -140,6 +146,12 @@ class Attachments(dict[int, Any]):
     """What is known of a model's adapters by their ids, and how often that changed."""
 
     changes = 0
+    _fresh = 1 << 20  # ids that people choose are smaller
+
+    def fresh(self) -> int:
+        """An id that no adapter of this model has had, whether it was ever attached or not."""
+        self._fresh += 1
+        return self._fresh
 
     def __setitem__(self, key: int, value: Any) -> None:
         super().__setitem__(key, value)
@@ -156,6 +168,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, make: "Maker") -> None:
         super().__init__()
         self.config = config
+        self.sparse_tokens: SparseTokens | None = None  # what training leaves out of which layers
         self.recomputed_layers = 0  # of the first layers, the activations are recomputed in the backward pass
         self.fingerprint: str | None = None  # of the weights that were loaded
         self.attached = Attachments()  # what `adapters` knows of the adapters by their ids
@@ -190,6 +203,10 @@ class Decoder(nn.Module):
             routes = Routes(((-1, 0, hidden.shape[0]),))
         logits: Tensor = self.lm_head(hidden, routes)
         return logits
+
+    def thinning(self, batch: RaggedBatch) -> Thinning | None:
+        """What of the batch is left out of layers; None: nothing, and never but in training."""
+        return self.sparse_tokens.thinning(batch) if self.sparse_tokens is not None and self.training else None
 
     def shell(self) -> "Decoder":
         """A decoder over the same weights that no adapter is on."""

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ftkit.nn.shards import Whole
+
 CHUNK = 1 << 20
 """Elements that a rule works on at a time where it needs memory for them: 4 MiB of float32."""
 
@@ -34,8 +36,27 @@ class Rule(Protocol):
         """A new parameter's state by kind, such as `mean`."""
         ...
 
+    def elementwise(self, name: str, weight: Tensor) -> bool:
+        """Whether each entry of the parameter moves by itself, and its state has its shape: some rows may move alone.
+
+        Of the weight, only shape and type are looked at.
+        """
+        ...
+
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """Moves the weight (float32, contiguous) and its state in place; the gradient may be of another dtype."""
+        ...
+
+
+class Place(Protocol):
+    """Where a state lies, if not in memory."""
+
+    def hold(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the same values, there; `name` is the parameter's."""
+        ...
+
+    def rest(self, name: str) -> None:
+        """Nothing will touch the parameter's state for a while."""
         ...
 
 
@@ -49,13 +70,32 @@ class Optimizer:
     learning_rate: float
     """The rate that a schedule's factor of 1 stands for."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], rule: Rule, learning_rate: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        rule: Rule,
+        learning_rate: float,
+        place: Place | None = None,
+    ) -> None:
         self.learning_rate = learning_rate
         self._rule = rule
         self._parameters = dict(parameters)
         self._steps = 0
-        self._states = {name: rule.state(name, parameter.detach()) for name, parameter in parameters.items()}
-        self._copies = {name: p.detach().float() for name, p in parameters.items() if p.dtype != torch.float32}
+        self._place = place
+        self._states, self._copies = {}, {}
+        for name, parameter in parameters.items():  # one after the other, so that each can go to its place
+            held = {kind: self._held(name, each) for kind, each in rule.state(name, parameter.detach()).items()}
+            self._states[name] = held
+            if parameter.dtype != torch.float32:
+                self._copies[name] = self._held(name, parameter.detach().float())
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self._place is None else self._place.hold(name, tensor)
+
+    def rest(self, name: str) -> None:
+        """Says that a parameter's state is not needed until its next update; it may be used all the same."""
+        if self._place is not None:
+            self._place.rest(name)
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the learning rate; a parameter without a gradient stays as it is."""
@@ -68,17 +108,25 @@ class Optimizer:
         """Counts a step, whose updates follow."""
         self._steps += 1
 
+    def count(self, steps: int) -> None:
+        """Goes on after so many steps."""
+        self._steps = steps
+
     @torch.no_grad()
     def update(self, name: str, factor: float) -> None:
         """One parameter's part of the step; it has a gradient."""
         parameter = self._parameters[name]
         assert parameter.grad is not None
-        values = parameter.detach()
+        self.move(name, parameter.detach(), parameter.grad, factor)
+
+    def move(self, name: str, values: Tensor, gradient: Tensor, factor: float) -> None:
+        """As `update`, for a weight and a gradient that are given; contiguous, no parameters."""
         weight = self._copies.get(name, values)
         moment = Moment(step=self._steps, rate=self.learning_rate * factor, decays=_decays(name, weight))
-        self._rule.update(weight, parameter.grad, self._states[name], moment)
+        self._rule.update(weight, gradient, self._states[name], moment)
         if weight is not values:
             values.copy_(weight)
+        self.rest(name)
 
     def state(self) -> dict[str, Tensor]:
         """All that an uninterrupted run would have, down to the bit: `steps`, `KIND/NAME`, and `copy/NAME`, float32."""
@@ -86,19 +134,27 @@ class Optimizer:
         state |= {f"copy/{name}": copy for name, copy in self._copies.items()}
         return state | {"steps": torch.tensor(self._steps, dtype=torch.int64)}
 
+    def wholes(self) -> dict[str, Whole]:
+        """What `state` gives, for a checkpoint."""
+        return {name: Whole.of(tensor) for name, tensor in self.state().items()}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave. Raises KeyError for other names and RuntimeError for other tensors."""
-        mine = self.state()
-        for name in sorted(mine.keys() ^ state.keys()):
-            raise KeyError(name)
-        for name, tensor in mine.items():
-            given = state[name]
-            if (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
-                expected, got = ((tuple(each.shape), each.dtype) for each in (tensor, given))
-                raise RuntimeError(f"{name} should be {expected} and is {got}")
-        for name, tensor in mine.items():
+        check(self.wholes(), state)
+        for name, tensor in self.state().items():
             tensor.copy_(state[name])
-        self._steps = int(state["steps"])
+            self.rest(name.partition("/")[2])
+        self.count(int(state["steps"]))
+
+
+def check(expected: Mapping[str, Whole], state: Mapping[str, Tensor]) -> None:
+    """Raises KeyError where names differ, and RuntimeError where tensors do."""
+    for name in sorted(expected.keys() ^ state.keys()):
+        raise KeyError(name)
+    for name, one in expected.items():
+        given = state[name]
+        if (tuple(given.shape), given.dtype) != (one.shape, one.dtype):
+            raise RuntimeError(f"{name} should be {one.shape, one.dtype} and is {tuple(given.shape), given.dtype}")
 
 
 def zeros(weight: Tensor) -> Tensor:

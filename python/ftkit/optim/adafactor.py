@@ -57,6 +57,10 @@ class Adafactor:
             "column": weight.new_zeros(weight.shape[-1], dtype=torch.float32),
         }
 
+    def elementwise(self, name: str, weight: Tensor) -> bool:  # noqa: ARG002
+        """Never: an update is measured as a whole."""
+        return False
+
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """See the file's equations. A vector is a matrix of one column."""
         width = weight.shape[-1] if weight.ndim > 1 else 1

@@ -43,6 +43,10 @@ class AdamW:
         """`mean` and `square`, of the weight's shape."""
         return {"mean": zeros(weight), "square": zeros(weight)}
 
+    def elementwise(self, name: str, weight: Tensor) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """See the file's equations."""
         step = torch.tensor(float(moment.step), device=weight.device)

@@ -46,6 +46,10 @@ class AdamW8bit:
             found[f"{kind}_scale"] = weight.new_zeros(-(-weight.numel() // BLOCK), dtype=torch.float32)
         return found
 
+    def elementwise(self, name: str, weight: Tensor) -> bool:  # noqa: ARG002
+        """Where it isn't quantized: blocks don't end where rows do."""
+        return weight.numel() < LEAST
+
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """See the equations of `adamw`."""
         if "mean_scale" not in state:

@@ -42,6 +42,10 @@ class Lion:
         """`mean`, of the weight's shape."""
         return {"mean": zeros(weight)}
 
+    def elementwise(self, name: str, weight: Tensor) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """See the file's equations."""
         kept = 1 - moment.rate * self.weight_decay if moment.decays else 1.0

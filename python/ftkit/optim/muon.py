@@ -57,8 +57,11 @@ class Muon:
 
     def state(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """`momentum`, of the matrix' shape; or AdamW's."""
-        hidden = weight.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
-        return {"momentum": zeros(weight)} if hidden else self._rest.state(name, weight)
+        return self._rest.state(name, weight) if self.elementwise(name, weight) else {"momentum": zeros(weight)}
+
+    def elementwise(self, name: str, weight: Tensor) -> bool:
+        """Where AdamW is at work: on what is no hidden matrix."""
+        return weight.ndim != 2 or "embed_tokens" in name or "lm_head" in name
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], moment: Moment) -> None:
         """See the file's equations."""

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ftkit import _core
 from ftkit.kernels import _training, block_matmul, coded_matmul
+from ftkit.nn.shards import local
 from ftkit.plan.budget import Gpu
 from ftkit.plan.speed import Work
 
@@ -37,6 +38,9 @@ LOW_RANKS = {
 """Low-rank matrices beside the core's layers, to their floating-point operations."""
 ATTENTION = {_training.attention_forward: 4, _training.attention_backward: 10}
 """Attention of the core, to operations for each number of q and each token of its sequence."""
+
+_RESIZING = {"fsdp", "c10d"}
+"""Operations before which torch's FSDP2 gives memory of weights back, or takes it again, past the dispatcher."""
 
 CATEGORIES = ("base weights", "adapter", "gradients", "optimizer", "activations", "loss", "data", "other")
 
@@ -65,6 +69,9 @@ class Recorder(TorchDispatchMode):
         self._category: dict[int, int] = {}  # storage → category
         self._current = CATEGORIES.index("other")
         self._living: dict[int, int] = {}  # address of torch's storage object → storage
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}
+        self._again: dict[int, int] = {}  # storage → what it is called since it got another size
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -75,20 +82,27 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.namespace in _RESIZING:
+            self._look_again()
         result = func(*args, **(kwargs or {}))
         if not getattr(func, "is_view", False):
             self.work[_work(func, args, kwargs or {}, result)] += 1
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self._see(local(leaf))
         return result
 
     def adopt(self, tensors: Iterable[torch.Tensor | None], category: str) -> None:
         """Counts the tensors' storages under `category`, from their birth on; unseen ones are born now."""
         index = CATEGORIES.index(category)
         for tensor in tensors:
-            if tensor is not None:
+            if tensor is not None and tensor.device.type != "meta":
                 self._category[self._see(tensor)] = index
+
+    def elsewhere(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts storages that lie on disk: as nothing."""
+        for tensor in tensors:
+            self._see(tensor, 0)
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
@@ -115,8 +129,8 @@ class Recorder(TorchDispatchMode):
     def _told(self) -> list[tuple[int, int, int]]:
         return [(storage, size, self._category[storage]) for storage, size in self._events]
 
-    def _see(self, tensor: torch.Tensor) -> int:
-        """The number of the tensor's storage, noting its birth when it is new."""
+    def _see(self, tensor: torch.Tensor, size: int | None = None) -> int:
+        """The number of the tensor's storage, noting its birth (with that size) when it is new."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         known = self._living.get(address)
@@ -125,14 +139,28 @@ class Recorder(TorchDispatchMode):
         number = len(self._category)
         self._living[address] = number
         self._category[number] = self._current
-        self._events.append((number, storage.nbytes()))
+        self._events.append((number, storage.nbytes() if size is None else size))
+        self._storages[number], self._sizes[number] = weakref.ref(storage), storage.nbytes()
         weakref.finalize(storage, self._forget, address, number)
         return number
 
     def _forget(self, address: int, number: int) -> None:
         if self._living.get(address) == number:
             del self._living[address]
-        self._events.append((number, -1))
+        del self._storages[number]
+        self._events.append((self._again.pop(number, number), -1))
+
+    def _look_again(self) -> None:
+        """Notes storages whose memory went or came back while they lived on."""
+        for number, reference in list(self._storages.items()):  # some may go meanwhile
+            storage = reference()
+            if storage is None or (size := storage.nbytes()) == self._sizes[number]:
+                continue
+            self._events.append((self._again.get(number, number), -1))
+            self._again[number] = again = len(self._category)
+            self._category[again] = self._category[number]
+            self._events.append((again, size))
+            self._sizes[number] = size
 
 
 def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[str, int, int]:

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,7 @@ _ROWS, _INNER, _OUTER = 1024, 768, 1024
 _BYTES = 64 << 20
 """Beyond the caches of most processors."""
 _CALLS = 32
+_DISK_MEGABYTES = 16
 _MEASURE_SECONDS = 0.3
 """For each figure."""
 
@@ -48,6 +50,8 @@ class Speeds:
     """Of attention inside a sequence, counted as if it were not causal."""
     bandwidth: float
     """Bytes a second that element-wise work reads and writes."""
+    disk: float
+    """Bytes a second that are written to the cache's disk for good."""
     call: float
     """Seconds that an operation takes besides, forward or backward."""
 
@@ -140,8 +144,24 @@ def measured() -> Speeds:
         blocks=2 * _ROWS * _INNER * _OUTER / by_blocks,
         attention=4 * heads * count * count * width / attend,
         bandwidth=2 * _BYTES / _seconds(lambda: torch.add(large, 1.0, out=large)),
+        disk=_disk(),
         call=_seconds(calls) / (2 * _CALLS),
     )
+
+
+def _disk() -> float:
+    """Of the folder that scratch files are made in; as fast as memory where it cannot be written."""
+    folder, some = cache_directory(), os.urandom(1 << 20)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            start = time.perf_counter()
+            for _ in range(_DISK_MEGABYTES):
+                file.write(some)
+            os.fsync(file.fileno())
+            return _DISK_MEGABYTES * len(some) / (time.perf_counter() - start)
+    except OSError:
+        return 1e10
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,20 +8,23 @@
 
 There is no random state in it: the randomness of a step is a function of the seed and the step's number, so neither
 an evaluation nor a resume can shift it.
+
+Processes that share out weights write what one would, gathered tensor by tensor, and each reads its part.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from ftkit.errors import InputError
-from ftkit.optim import Optimizer
+from ftkit.nn.shards import Whole, fill, write
+from ftkit.optim import Optimizer, SharedOut
 from ftkit.train import files
 
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -60,44 +63,80 @@ def save(
     folder: Path,
     progress: Progress,
     parameters: Parameters,
-    optimizer: Optimizer,
+    optimizer: Optimizer | SharedOut,
     save_adapter: Callable[[Path], Any],
 ) -> Path:
     """Writes the checkpoint of the progress' step below `folder`, whole or not at all; its path."""
     path = folder / f"step-{progress.step:06d}"
     with files.new_directory(path) as temporary:
-        save_file(_stored(parameters), temporary / "weights.safetensors")
-        save_file(_stored(optimizer.state()), temporary / "optimizer.safetensors")
+        write(temporary / "weights.safetensors", _wholes(parameters))
+        write(temporary / "optimizer.safetensors", optimizer.wholes())
+        for name in parameters:
+            optimizer.rest(name)
         save_adapter(temporary / "adapter")
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
     return path
 
 
-def load(path: Path, parameters: Parameters, optimizer: Optimizer) -> Progress:
+def give(parameters: Parameters, optimizer: Optimizer | SharedOut, save_adapter: Callable[[None], Any]) -> None:
+    """Takes part in gathering what another process writes with `save`."""
+    write(None, _wholes(parameters))
+    write(None, optimizer.wholes())
+    save_adapter(None)
+
+
+def _wholes(parameters: Parameters) -> dict[str, Whole]:
+    return {name: Whole.of(parameter.detach()) for name, parameter in parameters.items()}
+
+
+def load(path: Path, parameters: Parameters, optimizer: Optimizer | SharedOut) -> Progress:
     """Fills parameters and optimizer from a checkpoint. Raises InputError when it does not fit them."""
-    try:
-        progress = Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-        weights = load_file(path / "weights.safetensors")
-        state = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path}: expected a checkpoint, got: {str(error).lower()}") from None
-    expected = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
-    if expected != found:
-        name = next(iter(sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))))
-        raise InputError(
-            f"{path}: expected the parameters of this configuration, got others: {name} should be "
-            f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    try:
-        optimizer.load(state)
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: expected the state of this optimizer, got another ({error})") from None
+    with contextlib.ExitStack() as opened:
+        try:
+            progress = Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+            weights = opened.enter_context(_Stored.opened(path / "weights.safetensors"))
+            state = opened.enter_context(_Stored.opened(path / "optimizer.safetensors"))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise InputError(f"{path}: expected a checkpoint, got: {str(error).lower()}") from None
+        expected = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+        if expected != found:
+            name = next(iter(sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))))
+            raise InputError(
+                f"{path}: expected the parameters of this configuration, got others: {name} should be "
+                f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                fill(parameter.detach(), weights[name])
+        try:
+            optimizer.load(state)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path}: expected the state of this optimizer, got another ({error})") from None
     return progress
 
 
-def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = dict.fromkeys(file.keys())
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: Path) -> Iterator["_Stored"]:
+        with safe_open(path, framework="pt") as file:
+            yield cls(file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -4,6 +4,7 @@ config.toml     the configuration, fully resolved       lock.json      versions 
 events.jsonl    what happened                            report.html    the same for people
 checkpoints/step-000100/                                 adapter/       the result: PEFT format + ftkit.json
 result.json     what `train` returned, once it is done
+sparse-tokens/  predictors, where training.sparse_tokens leaves something out
 """
 
 import dataclasses
@@ -56,6 +57,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def sparse_tokens(self) -> Path:
+        """The predictors that decide which tokens layers leave out, where the run has any."""
+        return self.path / "sparse-tokens"
 
     @property
     def adapter(self) -> Path:

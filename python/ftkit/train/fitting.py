@@ -1,8 +1,9 @@
 """Finds the fastest way to a run's update that its memory allows, and, where there is none, what else would fit.
 
 Cutting batches apart costs least: rows that are long enough multiply at the same speed one by one. Then layers are
-recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go. At last the
-matrices of a GGUF file are not kept in memory, but read for each product.
+recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go. Then the
+optimizer's state goes to disk, on a CPU. At last the matrices of a GGUF file are not kept in memory, but read for each
+product.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.plan.budget import written
-from ftkit.train.planned import OTHER_RESIDENT_BYTES, Case, Plan, Way
+from ftkit.train.planned import LATER_BYTES, Case, Plan, Way
 
 _TRIES = 4
 """Numbers of layers that are traced between too few and enough."""
@@ -21,29 +22,42 @@ _TRIES = 4
 def fit(case: Case, room: int) -> list[Plan]:
     """The ways that were tried, the fastest first, up to the one that takes at most `room` bytes; the last does not
     where none does."""
+    tried = _in_memory(case, room, Way(state_on_disk=case.can_offload and case.config.training.offload == "optimizer"))
+    if tried[-1].needed_bytes > room and case.can_offload and not tried[-1].way.state_on_disk:
+        smallest = case.plan(dataclasses.replace(tried[-1].way, state_on_disk=True))
+        if smallest.needed_bytes <= room:  # and maybe in a faster way
+            tried += _in_memory(case, room, Way(state_on_disk=True))
+        elif smallest.needed_bytes < tried[-1].needed_bytes:
+            tried.append(smallest)
+    if tried[-1].needed_bytes > room and case.can_stream:
+        tried.append(case.plan(dataclasses.replace(tried[-1].way, streamed=True)))
+    return tried
+
+
+def _in_memory(case: Case, room: int, start: Way) -> list[Plan]:
+    """As `fit`, of ways to divide and recompute a batch, from `start` on."""
     rows, (fewest, most) = case.config.training.batch_rows, _layers(case)
     tried: list[Plan] = []
     for parts in dict.fromkeys((1, min(rows, case.most_parts))):
-        tried.append(case.plan(Way(recomputed=fewest, parts=parts)))
+        tried.append(case.plan(dataclasses.replace(start, recomputed=fewest, parts=parts)))
         if tried[-1].needed_bytes <= room:
             return tried
     if most > fewest:
-        found = _fewest(case, room, tried[-1], case.plan(Way(recomputed=most, parts=tried[-1].way.parts)))
+        all_layers = case.plan(dataclasses.replace(tried[-1].way, recomputed=most))
+        found = _fewest(case, room, tried[-1], all_layers)
         tried.append(found)
         if found.needed_bytes <= room:
             return tried
     finest = case.most_parts
     if finest > tried[-1].way.parts:
-        smallest = case.plan(Way(recomputed=most, parts=finest))
+        smallest = case.plan(dataclasses.replace(start, recomputed=most, parts=finest))
         parts = 2 * tried[-1].way.parts
         while parts < finest and smallest.needed_bytes <= room:
-            tried.append(case.plan(Way(recomputed=most, parts=parts)))
+            tried.append(case.plan(dataclasses.replace(start, recomputed=most, parts=parts)))
             if tried[-1].needed_bytes <= room:
                 return tried
             parts *= 2
         tried.append(smallest)
-    if case.can_stream and tried[-1].needed_bytes > room:
-        tried.append(case.plan(dataclasses.replace(tried[-1].way, streamed=True)))
     return tried
 
 
@@ -52,7 +66,11 @@ def fastest(case: Case, room: int) -> Plan:
     plan = fit(case, room)[-1]
     if plan.needed_bytes <= room:
         return plan
-    near = others(case.config, room, lambda config: Case.of_configuration(config, case.gpu))
+
+    def case_of(config: RunConfig) -> Case:
+        return dataclasses.replace(Case.of_configuration(config, case.gpu), started_bytes=case.started_bytes)
+
+    near = others(case.config, room, case_of)
     raise InputError(
         f"training.budget: expected {written(plan.needed_bytes)} for this run at the least, got {written(room)}",
         _hint(near),
@@ -79,7 +97,7 @@ def _fewest(case: Case, room: int, low: Plan, high: Plan) -> Plan:
         # memory falls about evenly from layer to layer
         share = (low.needed_bytes - room) / max(low.needed_bytes - high.needed_bytes, 1)
         guess = min(max(first + int(share * (last - first)) + 1, first + 1), last - 1)
-        plan = case.plan(Way(recomputed=guess, parts=low.way.parts))
+        plan = case.plan(dataclasses.replace(low.way, recomputed=guess))
         low, high = (low, plan) if plan.needed_bytes <= room else (plan, high)
     return high
 
@@ -97,7 +115,7 @@ class Other:
 def others(config: RunConfig, room: int, case_of: Callable[[RunConfig], Case]) -> list[Other]:
     """Runs near this one that take at most `room` bytes: those that change one thing, or else the first that changes
     several."""
-    if room <= OTHER_RESIDENT_BYTES:
+    if room <= LATER_BYTES:
         return []  # no model at all would fit
     alone: list[Other] = []
     together: dict[str, object] = {}
@@ -120,7 +138,12 @@ def _other(
 ) -> Other | None:
     try:
         case = case_of(config.changed(settings))
-        way = Way(recomputed=_layers(case)[1], parts=case.most_parts, streamed=case.can_stream)
+        way = Way(
+            recomputed=_layers(case)[1],
+            parts=case.most_parts,
+            streamed=case.can_stream,
+            state_on_disk=case.can_offload,
+        )
         plan = case.plan(way)
     except InputError:  # these settings do not go together
         return None
@@ -152,7 +175,8 @@ def described(way: Way) -> str:
     parts = f"batches are cut into {way.parts} parts" if way.parts > 1 else ""
     recomputed = f"{way.recomputed} layers are recomputed in the backward pass" if way.recomputed else ""
     streamed = "matrices are read from their file for each product" if way.streamed else ""
-    return ", ".join(words for words in (parts, recomputed, streamed) if words) or "as it is"
+    on_disk = "the optimizer's state lies on disk between updates" if way.state_on_disk else ""
+    return ", ".join(words for words in (parts, recomputed, on_disk, streamed) if words) or "as it is"
 
 
 def _hint(near: list[Other]) -> str:

@@ -88,12 +88,13 @@ class Loop:
         if self._saved == progress.step > 0:
             return  # writing the same again could only lose it
         self._saved = progress.step
+        held = session.parameters, session.optimizer, session.save_adapter
         if session.processes.first:
-            path = checkpoint.save(
-                self.run.checkpoints, progress, session.parameters, session.optimizer, session.save_adapter
-            )
+            path = checkpoint.save(self.run.checkpoints, progress, *held)
             checkpoints.prune(self.run.checkpoints, session.config.output.keep_checkpoints, progress.best_step)
             self._events.emit("checkpoint", progress.step, path=str(path))
+        elif session.processes.sharded:
+            checkpoint.give(*held)
 
     def _rehearse(self) -> None:
         """The batch that needs most memory comes first, for that alone: what would fail for want of it fails now."""
@@ -134,26 +135,31 @@ class Loop:
         more = plan.batch_bytes * batch.tokens.numel() // plan.shape.tokens
         memory.keep_below(plan.peak_rss_bytes, more)
         in_backward = session.config.training.optimizer_in_backward
-        if (has := memory.rss_bytes()) + more > session.room and not in_backward and len(batch.cut(2)) > 1:
-            raise MemoryError(
+        short = (has := memory.rss_bytes()) + more > session.room and not in_backward and len(batch.cut(2)) > 1
+        if session.processes.agree(short):
+            raise memory.NoRoom(
                 f"the process has {written(has)}, a batch takes {written(more)}: {written(session.room)} allowed"
             )
 
     def _within_memory(self, work: Callable[[list[RaggedBatch]], Result], batches: list[RaggedBatch]) -> Result:
         """Makes gradients from batches, and where memory runs out, anew from the same ones in more parts."""
-        progress = self.progress
+        session, progress = self.session, self.progress
         while True:
-            clear(self.session.parameters)
+            clear(session.parameters)
             try:
                 return work(batches)
             except (MemoryError, RuntimeError) as error:
                 if not memory.is_exhausted(error):
                     raise
                 reason = str(error).splitlines()[0]
+                alone = session.processes.sharded and not isinstance(error, memory.NoRoom)
             finer = [part for batch in batches for part in batch.cut(2)]
-            if len(finer) == len(batches) or self.session.config.training.optimizer_in_backward:
+            # where one process alone has failed, the others are in the midst of a pass
+            goes_on = not alone and session.processes.agree(len(finer) > len(batches))
+            if not goes_on or session.config.training.optimizer_in_backward:
+                what = "a process that shares out weights" if alone else "a batch that cannot be cut further"
                 raise FtkitError(
-                    f"memory ran out after step {progress.step}, in a batch that cannot be cut further: {reason}",
+                    f"memory ran out after step {progress.step}, in {what}: {reason}",
                     "shorter rows (data.max_tokens) or a quantized base take less; ftkit plan says what fits",
                 )
             batches = finer
@@ -179,9 +185,15 @@ class Loop:
         def made(batches: list[RaggedBatch]) -> StepOutcome:
             loss, parameters = session.loss, session.parameters
             if training.optimizer_in_backward:
-                self._make_room(batches[0])
-                return step_in_backward(loss, parameters, batches[0], session.optimizer, factor)
-            return gradients(loss, parameters, batches, training.max_gradient_norm, self._make_room, session.processes)
+                batch = batches[0] if batches else session.spare(portions[0], 1)
+                assert batch is not None
+                self._make_room(batch)
+                counts = len(batches) > 0
+                return step_in_backward(
+                    loss, parameters, batch, session.optimizer, factor, session.processes, counts=counts
+                )
+            norm, room, spare = training.max_gradient_norm, self._make_room, session.spare(portions[0], progress.parts)
+            return gradients(loss, parameters, batches, norm, room, session.processes, spare)
 
         def work() -> tuple[StepOutcome, watchdog.Warning | None]:
             outcome = self._outcome(lambda: self._within_memory(made, batches))
@@ -201,6 +213,7 @@ class Loop:
         finally:
             clear(session.parameters)
         seconds = time.perf_counter() - start
+        self._stop.longest_step_seconds = max(self._stop.longest_step_seconds, seconds)
         progress.step += 1
         progress.batches += len(portions)
         progress.tokens += outcome.tokens
@@ -254,11 +267,12 @@ class Loop:
         try:
             mine = session.evaluation[session.processes.rank :: session.processes.size]
             parts = [part for batch in mine for part in batch.cut(self.progress.parts)]
+            spare = session.evaluation[0].cut(self.progress.parts)[0] if session.processes.sharded else None
             if self._evaluated:
-                return means(session.loss, parts, session.processes)
+                return means(session.loss, parts, session.processes, spare)
             self._evaluated = True  # the others take as much
             found, peak = memory.peak_bytes_of(
-                lambda: means(session.loss, parts, session.processes), session.tensors(), session.device
+                lambda: means(session.loss, parts, session.processes, spare), session.tensors(), session.device
             )
             self.progress.peak_bytes = max(self.progress.peak_bytes, peak)
             return found

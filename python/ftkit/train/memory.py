@@ -13,18 +13,27 @@ from ftkit.plan.budget import available_bytes, parse_bytes
 from ftkit.plan.recorder import Recorder
 
 Result = TypeVar("Result")
+ELSEWHERE = "elsewhere"
+
+
+class NoRoom(MemoryError):
+    """The run would take more than it may; nothing has failed yet."""
 
 
 def peak_bytes_of(
     run: Callable[[], Result], held: Mapping[str, Iterable[torch.Tensor]], device: torch.device
 ) -> tuple[Result, int]:
-    """Runs something and counts the most bytes of tensors alive at once; `held` are those alive before, by category."""
+    """Runs something and counts the most bytes of tensors alive at once; `held` are those alive before, by category
+    (`ELSEWHERE`: those that lie on disk)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return run(), torch.cuda.max_memory_allocated(device)
     recorder = Recorder()
     for category, tensors in held.items():
-        recorder.adopt(tensors, category)
+        if category == ELSEWHERE:
+            recorder.elsewhere(tensors)
+        else:
+            recorder.adopt(tensors, category)
     with recorder:
         result = run()
     return result, recorder.peak().bytes

@@ -9,7 +9,7 @@ or torch's own, and the trace is replayed by the rules of torch's allocator ther
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,19 +21,24 @@ from ftkit.kernels import _gpu
 from ftkit.nn.batch import UNTRAINED, RaggedBatch, cuts
 from ftkit.nn.decoder import DecoderConfig, shapes
 from ftkit.nn.eight_bits import packed_bytes, takes
+from ftkit.nn.shards import local
 from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
-from ftkit.train import rounding
+from ftkit.train import memory, rounding, sharding, sparse_shapes, sparse_tokens
+from ftkit.train.offload import lies_on_disk
 from ftkit.train.step import each_gradient
 
-OTHER_RESIDENT_BYTES = 1280 << 20
-"""Resident memory beside tensors, from above: Python, torch's libraries and their scratch space."""
+LATER_BYTES = 448 << 20
+"""Resident memory beside tensors that a process takes after its start, from above: fake tensors' modules (about 100
+MiB), the libraries' code as it is reached, their scratch space, what oneDNN keeps for each shape of a product, holes of
+the size of a chunk of logits in the heap."""
 
 RETAINED_SHARE = 0.25
 """Freed tensor memory that the allocator keeps, as a share of the peak, from above.
 
-Measured with torch 2.15 on x86-64, runs of SmolLM2-135M: process and tensors differ by 0.75 to 1.35 GiB."""
+Measured with torch 2.15 on x86-64: runs of 30 to 630 MiB of tensors took 130 to 440 MiB beside these and what the
+process had at its start."""
 
 CONTEXT_BYTES = 600 << 20
 """What a process takes of a GPU beside tensors, from above: the driver's context, kernels, cuBLAS' workspace."""
@@ -51,6 +56,8 @@ class Way:
     """What a batch is cut into; one goes through the model after the other."""
     streamed: bool = False
     """Whether matrices are read from their file for each product."""
+    state_on_disk: bool = False
+    """Whether the optimizer's state lies in a file between updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,10 @@ class Shape:
     """Targets that are trained on in it."""
     shared: tuple[int, ...] = ()
     """As in `RaggedBatch`."""
+    kept: tuple[int, ...] = ()
+    """Of each sequence, the blocks that sparse layers keep; all of them where it is empty."""
+    share: float = 1.0
+    """What of a sequence's blocks they keep where trained tokens don't ask for more."""
     rows: tuple[int, ...] = ()
     """The rows of the dataset that it has; empty for a batch that is made up."""
 
@@ -86,10 +97,13 @@ class Shape:
 
     def cut(self, parts: int) -> "Shape":
         """The largest part, with all that may be trained in it."""
-        first, last = max(cuts(self.lengths, self.groups, parts), key=lambda ends: sum(self.lengths[slice(*ends)]))
-        lengths, groups, shared = (of[first:last] for of in (self.lengths, self.groups, self.shared))
+        ends = cuts(self.lengths, self.groups, parts)
+        tokens = {part: sum(self.lengths[slice(*part)]) for part in ends}
+        first, last = max(ends, key=lambda part: (sum(self.kept[slice(*part)]), tokens[part]))
+        lengths, groups, shared, kept = (of[first:last] for of in (self.lengths, self.groups, self.shared, self.kept))
+        lengths = sparse_shapes.longer(lengths, max(tokens.values()))  # another part may keep less of more
         trained = min(self.trained, sum(lengths))
-        return dataclasses.replace(self, lengths=lengths, groups=groups, shared=shared, trained=trained)
+        return dataclasses.replace(self, lengths=lengths, groups=groups, shared=shared, kept=kept, trained=trained)
 
 
 Step = tuple[Shape, ...]
@@ -107,7 +121,9 @@ class Plan:
     by_category: dict[str, int]
     """What it is made of."""
     mapped_bytes: int
-    """The model's file, as far as it stays mapped into memory."""
+    """The model's file, as far as it stays mapped into memory, and what is in use of the optimizer's."""
+    own_bytes: int
+    """What the process has beside its tensors, from above."""
     seconds_per_step: float | None
     """An estimate for an optimizer step of such batches on this machine; None for a GPU."""
     tokens_per_step: int
@@ -120,7 +136,7 @@ class Plan:
     @property
     def peak_rss_bytes(self) -> int:
         """The process' resident memory, from above."""
-        return int(self.peak_bytes * (1 + RETAINED_SHARE)) + self.mapped_bytes + OTHER_RESIDENT_BYTES
+        return self.peak_bytes + self.mapped_bytes + self.own_bytes
 
     @property
     def batch_bytes(self) -> int:
@@ -149,6 +165,8 @@ class Case:
     `mapped_bytes`, and no tensors of the plan."""
     gpu: Gpu | None = None
     """The GPU that it would run on, which need not be here."""
+    started_bytes: int = field(default_factory=memory.rss_bytes)
+    """What the process has before its model is loaded."""
 
     @classmethod
     def of_configuration(
@@ -181,21 +199,35 @@ class Case:
             gpu=gpu,
         )
 
+    def with_few_trained(self) -> "Case":
+        """The same where the trained tokens of each sequence fit into what sparse layers keep of it."""
+        share = self.config.training.sparse_tokens
+        steps = [
+            tuple(dataclasses.replace(s, **sparse_shapes.with_few_trained(share, s.lengths)) for s in step)
+            for step in self.steps
+        ]
+        return dataclasses.replace(self, steps=steps)
+
     def plan(self, way: Way) -> Plan:
         """The peak of a training step, exactly as the real one would count it."""
         plans = []
         for step in dict.fromkeys(self._cut(step, way.parts) for step in self.steps):
-            recorder, of_batches, of_step, kept = _trace(self, step, way)
+            recorder, of_batches, of_step, kept, of_disk = _trace(self, step, way)
             peak = recorder.peak()
             batches = self.config.training.gradient_accumulation_steps * min(way.parts, self.most_parts)
             seconds = None
             if self.gpu is None:
                 seconds = speeds().seconds(of_batches) / len(step) * batches + speeds().seconds(of_step)
+                seconds += 2 * of_disk.bytes / speeds().disk  # read, and written
+            peak_bytes = peak.bytes + (batches - len(step)) * kept
             found = Plan(
                 way=way,
-                peak_bytes=peak.bytes + (batches - len(step)) * kept,
+                peak_bytes=peak_bytes,
                 by_category=peak.by_category,
-                mapped_bytes=(self._streamed_bytes if way.streamed else self.mapped_bytes) + self._packed_bytes,
+                mapped_bytes=(self._streamed_bytes if way.streamed else self.mapped_bytes)
+                + self._packed_bytes
+                + of_disk.largest,
+                own_bytes=self.started_bytes + LATER_BYTES + int(RETAINED_SHARE * peak_bytes),
                 shape=max(step, key=lambda shape: shape.tokens),
                 seconds_per_step=seconds,
                 tokens_per_step=sum(shape.tokens for shape in step) * batches // len(step),
@@ -208,6 +240,12 @@ class Case:
     def can_stream(self) -> bool:
         """Whether matrices are multiplied with where they stand in their file."""
         return self.config.model.quant == "gguf" and self.mapped_bytes > 0
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether the optimizer's state may lie on disk."""
+        asked = self.config.training.offload in ("auto", "optimizer")
+        return asked and self.gpu is None and sharding.shares(self.config) == 1
 
     @property
     def _streamed_bytes(self) -> int:
@@ -237,26 +275,53 @@ class Case:
         return cut if cut == step or len(cut) > 1 else (*cut, *cut)
 
 
-def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]:
+@dataclass(frozen=True, kw_only=True)
+class _OfDisk:
+    """What of the optimizer's state lies on disk."""
+
+    bytes: int = 0
+    largest: int = 0
+    """Of one parameter, in memory while it is updated."""
+
+
+def _of(state: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The state of one parameter."""
+    return [tensor for key, tensor in state.items() if key.partition("/")[2] == name]
+
+
+def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int, _OfDisk]:
     """What an optimizer step and an evaluation allocate; the work of the step's batches, and its other work; the bytes
-    that a batch keeps until the step is done."""
+    that a batch keeps until the step is done; what of the optimizer is on disk."""
     recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
-    with FakeTensorMode(), _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext():
+    parts_of = sharding.shares(config)
+    with (
+        sharding.pretended(parts_of) if parts_of > 1 else contextlib.nullcontext() as mesh,
+        FakeTensorMode(),
+        _gpu.foreseen() if case.gpu is not None else contextlib.nullcontext(),
+    ):
         model = models.build(case.architecture, dtype, quant=config.model.quant, formats=case.formats)
         adapters.attach(model, config.method.name, config.method.options, training.seed, _ADAPTER)
         rounded = rounding.attach(config, model)
+        sparse_tokens.attach(config, model)
         model.recomputed_layers = way.recomputed
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
+        if mesh is not None:
+            recorder.adopt(parameters.values(), "adapter")  # whole until they are shared out
+            with recorder, recorder.category("adapter"):
+                sharding.shard(model, _ADAPTER, mesh)
+            parameters = adapters.trainable(model, _ADAPTER)
         optimizer = optim.build(config.optimizer, parameters)
         mine = {id(parameter) for parameter in parameters.values()}
         held = [*model.parameters(), *model.buffers()]
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
-        recorder.adopt(parameters.values(), "adapter")
+        recorder.adopt(map(local, parameters.values()), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
+        on_disk = [tensor for tensor in state.values() if way.state_on_disk and lies_on_disk(tensor)]
+        recorder.elsewhere(on_disk)
         recorder.adopt(state.values(), "optimizer")
         tasks = hasattr(objective, "balanced")
         batches = [batch_of(shape, tasks) for shape in step]
@@ -265,9 +330,9 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
         recorder.adopt(held_against, "gradients")
 
         def update(name: str, gradient: torch.Tensor) -> None:
-            recorder.adopt([gradient], "gradients")
+            recorder.adopt([local(gradient)], "gradients")
             with recorder.category("optimizer"):
-                torch.linalg.vector_norm(gradient.div_(2.0), dtype=torch.float32)
+                torch.linalg.vector_norm(local(gradient).div_(2.0), dtype=torch.float32)
                 optimizer.update(name, 1.0)
 
         with recorder:
@@ -286,9 +351,11 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
                     with recorder.category("activations"):
                         parts = objective.loss(model, batch, **options)
                         parts.sum.sum().backward()
-                    recorder.adopt((parameter.grad for parameter in parameters.values()), "gradients")
+                    found = [local(one.grad) for one in parameters.values() if one.grad is not None]
+                    recorder.adopt(found, "gradients")
+                    del found
                 of_batches = recorder.work.copy()
-                gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+                gradients = [local(one.grad) for one in parameters.values() if one.grad is not None]
                 with recorder.category("optimizer"):
                     torch._foreach_div_(gradients, 2.0)
                     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
@@ -301,15 +368,27 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int]
             if case.evaluated is not None:
                 with torch.no_grad(), recorder.category("activations"):
                     objective.loss(model.eval(), batch_of(case.evaluated.cut(way.parts), tasks), **options)
+                    if mesh is not None:
+                        model.reshard()  # type: ignore[operator]
+            if any(shape.kept for shape in step):
+                with recorder.category("activations"):
+                    sparse_tokens.Learner(model.eval()).read(sparse_shapes.dearest(step[0].tokens), updates=2)
         given = {field.name for field in dataclasses.fields(RaggedBatch)}
         made = [value for name, value in vars(batches[-1]).items() if name not in given]
         kept = sum(value.nbytes for value in made if isinstance(value, torch.Tensor))
-        return recorder, of_batches, of_step, kept
+        of_disk = _OfDisk(
+            bytes=sum(tensor.nbytes for tensor in on_disk),
+            largest=max((sum(t.nbytes for t in _of(state, name) if lies_on_disk(t)) for name in parameters), default=0),
+        )
+        return recorder, of_batches, of_step, kept, of_disk if on_disk else _OfDisk()
 
 
 def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:
-    """A batch of this shape; which of its tokens are trained on changes nothing."""
-    flat = iter([0] * shape.trained + [UNTRAINED] * (shape.tokens - shape.trained))
+    """A batch of this shape; which of its tokens are trained on changes nothing, but for sparse layers."""
+    trained: Collection[int] = range(shape.trained)
+    if shape.kept:
+        trained = set(sparse_shapes.trained_places(shape.lengths, shape.kept, shape.share, shape.trained))
+    flat = iter([0 if place in trained else UNTRAINED for place in range(shape.tokens)])
     sequences = [[0] * length for length in shape.lengths]
     targets = [[next(flat) for _ in sequence] for sequence in sequences]
     task = [0] * len(sequences) if tasks else None

@@ -7,14 +7,14 @@ them, and divided by the whole count; then every process makes the same update. 
 configuration alone: the number of processes changes the time and the rounding, and a checkpoint of any number of them
 is one of any other. The first process writes; the others are heard of when they fail.
 
-The weights are whole in each process. Sharding them (torch's FSDP) would need modules that are called for every use of
-their weights, which tied heads over chunks of rows and blocks of a mapped file are not, and optimizers that never look
-at a whole matrix.
+Adapters, and frozen weights, are whole in each process. Where all weights are trained, processes share them out
+(`sharding.py`).
 """
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, distributed
 
 from ftkit.config import RunConfig
-from ftkit.errors import InputError
+from ftkit.errors import FtkitError, InputError
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "ncclRemoteError")
+"""In what gloo and NCCL say when another process is gone."""
 
 Found = TypeVar("Found")
 
@@ -33,6 +36,8 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
+    """Whether they share out the weights, so that each pass through the model is one of all."""
 
     @property
     def first(self) -> bool:
@@ -55,7 +60,7 @@ class Processes:
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Adds up the parameters' gradients over all processes, in one flat buffer a dtype; missing ones count as 0."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded:  # those are added up in the backward pass
             return
         by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
         for parameter in parameters:
@@ -66,6 +71,14 @@ class Processes:
             sizes = [parameter.numel() for parameter in group]
             for parameter, part in zip(group, flat.split(sizes), strict=True):
                 parameter.grad = part.view_as(parameter)
+
+    def rounds(self, batches: int) -> int:
+        """How many batches this process makes a pass with, of which it has so many."""
+        return max(self.exchange(batches)) if self.sharded else batches
+
+    def agree(self, told: bool) -> bool:
+        """Whether this process, or one that it shares weights with, says so."""
+        return any(self.exchange(told)) if self.sharded else told
 
     def one_after_the_first(self, work: Callable[[], Found]) -> Found:
         """The first process works, then the others, who find on disk what it left there."""
@@ -93,11 +106,25 @@ class Processes:
                 f"{self.size} processes, got {training.gradient_accumulation_steps} of {training.batch_rows}",
                 f"training.gradient_accumulation_steps = {self.size} gives each process a batch",
             )
-        if self.size > 1 and training.optimizer_in_backward:
+        if self.size > 1 and training.optimizer_in_backward and not self.sharded:
             raise InputError(
-                f"training.optimizer_in_backward: expected one process, got {self.size}",
-                "gradients of several processes are added up before any weight is updated",
+                f"training.optimizer_in_backward: expected one process, or weights that processes share out, got "
+                f"{self.size} with weights of their own",
+                "method=full shares them out (training.shard)",
             )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Says in words what is heard here when another process is gone. Raises FtkitError for that."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(words in str(error) for words in _LOST):
+                raise
+            raise FtkitError(
+                f"process {self.rank} of {self.size}: expected the others to go on, got one that has ended",
+                "what it said stands apart; the last checkpoint is whole, and ftkit train --resume goes on from it",
+            ) from error
 
 
 ALONE = Processes()

@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "training.budget",
     "training.epochs",
     "training.max_steps",
+    "training.shard",
     "training.stop_after_bad_steps",
     "training.threads",
 }

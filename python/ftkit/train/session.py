@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,13 +13,27 @@ import torch
 
 from ftkit import _core, adapters, data, models, optim, plugins
 from ftkit.config import RunConfig
+from ftkit.config.cache import cache_directory
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.eight_bits import EightBitProducts
+from ftkit.nn.shards import local
 from ftkit.plan.budget import written
 from ftkit.plan.speed import advice, speeds
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, lock, memory, planned, rounding, samples
+from ftkit.train import (
+    fitting,
+    lock,
+    memory,
+    offload,
+    planned,
+    rounding,
+    samples,
+    sharding,
+    sparse_shapes,
+    sparse_tokens,
+)
+from ftkit.train.directory import RunDirectory
 from ftkit.train.processes import ALONE, Processes
 from ftkit.train.step import Loss
 from ftkit.train.tasks import Tasks
@@ -37,7 +52,7 @@ class Session:
     device: torch.device
     parameters: Mapping[str, torch.nn.Parameter]
     loss: Loss
-    optimizer: optim.Optimizer
+    optimizer: optim.Optimizer | optim.SharedOut
     dataset: data.Dataset
     evaluation: Sequence[RaggedBatch] | None
     steps: int
@@ -64,24 +79,39 @@ class Session:
         """The largest of the parts of the batch that needs most memory."""
         return max(self.batch(list(self.plan.shape.rows)).cut(parts), key=lambda part: part.tokens.numel())
 
-    def save_adapter(self, folder: Path) -> None:
+    def spare(self, rows: list[int], parts: int) -> RaggedBatch | None:
+        """A part of the first of the rows, for a process that has nothing of its own where all have to go along."""
+        return self.batch(rows[:1]).cut(parts)[0] if self.processes.sharded else None
+
+    def save_adapter(self, folder: Path | None) -> None:
         """Writes the trained weights in the format that chat, serve and merge take."""
         adapters.save(self.loaded.model, ADAPTER, folder, self.loaded.fingerprint, self.config.model.source)
+
+    def learn_sparse_tokens(self, run: RunDirectory, done: int) -> list[str]:
+        """Before the first step after `done`; what people should know."""
+        rows = itertools.islice(self.feed(0), sparse_tokens.BATCHES)
+        parts = (part for portion in rows for part in self.batch(portion).cut(self.plan.way.parts))
+        path = run.sparse_tokens
+        return sparse_tokens.prepare(self.loaded.model, parts, path, write=self.processes.first, done=done)
 
     def tensors(self) -> dict[str, Iterable[torch.Tensor]]:
         """What lives as long as the session, by the planner's categories."""
         trained = list(self.parameters.values())
         mine = {id(parameter) for parameter in trained}
+        state = list(self.optimizer.state().values())
+        on_disk = [tensor for tensor in state if self.plan.way.state_on_disk and offload.lies_on_disk(tensor)]
+        elsewhere = {id(tensor) for tensor in on_disk}
         held = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
         return {
             "base weights": [tensor for tensor in held if id(tensor) not in mine],
-            "adapter": trained,
-            "optimizer": self.optimizer.state().values(),
+            "adapter": [local(parameter) for parameter in trained],
+            "optimizer": [tensor for tensor in state if id(tensor) not in elsewhere],
+            memory.ELSEWHERE: on_disk,
         }
 
     def examples(self) -> list[samples.Example]:
         """Prompts for the report, held-out ones where there are any."""
-        count = self.config.output.samples
+        count = 0 if self.processes.sharded else self.config.output.samples  # no process has a model to ask
         rows = (self.dataset.batch([row]) for row in range(len(self.dataset)))
         return samples.examples(self.evaluation or rows, self.loaded.tokenizer, count) if count else []
 
@@ -112,6 +142,12 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     torch.set_num_threads(training.threads or threads_of_environment())
     _core.set_threads(torch.get_num_threads())
     device = device_of(config.model.device)
+    if training.offload == "optimizer" and (device.type != "cpu" or processes.sharded):
+        raise InputError(
+            "training.offload: expected auto or none on a GPU or where weights are shared out, got optimizer",
+            "the state goes to disk in a process with all weights, on a CPU; training.shard=false makes it one",
+        )
+    started_bytes = memory.rss_bytes()
     loaded = base_of(config, device)
     objective = plugins.load("objectives", config.objective.name)
     read = functools.partial(
@@ -139,6 +175,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     adapters.attach(loaded.model, config.method.name, config.method.options, training.seed, ADAPTER)
     notices += adapters.notices(loaded.model, ADAPTER)
     rounded = rounding.attach(config, loaded.model)
+    sparse_tokens.attach(config, loaded.model)
     if objective.PAIRS:
         notices += _notices_of_preferences(config, dataset)
     case = planned.Case(
@@ -148,6 +185,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         evaluated=_evaluated(config, evaluation),
         mapped_bytes=_mapped_bytes(loaded),
         formats=models.formats(loaded.path, config.model.quant),
+        started_bytes=started_bytes,
     )
     room = min(processes.exchange(memory.room(training.budget, device)))
     if device.type == "cpu":
@@ -157,10 +195,18 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         notices += filter(None, [advice(speeds(), config.model.dtype)])
     if plan.way.streamed:
         stream(linear.weight for linear in loaded.model.linears().values())
-    if plan.way.parts > 1 or plan.way.streamed or (plan.way.recomputed and training.activation_checkpointing == "auto"):
+    if (
+        plan.way.parts > 1
+        or plan.way.streamed
+        or plan.way.state_on_disk
+        or (plan.way.recomputed and training.activation_checkpointing == "auto")
+    ):
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
     loaded.model.recomputed_layers = plan.way.recomputed
     loaded.model.train()
+    if processes.sharded:
+        sharding.shard(loaded.model, ADAPTER, sharding.everybody(device, processes.size))
+        notices.append(f"{processes.size} processes share out all weights; the report has no answers of the model")
     parameters = adapters.trainable(loaded.model, ADAPTER)
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     batches = None
@@ -171,6 +217,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         options |= {"names": dataset.tasks}
         balanced = Tasks(config, objective, dataset.tasks, batches, processes)
         batches = balanced.held_out
+    loss = functools.partial(objective.loss, loaded.model, **options)
     many = {"processes": processes.size}
     made_of = {
         "base": loaded.fingerprint,
@@ -182,8 +229,8 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         loaded=loaded,
         device=device,
         parameters=parameters,
-        loss=functools.partial(objective.loss, loaded.model, **options),
-        optimizer=optim.build(config.optimizer, parameters),
+        loss=sharding.settled(loss, loaded.model) if processes.sharded else loss,
+        optimizer=optim.build(config.optimizer, parameters, place_of(plan)),
         dataset=dataset,
         evaluation=batches,
         steps=steps,
@@ -197,6 +244,11 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     )
 
 
+def place_of(plan: planned.Plan) -> optim.Place | None:
+    """Where the optimizer's state lies, if not in memory."""
+    return offload.Shelf(cache_directory() / "scratch") if plan.way.state_on_disk else None
+
+
 def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes: Processes) -> list[planned.Step]:
     """The run's largest first batches of a step, each beside one of the largest that come later in a step."""
     size, accumulated = config.training.batch_rows, config.training.gradient_accumulation_steps
@@ -207,6 +259,9 @@ def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes
     first, later = set(cut[::accumulated]), {rows for place, rows in enumerate(cut) if place % accumulated}
     if processes.size > 1:
         first = later = set(cut)  # either may be a process' first
+    if config.training.sparse_tokens < 1:
+        shape = planned.Shape(**sparse_shapes.largest(config.training.sparse_tokens, dataset, dict.fromkeys(cut)))
+        return [(shape,) * min(accumulated, 2)]
     fronts = [_largest(dataset, batches) for batches in (first, later) if batches]
     longest = max(map(len, fronts))
     return list(zip(*(front + front[-1:] * (longest - len(front)) for front in fronts), strict=True))

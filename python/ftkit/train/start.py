@@ -10,14 +10,26 @@ from typing import Any
 
 from ftkit.config import RunConfig
 from ftkit.errors import FtkitError, InputError, Interrupted
-from ftkit.train import checkpoint, checkpoints, directory, files, loggers, memory, processes, report, samples, session
+from ftkit.train import (
+    checkpoint,
+    checkpoints,
+    directory,
+    files,
+    loggers,
+    memory,
+    processes,
+    report,
+    samples,
+    session,
+    sharding,
+)
 from ftkit.train import lock as locks
 from ftkit.train.directory import RunDirectory
 from ftkit.train.events import Events, rewind
 from ftkit.train.loop import Loop
 from ftkit.train.result import TrainResult, sha256_of
 from ftkit.train.session import Session
-from ftkit.train.signals import Interruption
+from ftkit.train.signals import DEAF_SECONDS, Interruption
 
 _ONCE_SECONDS = 2.0
 """In which torchrun passes a signal on."""
@@ -27,11 +39,13 @@ Listener = Callable[[dict[str, Any]], None]
 
 def start(config: RunConfig, listener: Listener | None, *, resume: bool, overwrite: bool) -> TrainResult:
     """See `ftkit.train.run`."""
-    with Interruption(_ONCE_SECONDS if processes.launched() > 1 else 0.0) as stop:
+    many = processes.launched() > 1
+    with Interruption(_ONCE_SECONDS if many else 0.0, DEAF_SECONDS if many else None) as stop:
         try:
             mine = processes.join()
             heard = listener if mine.first else None
-            return _start(config, heard, stop, mine, resume=resume, overwrite=overwrite)
+            with mine.together():
+                return _start(config, heard, stop, mine, resume=resume, overwrite=overwrite)
         except KeyboardInterrupt:
             raise Interrupted(
                 "stopped at once; the last checkpoint is whole", "continue with ftkit train --resume"
@@ -47,6 +61,7 @@ def _start(
     resume: bool,
     overwrite: bool,
 ) -> TrainResult:
+    mine = dataclasses.replace(mine, sharded=sharding.shares(config) > 1)
     mine.check(config)
     if config.output.name is None:
         name = mine.exchange(directory.fresh_name(config))[0]
@@ -81,11 +96,14 @@ def _start(
             events.emit(kind, progress.step, **told, seconds_left=made.seconds_left(progress.step))
             for notice in [*notices, *made.notices]:
                 events.emit("notice", progress.step, message=notice)
+            for notice in mine.one_after_the_first(lambda: made.learn_sparse_tokens(run, progress.step)):
+                events.emit("notice", progress.step, message=notice)
             asked = made.examples() if mine.first else []
             if progress.step == 0:
                 _sample(made, asked, events, 0, None)
             loop = Loop(made, run, progress, events, losses, stop)
-            loop.train()
+            with mine.together():
+                loop.train()
             result = mine.exchange(_finish(loop, run) if mine.first else None)[0]
             assert result is not None
             _sample(made, asked, events, progress.step, run.adapter)

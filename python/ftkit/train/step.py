@@ -9,15 +9,16 @@ the backward pass goes on to the next: `step_in_backward`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.shards import local
 from ftkit.objectives import LossParts
-from ftkit.optim import Optimizer, clip
+from ftkit.optim import Optimizer, SharedOut, clip
 from ftkit.train.processes import ALONE, Processes
 
 Loss = Callable[[RaggedBatch], LossParts]
@@ -102,29 +103,33 @@ def gradients(
     max_norm: float,
     before: Callable[[RaggedBatch], None] = lambda _: None,
     processes: Processes = ALONE,
+    spare: RaggedBatch | None = None,
 ) -> StepOutcome:
     """Leaves the mean loss' gradient, clipped to `max_norm` (0: as it is), in the parameters' `.grad`.
 
-    `before` is called before each batch. The mean is over the batches of all processes.
+    `before` is called before each batch. The mean is over the batches of all processes; those that share out weights
+    and have fewer than others go through the model with `spare`, for nothing.
     """
     totals = _Totals()
-    for batch in batches:
+    for batch, counts in _passes(batches, processes, spare):
         before(batch)
-        totals.saw(batch)
+        if counts:
+            totals.saw(batch)
         parts = loss(batch)
-        if float(parts.count.sum()) == 0:
-            continue
-        parts.sum.sum().backward()
-        totals.add(parts)
+        trains = float(parts.count.sum()) != 0
+        if trains or processes.sharded:
+            (parts.sum.sum() if counts else 0 * parts.sum.sum()).backward()
+        if trains and counts:
+            totals.add(parts)
     totals = totals.of_all(processes)
     if totals.count:
         processes.add_gradients(parameters.values())
-    existing = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    existing = [local(parameter.grad) for parameter in parameters.values() if parameter.grad is not None]
     if existing and totals.count:
         torch._foreach_div_(existing, totals.count)
     return StepOutcome(
         loss=totals.means.loss,
-        gradient_norm=clip(parameters, max_norm),
+        gradient_norm=clip(parameters, max_norm, processes.add if processes.sharded else None),
         tokens=totals.tokens,
         trained=totals.count,
         trained_tokens=totals.trained_tokens,
@@ -133,25 +138,37 @@ def gradients(
 
 
 def step_in_backward(
-    loss: Loss, parameters: Parameters, batch: RaggedBatch, optimizer: Optimizer, factor: float
+    loss: Loss,
+    parameters: Parameters,
+    batch: RaggedBatch,
+    optimizer: Optimizer | SharedOut,
+    factor: float,
+    processes: Processes = ALONE,
+    *,
+    counts: bool = True,
 ) -> StepOutcome:
     """The whole step of one batch, each parameter's update as soon as its gradient is there: the same bits.
 
     Without trained tokens or a finite loss nothing is updated. A gradient that isn't finite is seen when those before
-    it have been used: its parameter stays as it is, and the norm tells.
+    it have been used: its parameter stays as it is, and the norm tells. Of processes that share out weights each has a
+    batch; one that doesn't count goes through the model for nothing.
     """
     totals, parts = _Totals(), loss(batch)
-    totals.add(parts)
+    if counts:
+        totals.saw(batch)
+        totals.add(parts)
+    totals = totals.of_all(processes)
     count, means = totals.count, totals.means
-    summed = parts.sum.sum()
+    summed = parts.sum.sum() if counts else 0 * parts.sum.sum()
     del parts
     norms = []
 
     def update(name: str, gradient: torch.Tensor) -> None:
-        gradient.div_(count)
-        norms.append(
-            float(torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)))
-        )
+        gradient = local(gradient).div_(count)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        if processes.sharded:
+            norm = processes.add(norm.double().square()).sqrt()
+        norms.append(float(norm))
         if math.isfinite(norms[-1]):
             optimizer.update(name, factor)
 
@@ -162,9 +179,9 @@ def step_in_backward(
     return StepOutcome(
         loss=means.loss,
         gradient_norm=math.hypot(*norms),
-        tokens=batch.tokens.numel(),
+        tokens=totals.tokens,
         trained=count,
-        trained_tokens=batch.trained.numel(),
+        trained_tokens=totals.trained_tokens,
         metrics=means.metrics,
     )
 
@@ -189,12 +206,28 @@ def each_gradient(parameters: Parameters, use: Callable[[str, torch.Tensor], Non
             handle.remove()
 
 
+def _passes(
+    batches: Sequence[RaggedBatch], processes: Processes, spare: RaggedBatch | None
+) -> Iterator[tuple[RaggedBatch, bool]]:
+    """The batches that this process goes through the model with, and whether they count."""
+    rounds = processes.rounds(len(batches))
+    for batch in batches:
+        yield batch, True
+    for _ in range(rounds - len(batches)):
+        assert spare is not None
+        yield spare, False
+
+
 @torch.no_grad()
-def means(loss: Loss, batches: Iterable[RaggedBatch], processes: Processes = ALONE) -> Means:
+def means(
+    loss: Loss, batches: Sequence[RaggedBatch], processes: Processes = ALONE, spare: RaggedBatch | None = None
+) -> Means:
     """The mean loss over the batches of all processes, and the means of what the objective reports beside it."""
     totals = _Totals()
-    for batch in batches:
-        totals.add(loss(batch))
+    for batch, counts in _passes(batches, processes, spare):
+        parts = loss(batch)
+        if counts:
+            totals.add(parts)
     return totals.of_all(processes).means
 
 

@@ -14,7 +14,7 @@ from ftkit import adapters, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.plan.budget import Gpu
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, memory, planned, session
+from ftkit.train import fitting, memory, offload, planned, session, sparse_tokens
 from ftkit.train.planned import Case, Plan
 from ftkit.train.step import clear, gradients, means, step_in_backward
 
@@ -51,11 +51,12 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
     options = {"config": objective.Config(**config.objective.options)} if hasattr(objective, "Config") else {}
     model = session.base_of(config, device).model
     adapters.attach(model, config.method.name, config.method.options, config.training.seed, session.ADAPTER)
+    sparse_tokens.attach(config, model)
     model.recomputed_layers = plan.way.recomputed
     if plan.way.streamed:
         stream(linear.weight for linear in model.linears().values())
     parameters = adapters.trainable(model, session.ADAPTER)
-    optimizer = optim.build(config.optimizer, parameters)
+    optimizer = optim.build(config.optimizer, parameters, session.place_of(plan))
     batch = planned.batch_of(case.steps[0][0], hasattr(objective, "balanced")).to(device)
     batches = [part for _ in range(config.training.gradient_accumulation_steps) for part in batch.cut(plan.way.parts)]
     seconds: list[float] = []
@@ -76,10 +77,13 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
         means(lambda b: objective.loss(model, b, **options), batch.cut(plan.way.parts))
 
     trained = {id(parameter) for parameter in parameters.values()}
+    state = optimizer.state().values()
+    on_disk = {id(tensor) for tensor in state if plan.way.state_on_disk and offload.lies_on_disk(tensor)}
     held: dict[str, Iterable[torch.Tensor]] = {
         "base weights": [t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained],
         "adapter": parameters.values(),
-        "optimizer": optimizer.state().values(),
+        "optimizer": [tensor for tensor in state if id(tensor) not in on_disk],
+        memory.ELSEWHERE: [tensor for tensor in state if id(tensor) in on_disk],
     }
     _, peak = memory.peak_bytes_of(work, held, device)
     return plan, [*_bytes(plan, peak, device), *_times(plan, seconds[-1])]

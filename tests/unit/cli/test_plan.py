@@ -147,7 +147,7 @@ def test_a_process_of_its_own_keeps_to_the_plan(small: list[str]) -> None:
 
 
 def test_a_plan_that_was_too_low_is_a_closed_gate(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "OTHER_RESIDENT_BYTES", 0)
+    monkeypatch.setattr(planned, "LATER_BYTES", -(1 << 30))
     with pytest.raises(GateError, match="expected no more than planned, got more: the process"):
         CliRunner().invoke(application(), ["plan", *small, "--verify"], catch_exceptions=False)
 

@@ -18,6 +18,10 @@ from ftkit.cuda.source import Variant, variant
 from ftkit.kernels.coded_matmul import Coded, coded_dense
 from ftkit.plugins import load
 
+# Macros of what codes are, and the tensor core's kernels that take any.
+NF4: dict[str, object] = {"SCALE": "uint8_t", "GROUP": 64, "OFFSETS": 0}
+INT4: list[dict[str, object]] = [{"SCALE": "half", "GROUP": group, "OFFSETS": 1} for group in (32, 64, 128)]
+TILED = ("coded_decode", "coded_forward", "coded_dx")
 # What tests launch; compiled in one go. Others are compiled when they are launched.
 VARIANTS = [
     variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="float"),
@@ -26,13 +30,9 @@ VARIANTS = [
     variant("dequant_coded", TABLE=16, SCALE="half", OFFSETS=1, OUT="float"),
     variant("dequant_coded", TABLE=0, SCALE="float", OFFSETS=0, OUT="float"),
     *(variant("dequant_blocks", FORMAT=kind, OUT="float") for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")),
-    *(variant("nf4_gemv", ROWS=m, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t") for m in (1, 2, 3, 4)),
-    variant("nf4_gemv", ROWS=2, VALUE="float", GROUP=32, OFFSETS=1, SCALE="half"),
-    *(
-        variant(name, SCALE=scale)
-        for name in ("nf4_decode", "nf4_lora_forward", "nf4_lora_dx")
-        for scale in ("uint8_t", "float")
-    ),
+    *(variant("coded_gemv", ROWS=m, VALUE="bf16", **NF4) for m in (1, 2, 3, 4)),
+    variant("coded_gemv", ROWS=2, VALUE="float", **INT4[0]),
+    *(variant(name, **macros) for name in TILED for macros in (NF4, NF4 | {"SCALE": "float"}, *INT4)),
     *(variant(name, VALUE=kind) for name in ("rms_norm", "swiglu", "rope") for kind in ("bf16", "float")),
     *(
         variant("cross_entropy", VALUE=kind, GRADIENT=gradient)
@@ -43,8 +43,8 @@ VARIANTS = [
     *(variant("lora_bgmv", VALUE=kind, WEIGHT="float") for kind in ("bf16", "float")),
     variant("lora_sgmv", WEIGHT="float"),
     variant("lora_gradient"),
-    *(variant(name, GROUP=group) for name in ("int4_decode", "int4_forward", "int4_dx") for group in (32, 64, 128)),
     *(variant("paged_prefill", HEAD=size) for size in (64, 80, 96, 128)),
+    *(variant("attention", HEAD=size) for size in (64, 128)),
 ]
 
 
@@ -54,8 +54,8 @@ DEAREST = {
     for one in (
         variant("dequant_coded", TABLE=16, SCALE="uint8_t", OFFSETS=0, OUT="bf16"),
         variant("dequant_blocks", FORMAT="Q4_K", OUT="float"),
-        variant("nf4_gemv", ROWS=4, VALUE="bf16", GROUP=64, OFFSETS=0, SCALE="uint8_t"),
-        *(variant(name, SCALE="uint8_t") for name in ("nf4_decode", "nf4_lora_forward", "nf4_lora_dx")),
+        variant("coded_gemv", ROWS=4, VALUE="bf16", **NF4),
+        *(variant(name, **NF4) for name in TILED),
         *(variant(name, VALUE="bf16") for name in ("rms_norm", "swiglu", "rope")),
         variant("cross_entropy", VALUE="bf16", GRADIENT=1),
         variant("adamw_8bit"),
@@ -63,8 +63,8 @@ DEAREST = {
         variant("lora_bgmv", VALUE="bf16", WEIGHT="float"),
         variant("lora_sgmv", WEIGHT="float"),
         variant("lora_gradient"),
-        *(variant(name, GROUP=64) for name in ("int4_decode", "int4_forward", "int4_dx")),
         variant("paged_prefill", HEAD=128),
+        variant("attention", HEAD=128),
     )
 }
 
@@ -134,7 +134,23 @@ def poison(variant: Variant, name: str, arguments: Sequence[Argument]) -> None:
             argument.fill_(torch.nan)
 
 
-OUTPUTS = {"out", "y", "low", "dx", "dgate", "dup", "dweight", "losses", "gradient", "scales"}
+OUTPUTS = {
+    "out",
+    "y",
+    "m",
+    "along",
+    "dq",
+    "dk",
+    "dv",
+    "low",
+    "dx",
+    "dgate",
+    "dup",
+    "dweight",
+    "losses",
+    "gradient",
+    "scales",
+}
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.cuda.emulated import Kit, close, coded_matrix, exact, normal
 
-from ftkit.cuda import launches, offsets
+from ftkit.cuda import launches
 from ftkit.cuda.on_cpu import SCHEDULES
 from ftkit.errors import InputError
 from ftkit.kernels import _gpu, pinned
@@ -22,9 +22,9 @@ BF16 = torch.bfloat16
 
 def forward(kit: Kit, group: int, m: int, n: int, k: int, schedule: int) -> None:
     coded, x = coded_matrix(f"int4_group:{group}", n, k), normal(m, k)
-    assert offsets.takes(x, coded)
+    assert launches.takes_tiles(x, coded)
     w = exact(coded, BF16)
-    close(offsets.matmul(kit.launcher(schedule), x, coded), x.double() @ w.T, x.double().abs() @ w.T.abs())
+    close(launches.matmul(kit.launcher(schedule), x, coded), x.double() @ w.T, x.double().abs() @ w.T.abs())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -39,12 +39,26 @@ def test_forward(kit: Kit, group: int, m: int, n: int, k: int, schedule: int) ->
     forward(kit, group, m, n, k, schedule)
 
 
+def test_with_low_rank_matrices(kit: Kit) -> None:
+    """QLoRA over int4_group: the same kernels add them, up to 16 rows and from there on."""
+    coded, b, a = coded_matrix("int4_group:32", 24, 128), normal(24, 20, seed=3), normal(20, 128, seed=5)
+    w = exact(coded, BF16)
+    for m in (3, 11, 33):
+        x, dy, low = normal(m, 128), normal(m, 24), normal(m, 20, seed=2)
+        terms = ((x.double(), w.T), (low.double(), b.double().T))
+        found = launches.matmul(kit.launcher(1), x, coded, low, b)
+        close(found, sum(p @ q for p, q in terms), sum(p.abs() @ q.abs() for p, q in terms))
+        terms = ((dy.double(), w), (low.double(), a.double()))
+        found = launches.matmul_transposed(kit.launcher(1), dy, coded, low, a)
+        close(found, sum(p @ q for p, q in terms), sum(p.abs() @ q.abs() for p, q in terms))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("group", "m", "n", "k"), [(64, 1, 8, 64), (32, 3, 200, 192), (64, 130, 72, 128)])
 def test_dx(kit: Kit, group: int, m: int, n: int, k: int, schedule: int) -> None:
     coded, dy = coded_matrix(f"int4_group:{group}", n, k), normal(m, n)
     w = exact(coded, BF16)
-    found = offsets.matmul_transposed(kit.launcher(schedule), dy, coded)
+    found = launches.matmul_transposed(kit.launcher(schedule), dy, coded)
     close(found, dy.double() @ w, dy.double().abs() @ w.abs())
 
 
@@ -63,47 +77,48 @@ def test_groups_of_128_with_any_table(kit: Kit) -> None:
     coded = dataclasses.replace(coded_matrix("int4_group:128", 24, 256), table=torch.linspace(-9.3, 2.1, 16))
     x, dy = normal(18, 256), normal(18, 24)
     w = exact(coded, BF16)
-    close(offsets.matmul(kit.launcher(1), x, coded), x.double() @ w.T, x.double().abs() @ w.T.abs())
-    close(offsets.matmul(kit.launcher(2), x[:7], coded), x[:7].double() @ w.T, x[:7].double().abs() @ w.T.abs())
-    close(offsets.matmul_transposed(kit.launcher(2), dy, coded), dy.double() @ w, dy.double().abs() @ w.abs())
+    close(launches.matmul(kit.launcher(1), x, coded), x.double() @ w.T, x.double().abs() @ w.T.abs())
+    close(launches.matmul(kit.launcher(2), x[:7], coded), x[:7].double() @ w.T, x[:7].double().abs() @ w.T.abs())
+    close(launches.matmul_transposed(kit.launcher(2), dy, coded), dy.double() @ w, dy.double().abs() @ w.abs())
 
 
 def test_a_row_does_not_depend_on_its_neighbours(kit: Kit) -> None:
     coded, x, launch = coded_matrix("int4_group", 24, 192), normal(140, 192), kit.launcher()
     for few, many in ((5, 16), (20, 140)):
-        assert torch.equal(offsets.matmul(launch, x[:few], coded), offsets.matmul(launch, x[:many], coded)[:few])
+        assert torch.equal(launches.matmul(launch, x[:few], coded), launches.matmul(launch, x[:many], coded)[:few])
 
 
 def test_what_kernels_take() -> None:
     coded = coded_matrix("int4_group:32", 16, 128)
     x = normal(20, 128)
-    assert offsets.takes(x, coded)
-    assert not offsets.takes(x.float(), coded), "bfloat16 alone"
-    assert not offsets.takes(normal(20 * 128 + 1)[1:].view(20, 128), coded), "not aligned"
-    assert not offsets.takes(x, coded_matrix("int4_group:32", 12, 128)), "no whole eights"
-    assert not offsets.takes(normal(20, 96), coded_matrix("int4_group:32", 16, 96)), "no whole steps"
-    assert not offsets.takes(x, coded_matrix("nf4", 16, 128)), "no offsets"
-    for part, other in (("scales", torch.float32), ("offsets", torch.float32)):
-        assert not offsets.takes(x, dataclasses.replace(coded, **{part: getattr(coded, part).to(other)}))
-    assert not offsets.takes(x, dataclasses.replace(coded, scales=coded.scales.T.contiguous().T)), "strides"
-    assert not launches.takes_transposed(x, coded), "NF4's kernels know no offsets"
+    assert launches.takes_tiles(x, coded)
+    assert not launches.takes_tiles(x.float(), coded), "bfloat16 alone"
+    assert not launches.takes_tiles(normal(20 * 128 + 1)[1:].view(20, 128), coded), "not aligned"
+    assert not launches.takes_tiles(x, coded_matrix("int4_group:32", 12, 128)), "no whole eights"
+    assert not launches.takes_tiles(normal(20, 96), coded_matrix("int4_group:32", 16, 96)), "no whole steps"
+    assert coded.offsets is not None
+    assert not launches.takes_tiles(x, dataclasses.replace(coded, offsets=coded.offsets.float())), "offsets in halves"
+    assert not launches.takes_tiles(x, dataclasses.replace(coded, group=16)), "no group of 16"
+    assert not launches.takes_tiles(x, dataclasses.replace(coded, scales=coded.scales.T.contiguous().T)), "strides"
 
 
 def test_bad_arguments_are_named(kit: Kit) -> None:
     coded, x = coded_matrix("int4_group", 16, 128), normal(20, 128)
-    with pytest.raises(InputError, match=r"int4_forward: x: expected torch.bfloat16, got torch.float32"):
-        offsets.matmul(kit.launcher(), x.float(), coded)
-    with pytest.raises(InputError, match=r"int4_forward: x: expected a contiguous tensor, got strides \(256, 2\)"):
-        offsets.matmul(kit.launcher(), normal(20, 256)[:, ::2], coded)
+    with pytest.raises(InputError, match=r"coded_forward: x: expected torch.bfloat16, got torch.float32"):
+        launches.matmul(kit.launcher(), x.float(), coded)
+    with pytest.raises(InputError, match=r"coded_forward: x: expected a contiguous tensor, got strides \(256, 2\)"):
+        launches.matmul(kit.launcher(), normal(20, 256)[:, ::2], coded)
     other = dataclasses.replace(coded, offsets=torch.zeros(16, 2))
-    with pytest.raises(InputError, match=r"int4_dx: offsets: expected torch.float16, got torch.float32"):
-        offsets.matmul_transposed(kit.launcher(), normal(20, 16), other)
-    with pytest.raises(InputError, match=r"product: x: expected the shape \[20, 128\], got \[20, 64\]"):
-        offsets.matmul(kit.launcher(), normal(20, 64), coded)
-    with pytest.raises(InputError, match=r"transposed product: dy: expected the shape \[20, 16\], got \[20, 8\]"):
-        offsets.matmul_transposed(kit.launcher(), normal(20, 8), coded)
-    with pytest.raises(InputError, match=r"product: scales: expected the shape \[32\], got \[30\]"):
-        offsets.matmul(kit.launcher(), x, dataclasses.replace(coded, scales=coded.scales[:15]))
+    with pytest.raises(InputError, match=r"coded_dx: offsets: expected torch.float16, got torch.float32"):
+        launches.matmul_transposed(kit.launcher(), normal(20, 16), other)
+    with pytest.raises(InputError, match=r"product with codes: x: expected the shape \[20, 128\], got \[20, 64\]"):
+        launches.matmul(kit.launcher(), normal(20, 64), coded)
+    with pytest.raises(
+        InputError, match=r"transposed product with codes: dy: expected the shape \[20, 16\], got \[20, 8\]"
+    ):
+        launches.matmul_transposed(kit.launcher(), normal(20, 8), coded)
+    with pytest.raises(InputError, match=r"product with codes: scales: expected the shape \[32\], got \[30\]"):
+        launches.matmul(kit.launcher(), x, dataclasses.replace(coded, scales=coded.scales[:15]))
 
 
 def test_nothing_is_launched_for_nothing() -> None:
@@ -111,8 +126,8 @@ def test_nothing_is_launched_for_nothing() -> None:
         raise AssertionError("expected no launch")
 
     coded, empty = coded_matrix("int4_group", 8, 64), torch.empty(0, 64, dtype=BF16)
-    assert offsets.matmul(launch, empty, coded).shape == (0, 8)
-    assert offsets.matmul_transposed(launch, empty[:, :8], coded).shape == (0, 64)
+    assert launches.matmul(launch, empty, coded).shape == (0, 8)
+    assert launches.matmul_transposed(launch, empty[:, :8], coded).shape == (0, 64)
 
 
 @pytest.mark.parametrize("rows", [3, 9, 40])
@@ -148,4 +163,4 @@ def test_qalora_on_a_gpu(gpu: list[str], rows: int) -> None:
     gradients = torch.autograd.grad(expected, wide, normal(rows, 24, seed=4).double())
     for one, other in zip((y, *found), (expected, *gradients), strict=True):
         assert (one.double() - other).norm() < 2e-2 * other.norm()
-    assert gpu == [{3: "nf4_gemv", 9: "int4_decode", 40: "int4_forward"}[rows], "int4_dx"]
+    assert gpu == [{3: "coded_gemv", 9: "coded_decode", 40: "coded_forward"}[rows], "coded_dx"]

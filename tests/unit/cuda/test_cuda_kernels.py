@@ -91,7 +91,21 @@ def test_decode(kit: Kit, scheme: str, m: int, n: int, k: int, schedule: int) ->
     close(found, *product(coded, x, low, b))
 
 
-TILES = [("nf4", 17, 8, 64, 16), ("nf4:single", 140, 136, 320, 32), ("nf4", 128, 128, 128, 0), ("nf4", 129, 8, 320, 16)]
+def test_few_rows_of_long_sums_are_decoded_as_many_are(kit: Kit) -> None:
+    """One row has the bits that it has among 16."""
+    coded, x = coded_matrix("nf4", 8, launches.DECODE_COLUMNS), normal(16, launches.DECODE_COLUMNS)
+    found = launches.matmul(kit.launcher(), x, coded)
+    close(found, *product(coded, x, torch.zeros(16, 0), torch.zeros(8, 0)))
+    assert torch.equal(launches.matmul(kit.launcher(), x[3:4], coded), found[3:4])
+
+
+TILES = [
+    ("nf4", 17, 8, 64, 16),
+    ("nf4", 17, 264, 64, 16),
+    ("nf4:single", 140, 136, 320, 32),
+    ("nf4", 128, 128, 128, 0),
+    ("nf4", 129, 8, 320, 16),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.unit.cuda import mutants, mutants_ragged, test_cuda_int4, test_cuda_lora, test_cuda_prefill
+from tests.unit.cuda import (
+    mutants,
+    mutants_ragged,
+    test_cuda_attention,
+    test_cuda_int4,
+    test_cuda_lora,
+    test_cuda_prefill,
+)
 from tests.unit.cuda import test_cuda_kernels as tests
 from tests.unit.cuda.emulated import Emulated, Kit
 from tests.unit.cuda.mutants import Mutant
@@ -32,22 +39,26 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
             for kind in launches.BLOCK_FORMATS
         )
     ],
-    "nf4_gemv": [
+    "coded_gemv": [
         lambda kit, s: tests.test_gemv(kit, 3, 9, 320, s),
         lambda kit, _: tests.test_gemv_of_groups_with_offsets(kit),
     ],
-    "nf4_decode": [
+    "coded_decode": [
         lambda kit, s: tests.test_decode(kit, "nf4", 5, 72, 192, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 16, 40, 576, s),
         lambda kit, s: tests.test_decode(kit, "nf4", 9, 8, 2368, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
+        lambda kit, s: test_cuda_int4.test_decode(kit, 128, 7, 24, 256, s),
     ],
-    "nf4_lora_forward": [
+    "coded_forward": [
         lambda kit, s: tests.test_forward(kit, "nf4", 17, 8, 64, 16, s),
         lambda kit, s: tests.test_forward(kit, "nf4", 140, 136, 320, 32, s),
+        lambda kit, s: tests.test_forward(kit, "nf4", 17, 264, 64, 16, s),
     ],
-    "nf4_lora_dx": [
+    "coded_dx": [
         lambda kit, s: tests.test_dx(kit, "nf4", 3, 200, 192, 16, s),
-        lambda kit, s: tests.test_dx(kit, "nf4", 140, 136, 192, 32, s),
+        lambda kit, s: tests.test_dx(kit, "nf4", 140, 136, 192, 80, s),
+        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
     ],
     "rms_norm": [
         lambda kit, s: tests.test_rms_norm(kit, 3, 2056, F32, s),
@@ -73,25 +84,16 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
         lambda kit, s: test_cuda_lora.test_segments_of_many_rows(kit, (528, 132), s),
     ],
     "lora_gradient": [lambda kit, s: test_cuda_lora.test_gradient(kit, s)],
-    "int4_decode": [
-        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 13, 72, 192, s),
-        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 16, 40, 576, s),
-        lambda kit, s: test_cuda_int4.test_decode(kit, 32, 9, 32, 128, s),
-    ],
-    "int4_forward": [
-        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 17, 8, 64, s),
-        lambda kit, s: test_cuda_int4.test_forward(kit, 32, 140, 136, 192, s),
-    ],
-    "int4_dx": [
-        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 3, 200, 192, s),
-        lambda kit, s: test_cuda_int4.test_dx(kit, 32, 130, 72, 128, s),
-    ],
     "paged_prefill": [
         lambda kit, s: test_cuda_prefill.test_a_short_prompt_and_a_chunk(kit, s),
         lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, 7, s),
         lambda kit, s: test_cuda_prefill.test_prompts_and_chunks(kit, 80, None, s),
     ],
 }
+TRIALS["attention"] = [
+    lambda kit, s, case=case: test_cuda_attention.trial(kit, s, *case)
+    for case in (((80,), (1, 1), 64, 9), ((7, 66), (4, 2), 64, None))
+]
 SCHEDULES = (2, 1, 0)
 
 

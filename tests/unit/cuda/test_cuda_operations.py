@@ -74,7 +74,7 @@ def test_lora_linear_over_nf4(gpu: list[str], rows: int, rank: int) -> None:
     y = lora_linear(x, weight, a, b, 0.5)
     slope = torch.randn_like(y)
     found = torch.autograd.grad(y, inputs, slope)
-    assert gpu == [{2: "nf4_gemv", 9: "nf4_decode", 40: "nf4_lora_forward"}[rows], "nf4_lora_dx"]
+    assert gpu == [{2: "coded_gemv", 9: "coded_decode", 40: "coded_forward"}[rows], "coded_dx"]
     wide = [one.detach().double().requires_grad_() for one in inputs]
     dense = weight.dense().double()
     exact = wide[0] @ dense.T + 0.5 * (wide[0] @ wide[1].T) @ wide[2].T
@@ -92,7 +92,7 @@ def test_coded_products_and_blocks(gpu: list[str]) -> None:
     torch.testing.assert_close(found, coded_matmul_transposed.reference(x[:, :40], coded), rtol=0.02, atol=0.02)
     blocks = torch.randint(100, (3, 40), dtype=torch.uint8)
     assert torch.equal(_gpu.runs["dequantize"]("q4_1", blocks), dequantize("q4_1", blocks))
-    assert gpu == ["dequant_coded", "nf4_lora_forward", "nf4_lora_dx", "dequant_blocks"]
+    assert gpu == ["dequant_coded", "coded_forward", "coded_dx", "dequant_blocks"]
     with pinned("reference"):
         assert torch.equal(_gpu.runs["dequantize"]("q4_1", blocks), dequantize("q4_1", blocks))
     assert len(gpu) == 4

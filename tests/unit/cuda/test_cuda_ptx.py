@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.unit, needs_nvrtc]
 WRAPPERS = """
 #include "numbers.cuh"
 extern "C" __global__ void __launch_bounds__(32) wrappers(const float* __restrict__ x, int* __restrict__ y, int n) {
-  __shared__ float first[128], second[128];
+  __align__(16) __shared__ float first[128], second[128];
   const int t = threadIdx.x;
   int* out = y + 32 * t;
   copy16_async(first + 4 * t, x + 4 * t, t % 3 != 0);
@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(32) wrappers(const float* __restric
   const uint4 early = load16(first + 4 * t);
   copy_wait<0>();
   const uint4 late = load16(second + 4 * t);
+  __syncwarp();
   store16(out, early);
   store16(out + 4, late);
   const uint2 pair = load8(x + 2 * t);
@@ -43,7 +44,12 @@ extern "C" __global__ void __launch_bounds__(32) wrappers(const float* __restric
   mma_bf16(d, left, pack_bf16(a, b), pack_bf16(b + 1.0f, a));
   for (int i = 0; i < 4; i++) out[14 + i] = __float_as_uint(d[i]);
   out[18] = permute_bytes(left[0], left[1], 0x7350 ^ (t & 15) << 8);
-  for (int i = 19; i < 32; i++) out[i] = n;
+  uint32_t matrices[4];
+  ldmatrix_x4(matrices, first + 4 * t);
+  for (int i = 0; i < 4; i++) out[19 + i] = matrices[i];
+  ldmatrix_x4_transposed(matrices, second + 4 * t);
+  for (int i = 0; i < 4; i++) out[23 + i] = matrices[i];
+  for (int i = 27; i < 32; i++) out[i] = n;
 }
 """
 MUTANTS = [
@@ -59,6 +65,9 @@ MUTANTS = [
     ("half precision for bf16", "f32.bf16.bf16.f32", "f32.f16.f16.f32"),
     ("bytes of one word", '"r"(low), "r"(high), "r"(chosen)', '"r"(low), "r"(low), "r"(chosen)'),
     ("words of bytes swapped", '"r"(low), "r"(high), "r"(chosen)', '"r"(high), "r"(low), "r"(chosen)'),
+    ("matrices as they lie", "x4.trans.shared", "x4.shared"),
+    ("matrices turned", "x4.shared", "x4.trans.shared"),
+    ("matrices' registers swapped", '"=r"(result[0]), "=r"(result[1])', '"=r"(result[1]), "=r"(result[0])'),
     ("bf16 toward zero", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
     ("half toward zero", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
     ("halves of a pair swapped", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),

@@ -72,7 +72,7 @@ def test_a_report_of_a_machine_that_overlaps_otherwise(kit: Emulated) -> None:
     """Times that an overlap of 2.5 foretells are fitted by it."""
     cases = list(_gpu_trial.cases(kit.launcher(), "cpu", 128))
     known = [case for case in cases if _gpu_trial.foretold(case, A100) is not None]
-    assert {case.name for case in known} >= {"nf4_gemv", "nf4_decode", "nf4_lora_forward", "nf4_lora_dx", "rope"}
+    assert {case.name for case in known} >= {"coded_gemv", "coded_decode", "coded_forward", "coded_dx", "rope"}
     measured = [(case, _gpu_trial.foretold(case, A100, 2.5) or 0.0) for case in known]
     assert _gpu_trial.overlap_of(measured, A100) == pytest.approx(2.5, abs=0.011)
     assert _gpu_trial.overlap_of([], A100) is None

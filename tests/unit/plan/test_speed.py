@@ -14,7 +14,7 @@ from ftkit.plan.speed import Speeds
 
 pytestmark = pytest.mark.unit
 
-ROOFS = Speeds(float32=100.0, bfloat16=400.0, blocks=200.0, attention=50.0, bandwidth=10.0, call=0.5)
+ROOFS = Speeds(float32=100.0, bfloat16=400.0, blocks=200.0, attention=50.0, bandwidth=10.0, disk=1.0, call=0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 // shared memory.
 //
 // A stage has four runs of 16 neighbours of each row of x. Rows are 32 bytes longer than that, and in odd rows a run's
-// halves are swapped: so neither the copies of four rows meet in a bank, nor the reads of two. See nf4.cuh for the order of
+// halves are swapped: so neither the copies of four rows meet in a bank, nor the reads of two. See fragments.cuh for the order of
 // k, and for which columns a lane has.
 #pragma once
 #include "numbers.cuh"
 
-constexpr int TILE_ROWS = 128, TILE_COLUMNS = 128, TILE_THREADS = 128, ROW_TILES = TILE_ROWS / 8;
+constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256, TILE_THREADS = 256, ROW_TILES = TILE_ROWS / 8;
 constexpr int RUNS = 4, RUN = 16, STEP = RUNS * RUN, PADDED = STEP + 16;
 typedef bf16 Stage[TILE_ROWS][PADDED];
 typedef float Sums[ROW_TILES][2][4];  // [tile of 8 rows of x][tile of 16 columns][register]
@@ -16,26 +16,22 @@ typedef float Sums[ROW_TILES][2][4];  // [tile of 8 rows of x][tile of 16 column
 struct Rows {
   const bf16* from;
   int rows, columns;  // that are left from there on
-  int next;           // values to the other row
 };
 
 static __device__ __forceinline__ Rows rows_of(const bf16* x, int first, int rows, int columns) {
   const int row = first + threadIdx.x / 2, half = threadIdx.x % 2 * 8;
-  return {x + (int64_t)row * columns + half, rows - row, columns - half, TILE_ROWS / 2 * columns};
+  return {x + (int64_t)row * columns + half, rows - row, columns - half};
 }
 
 // Starts the copy of a stage, whose runs are at columns k, k + APART, …; zeros past the last row and column.
 template <int APART>
 static __device__ __forceinline__ void copy_rows(Stage& stage, const Rows& x, int k) {
   const int row = threadIdx.x / 2, half = (threadIdx.x % 2 ^ row % 2) * 8;
+  bf16* to = &stage[row][half];
+  const bf16* from = x.from + k;
 #pragma unroll
-  for (int other = 0; other < 2; other++) {
-    bf16* to = &stage[row + other * TILE_ROWS / 2][half];
-    const bf16* from = x.from + (uint32_t)(k + other * x.next);
-#pragma unroll
-    for (int run = 0; run < RUNS; run++)
-      copy16_async(to + run * RUN, from + run * APART, other * TILE_ROWS / 2 < x.rows && k + run * APART < x.columns);
-  }
+  for (int run = 0; run < RUNS; run++)
+    copy16_async(to + run * RUN, from + run * APART, 0 < x.rows && k + run * APART < x.columns);
   copy_commit();
 }
 

@@ -32,6 +32,21 @@ DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// Four 8 × 8 matrices of 16-bit numbers, whose rows are at the lanes' addresses, eight lanes a matrix: of matrix i, lane
+// (g, q) gets row g, columns 2 q and 2 q + 1; transposed, column g, rows 2 q and 2 q + 1.
+DEVICE void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void ldmatrix_x4_transposed(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // d += a b for a [16, 16] and b [16, 8]. With g = lane / 4 and q = lane % 4: a[i] has row g + 8 (i % 2), columns
 // 2 q + 8 (i / 2) and the next; b_i has rows 2 q + 8 i and the next, column g; d[i] is row g + 8 (i / 2), column 2 q + i % 2.
 DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

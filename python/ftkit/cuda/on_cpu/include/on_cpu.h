@@ -161,6 +161,7 @@ static __forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
 static __forceinline__ float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 static __forceinline__ float rsqrtf(float a) { return 1.0f / __builtin_sqrtf(a); }
 static __forceinline__ float expf(float a) { return __builtin_expf(a); }
+static __forceinline__ float exp2f(float a) { return __builtin_exp2f(a); }
 static __forceinline__ float sqrtf(float a) { return __builtin_sqrtf(a); }
 static __forceinline__ float logf(float a) { return __builtin_logf(a); }
 static __forceinline__ float fabsf(float a) { return __builtin_fabsf(a); }

@@ -162,6 +162,8 @@ class Block:
             self.copy_async(one, here)
         elif name == "mma":
             self.mma(one, here)
+        elif name == "ldmatrix":
+            self.ldmatrix(one, here)
         elif name == "shfl":
             self.expect_whole_warps(one, here)
             self.expect(words[2] in ("bfly", "idx"), "a shuffle that is not known here", one)
@@ -288,6 +290,23 @@ class Block:
         for i, (to, name) in enumerate(zip(d, c, strict=True)):
             found = sums[:, g + 8 * (i // 2), 2 * q + i % 2].reshape(-1)
             self.put(to, self.get(name, "f32") + found, "f32", here)
+
+    def ldmatrix(self, one: Instruction, here: Array) -> None:
+        """Four matrices: see on_gpu/ptx.cuh for where their numbers go."""
+        self.expect_whole_warps(one, here)
+        words = [word for word in one.words if word != "trans"]
+        expected = ["ldmatrix", "sync", "aligned", "m8n8", "x4", "shared", "b16"]
+        self.expect(words == expected, "matrices of another shape or type", one)
+        starts = np.where(here, self.places(one.operands[1]), 0)
+        places, memory = self.bytes_of("shared", starts, 16, one)
+        matrices = (
+            np.ascontiguousarray(memory[places]).view(np.uint16).reshape(-1, 4, 8, 8)
+        )  # [warps, 4, rows, columns]
+        if "trans" in one.words:
+            matrices = matrices.swapaxes(2, 3)
+        found = np.ascontiguousarray(matrices).view(np.uint32).reshape(len(matrices), 4, _WARP)
+        for number, name in enumerate(one.operands[0].strip("{}").replace(" ", "").split(",")):
+            self.put(name, found[:, number].reshape(-1), "u32", here)
 
     def half_of(self, name: str, half: int) -> Array:
         """bf16 in a half of a register, as float32."""

@@ -10,7 +10,7 @@
 constexpr int THREADS = 128;
 constexpr int EACH = 8;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8) nf4_gemv(
+extern "C" __global__ void __launch_bounds__(THREADS, 8) coded_gemv(
     const VALUE* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
     const float* __restrict__ mean, const half* __restrict__ offsets, const float* __restrict__ low,

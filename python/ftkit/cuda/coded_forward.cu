@@ -1,45 +1,44 @@
-// y = x Wᵀ + low Bᵀ for many rows of x, W in NF4: prompts and training.
+// y = x Wᵀ + low Bᵀ for many rows of x, W in 4-bit codes: prompts and training.
 //
 // low = s x Aᵀ [m, rank], rank a multiple of 16, comes from before: at ranks above 16 to make it here would cost more. x,
-// low, B and y are bf16, sums float32. k is a multiple of 64 (of 256, or the last span is made for less), n of 4.
-// SCALE: float, or uint8_t for nested scales.
+// low, B and y are bf16, sums float32. k is a multiple of 64 and of GROUP (of 256, or the last span is made for less), n of
+// 4. See codes.cuh for GROUP, SCALE and OFFSETS.
 //
 // ptxas -O1: above it, registers are filled with what is loaded ahead, and others spilled.
-#include "nf4.cuh"
+#include "fragments.cuh"
 #include "tile.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_lora_forward(
+extern "C" __global__ void __launch_bounds__(THREADS) coded_forward(
     const bf16* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
-    const float* __restrict__ mean, const bf16* __restrict__ low, const bf16* __restrict__ b, bf16* __restrict__ y, int m,
-    int n, int k, int rank) {
+    const float* __restrict__ mean, const half* __restrict__ offsets, const bf16* __restrict__ low,
+    const bf16* __restrict__ b, bf16* __restrict__ y, int m, int n, int k, int rank) {
   __shared__ Stage stages[2];
   __align__(16) __shared__ float meaning[16];
   const int t = threadIdx.x, lane = t % 32;
   const int first = blockIdx.x * TILE_ROWS, column = blockIdx.y * TILE_COLUMNS + t / 32 * WARP_COLUMNS;
-  const Weights<SCALE> w = weights_of(codes, scales, Nested{map, greatest, mean}, n, k, column, lane);
+  const Weights w = weights_of(Stored{codes, scales, Nested{map, greatest, mean}, offsets}, n, k, column, lane);
   const Rows rows = rows_of(x, first, m, k);
   if (t < 16) meaning[t] = table[t];
   Sums sums = {};
   Codes stored;
-  float scale[LANE_ROWS];
-  copy_rows<GROUP>(stages[0], rows, 0);
+  Numbers numbers;
+  copy_rows<RUN_OF_CODES>(stages[0], rows, 0);
   fetch(w, 0, 0, lane, stored);
-  fetch_scales(w, 0, lane, scale);
+  fetch_numbers(w, 0, lane, numbers);
   __syncthreads();
   for (int span = 0; span < k; span += SPAN) {
     Values values[LANE_ROWS];
-    multiply_out(meaning, scale, values);
-    fetch_scales(w, span + SPAN, lane, scale);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
+      if (multiply_out(meaning, numbers, part, values)) fetch_numbers(w, span + SPAN, lane, numbers);
       const Stage& stage = stages[part % 2];
       const int next = part + 1 < PARTS ? span + RUN * (part + 1) : span + SPAN;
       copy_wait<0>();
       __syncthreads();  // this stage is there for all, and all are done with the other
-      if (next < k) copy_rows<GROUP>(stages[1 - part % 2], rows, next);
+      if (next < k) copy_rows<RUN_OF_CODES>(stages[1 - part % 2], rows, next);
       Operand operand;
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) decode(stored, part % 2 * 2, values, tile, operand[tile]);

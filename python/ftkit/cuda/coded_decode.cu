@@ -1,15 +1,16 @@
-// y = x Wᵀ + low Bᵀ for at most 16 rows of x, W in NF4: decoding for several sequences at once.
+// y = x Wᵀ + low Bᵀ for at most 16 rows of x, W in 4-bit codes: decoding for several sequences at once.
 //
 // The block's 8 warps share out k, each every eighth span, and make the same 32 columns; their sums are added in the order
 // of the warps. So a number depends on its row and on k alone. x is read straight from memory into the second operand's
-// registers; see nf4.cuh for the order of k. low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64, n of
-// 4. SCALE: float, or uint8_t for nested scales.
+// registers; see fragments.cuh for the order of k. low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64
+// and of GROUP, n of 4. See codes.cuh for GROUP, SCALE and OFFSETS.
 //
 // ptxas -O1: above it, registers are filled with what is loaded ahead, and others spilled.
-#include "nf4.cuh"
+#include "fragments.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = 8, ROWS = 16;
+constexpr int BLOCKS = OFFSETS || SETS > 1 ? 1 : 2;  // at once: with more numbers there are too few registers
 
 // Eight neighbours, or zeros.
 static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there) {
@@ -18,36 +19,35 @@ static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there)
   return eight;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_decode(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
     const bf16* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
     const SCALE* __restrict__ scales, const float* __restrict__ map, const float* __restrict__ greatest,
-    const float* __restrict__ mean, const float* __restrict__ low, const bf16* __restrict__ b, bf16* __restrict__ y, int m,
-    int n, int k, int rank) {
+    const float* __restrict__ mean, const half* __restrict__ offsets, const float* __restrict__ low,
+    const bf16* __restrict__ b, bf16* __restrict__ y, int m, int n, int k, int rank) {
   __align__(16) __shared__ float meaning[16];
   __shared__ float parts[WARPS][ROWS][WARP_COLUMNS + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * WARP_COLUMNS;
-  const Weights<SCALE> w = weights_of(codes, scales, Nested{map, greatest, mean}, n, k, column, lane);
+  const Weights w = weights_of(Stored{codes, scales, Nested{map, greatest, mean}, offsets}, n, k, column, lane);
   if (threadIdx.x < 16) meaning[threadIdx.x] = table[threadIdx.x];
   __syncthreads();
   float sums[2][2][4] = {};  // [tile of 8 rows of x][tile of 16 columns][register]
   Codes stored[2];
-  float scale[LANE_ROWS];
-  const int start = warp * SPAN, left = k - lane % 4 * GROUP;
+  Numbers numbers;
+  const int start = warp * SPAN, left = k - lane % 4 * RUN_OF_CODES;
   const int row = min(lane / 4, m - 1), more = (min(lane / 4 + 8, m - 1) - row) * k;  // past the last row, that one again
-  const bf16* rows = x + (int64_t)row * k + lane % 4 * GROUP;
+  const bf16* rows = x + (int64_t)row * k + lane % 4 * RUN_OF_CODES;
   fetch(w, start, 0, lane, stored[0]);
   fetch(w, start, 1, lane, stored[1]);
-  fetch_scales(w, start, lane, scale);
+  fetch_numbers(w, start, lane, numbers);
   for (int span = start; span < k; span += WARPS * SPAN) {
     const int then = span + WARPS * SPAN;
     Values values[LANE_ROWS];
-    multiply_out(meaning, scale, values);
-    fetch_scales(w, then, lane, scale);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
+      if (multiply_out(meaning, numbers, part, values)) fetch_numbers(w, then, lane, numbers);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int at = span + part * (GROUP / PARTS) + half * 8;
+        const int at = span + part * (RUN_OF_CODES / PARTS) + half * 8;
         const uint4 b[2] = {load_there(rows + at, span < left), load_there(rows + more + at, span < left)};
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
