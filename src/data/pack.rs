@@ -73,7 +73,7 @@ fn following(left: &Left, free: u32) -> Option<u32> {
             Ordering::Greater => long = lengths.next_back(),
         }
     }
-    let halves = left.get(&(free / 2)).is_some_and(|units| free % 2 == 0 && units.len() > 1);
+    let halves = left.get(&(free / 2)).is_some_and(|units| free.is_multiple_of(2) && units.len() > 1);
     Some(if halves { free / 2 } else { longest })
 }
 

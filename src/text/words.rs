@@ -241,7 +241,7 @@ fn cl100k(text: &str, at: usize, numbers: usize) -> usize {
         (Class::Space, Some(Class::Other)) if bytes[at] == b' ' => with_breaks(run(text, next, Class::Other)),
         (Class::Space, _) => {
             let end = run(text, next, Class::Space);
-            match bytes[at..end].iter().rposition(|byte| breaks(byte)) {
+            match bytes[at..end].iter().rposition(breaks) {
                 Some(last) => at + last + 1,
                 None => spaces(text, at, end),
             }
