@@ -24,7 +24,8 @@ def largest(share: float, dataset: data.Dataset, batches: Iterable[Sequence[int]
         if sum(blocks.kept_lengths) > most:
             most = sum(blocks.kept_lengths)
             found = {"lengths": batch.lengths, "groups": batch.groups, "kept": blocks.kept, "rows": tuple(rows)}
-    return {**found, "share": share, "lengths": longer(found["lengths"], tokens), "trained": trained}
+    # a block more: batches that keep as many tokens may have more places of blocks and anchors to remember
+    return {**found, "share": share, "lengths": longer(found["lengths"], tokens + BLOCK), "trained": trained}
 
 
 def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -35,8 +36,10 @@ def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
 def trained_places(
     lengths: Sequence[int], kept: Sequence[int], share: float, trained: int, size: int = BLOCK
 ) -> list[int]:
-    """Places of the stream to train on, so that each sequence keeps at least `kept` blocks, as far as they go."""
+    """Places of the stream to train on, so that each sequence keeps at least `kept` blocks, as far as they go, and as
+    many of them as can be are anchors."""
     needed: list[int] = []
+    anchors: list[int] = []
     beside: list[int] = []
     others: list[int] = []
     start = 0
@@ -50,10 +53,12 @@ def trained_places(
                 others.append(start + place)
             elif forced and place % size == 0 and 0 < block < blocks - 1:
                 needed.append(start + place)
+            elif place % size == 0:
+                anchors.append(start + place)
             else:
                 beside.append(start + place)
         start += length
-    return sorted((needed + beside + others)[:trained])
+    return sorted((needed + anchors + beside + others)[:trained])
 
 
 def with_few_trained(share: float, lengths: Sequence[int], size: int = BLOCK) -> dict[str, Any]:

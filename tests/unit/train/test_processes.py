@@ -127,12 +127,14 @@ def close(name: str, table: dict[str, Any], expected: tuple[list[float], dict[st
     """Losses and weights to 1e-6.
 
     Sums in another order differ by some 1e-7 of a gradient in float32, and the optimizers' first steps pass on what a
-    gradient is off relative to itself, times the learning rate.
+    gradient is off relative to itself, times the learning rate. States in 8 bits may then round to the code next to
+    theirs, which is 1/127 of a block's greatest away: a weight was seen 1.6e-6 off.
     """
+    near = 1e-5 if name.startswith("adamw8bit") else 1e-6
     losses, weights = of(named(table, name))
     assert losses == pytest.approx(expected[0], rel=1e-6), name
     for key, weight in weights.items():
-        torch.testing.assert_close(weight, expected[1][key], rtol=0, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(weight, expected[1][key], rtol=0, atol=near, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.slow

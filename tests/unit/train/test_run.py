@@ -191,7 +191,7 @@ def test_the_evaluation_is_that_of_the_saved_adapter_without_dropout(settings: S
     config = RunConfig.from_toml(None, chosen).data
     _, held_out = prepare(config, loaded.tokenizer, loaded.template, seed=0, split=0.25)
     assert held_out is not None
-    loss = means(lambda batch: sft.loss(loaded.model, batch), held_out.batches(2, passes=1)).loss
+    loss = means(lambda batch: sft.loss(loaded.model, batch), list(held_out.batches(2, passes=1))).loss
     assert result.eval_loss == pytest.approx(loss, rel=1e-6)
 
 
