@@ -59,8 +59,9 @@ class Visit:
         self._besides = {"response_format": {"type": "regex", "regex": pattern}}
 
     def says_much(self) -> None:
-        """Answers will not end by themselves."""
-        self._besides = {"ignore_eos": True, "max_tokens": 3500}
+        """Answers will not end soon; few enough letters that they fit into the context with what follows."""
+        self.says("[a-z ]{3000}")
+        self._besides["max_tokens"] = 3500
 
     def ask(self, question: str) -> None:
         """Asks, and waits for the whole answer."""
