@@ -4,6 +4,7 @@ import { button, element } from "./dom.js";
 // A card with a heading and lines; an empty line is none.
 export function card(heading, ...lines) {
   const made = element("article", undefined, "card");
+  made.setAttribute("aria-label", heading);
   made.append(element("h2", heading), ...lines.filter((line) => line).map((line) => element("p", line)));
   return made;
 }
