@@ -77,22 +77,6 @@ def _sdpa(
     return torch.cat(outputs)
 
 
-@attention.backend("cpu", lambda q, k, v, *_, **__: _training.takes(q, k, v))
-def _cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    *,
-    scale: float,
-    window: int | None = None,
-    shared: tuple[int, ...] = (),
-) -> Tensor:
-    """In the core, a tile of queries and a block of keys at a time: no matrix of tokens by tokens, no mask."""
-    y: Tensor = _Attention.apply(q, k, v, lengths, shared, scale, window or 0)
-    return y
-
-
 def _takes_on_gpu(
     q: Tensor,
     k: Tensor,
@@ -109,7 +93,8 @@ def _takes_on_gpu(
 
 
 @attention.backend("cuda", _takes_on_gpu)
-def _cuda(
+@attention.backend("cpu", lambda q, k, v, *_, **__: _training.takes(q, k, v))
+def _tiled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,7 +104,7 @@ def _cuda(
     window: int | None = None,
     shared: tuple[int, ...] = (),
 ) -> Tensor:
-    """All sequences in one launch, a block of queries and one of keys at a time."""
+    """A tile of queries and a block of keys at a time: no matrix of tokens by tokens, no mask."""
     y: Tensor = _Attention.apply(q, k, v, lengths, shared, scale, window or 0)
     return y
 

@@ -24,13 +24,13 @@ def largest(share: float, dataset: data.Dataset, batches: Iterable[Sequence[int]
         if sum(blocks.kept_lengths) > most:
             most = sum(blocks.kept_lengths)
             found = {"lengths": batch.lengths, "groups": batch.groups, "kept": blocks.kept, "rows": tuple(rows)}
-    # a block more: batches that keep as many tokens may have more places of blocks and anchors to remember
-    return {**found, "share": share, "lengths": longer(found["lengths"], tokens + BLOCK), "trained": trained}
+    return {**found, "share": share, "lengths": longer(found["lengths"], tokens), "trained": trained}
 
 
 def longer(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
-    """The same sequences, the last one long enough that all have so many tokens."""
-    return (*lengths[:-1], lengths[-1] + max(0, tokens - sum(lengths)))
+    """The same sequences, the last one so much longer that all have `tokens` tokens; by whole blocks, or its last
+    block, which is kept, could become a shorter one."""
+    return (*lengths[:-1], lengths[-1] + math.ceil(max(0, tokens - sum(lengths)) / BLOCK) * BLOCK)
 
 
 def trained_places(
