@@ -35,7 +35,7 @@ MiB), the libraries' code as it is reached, their scratch space, what oneDNN kee
 the size of a chunk of logits in the heap."""
 
 SHARING_BYTES = 256 << 20
-"""What torch's FSDP2 takes besides: its modules, the compiler's among them. Measured once: 200 MiB beyond the others."""
+"""What torch's FSDP2 takes besides: its modules, the compiler's among them. Measured once: 200 MiB beyond the rest."""
 
 RETAINED_SHARE = 0.25
 """Freed tensor memory that the allocator keeps, as a share of the peak, from above.
