@@ -1,9 +1,11 @@
 //! A tile of 16 rows with all rows of x, on each kind of processor, equal to the bit.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{IntegerForm, PLANE, ROWS, Rounded, STEP, TILE};
+use super::{HIGH, IntegerForm, PLANE, ROWS, Rounded, STEP, TILE};
 use crate::quant::scales::wide;
 use crate::team::{Shared, Team};
 
@@ -18,37 +20,41 @@ pub enum Path {
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    /// Tiles of AMX for many rows, VNNI for few.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 /// x as the kernels take it, for matrices of one format; in panels, as [`Rounded`] is.
 pub(super) struct Inputs<'a> {
     rounded: &'a Rounded,
-    /// −z Σ a `[panels, steps, groups, ROWS]`.
+    /// −z Σ a `[panels, steps, groups, high]`.
     starts: Vec<i32>,
-    /// s Σ a `[panels, steps, groups, ROWS]`; empty without offsets.
+    /// s Σ a `[panels, steps, groups, high]`; empty without offsets.
     sums: Vec<f32>,
 }
 
 impl<'a> Inputs<'a> {
     pub(super) fn new(team: &Team, rounded: &'a Rounded, integers: &IntegerForm) -> Self {
-        let size = integers.groups() * ROWS;
-        let places = rounded.scales.len() / ROWS;
+        let high = rounded.high;
+        let size = integers.groups() * high;
+        let places = rounded.scales.len() / high;
         let mut starts = vec![0; places * size];
         let mut sums = vec![0.0; if integers.offsets { places * size } else { 0 }];
         let (all_starts, all_sums) = (Shared::new(&mut starts), Shared::new(&mut sums));
         let run = places.div_ceil(team.tasks(places * size, 1 << 13));
         team.each(places.div_ceil(run.max(1)), &|task| {
             for place in task * run..places.min((task + 1) * run) {
-                let halves = &rounded.sums[place * 2 * ROWS..][..2 * ROWS];
+                let halves = &rounded.sums[place * 2 * high..][..2 * high];
                 // SAFETY: each place is one task's.
                 let starts = unsafe { all_starts.part(place * size..(place + 1) * size) };
-                if size == ROWS {
-                    starts.iter_mut().enumerate().for_each(|(t, start)| *start = halves[t] + halves[ROWS + t]);
+                if size == high {
+                    starts.iter_mut().enumerate().for_each(|(t, start)| *start = halves[t] + halves[high + t]);
                 } else {
                     starts.copy_from_slice(halves);
                 }
                 if integers.offsets {
-                    let scales = &rounded.scales[place * ROWS..][..ROWS];
+                    let scales = &rounded.scales[place * high..][..high];
                     // SAFETY: as above.
                     let sums = unsafe { all_sums.part(place * size..(place + 1) * size) };
                     for ((sum, start), scale) in sums.iter_mut().zip(&*starts).zip(scales.iter().cycle()) {
@@ -77,6 +83,9 @@ impl Path {
                 let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
                 if wide && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni") {
                     found.push(Self::Vnni);
+                    if amx::usable() {
+                        found.push(Self::Amx);
+                    }
                 }
             }
         }
@@ -93,8 +102,17 @@ impl Path {
     fn tiles(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni => 2,
+            Self::Vnni | Self::Amx => 2,
             _ => 1,
+        }
+    }
+
+    /// Rows of x that are best put together where there are so many.
+    pub(super) fn rows(self, count: usize) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx if count >= amx::MANY => HIGH,
+            _ => ROWS,
         }
     }
 
@@ -109,12 +127,18 @@ impl Path {
     ) {
         let (groups, tile_bytes) = (integers.groups(), integers.tile_bytes(steps));
         let rounded = inputs.rounded;
-        let panels = rounded.count.div_ceil(ROWS);
-        let places = panels * steps;
+        let panels = rounded.count.div_ceil(rounded.high);
+        let places = panels * steps * rounded.high;
         assert!(tiles.len().is_multiple_of(tile_bytes));
-        assert!(rounded.scales.len() == places * ROWS && rounded.codes.len() == places * 8 * ROWS);
-        assert!(inputs.starts.len() == places * groups * ROWS);
+        assert!(rounded.high == self.rows(rounded.count));
+        assert!(rounded.scales.len() == places && rounded.codes.len() == places * 8);
+        assert!(inputs.starts.len() == places * groups);
         assert!(!integers.offsets || inputs.sums.len() == inputs.starts.len());
+        #[cfg(target_arch = "x86_64")]
+        if rounded.high == HIGH {
+            // SAFETY: the machine has the features (`all`), and lengths were checked.
+            return unsafe { amx::product(integers, tiles, inputs, steps, write) };
+        }
         // one row with several tiles would read from several places of memory at once
         let at_once = if rounded.count == 1 { 1 } else { self.tiles() };
         let mut found: Found = [[0.0; TILE]; 2 * ROWS];
@@ -129,8 +153,8 @@ impl Path {
                     }),
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the machine has the features (`all`), lengths were checked, the panel is one of them.
-                    Self::Avx2 | Self::Vnni => unsafe {
-                        x86::panel(self == Self::Vnni, integers, tiles, inputs, steps, panel, rows.len(), &mut found);
+                    Self::Avx2 | Self::Vnni | Self::Amx => unsafe {
+                        x86::panel(self != Self::Avx2, integers, tiles, inputs, steps, panel, rows.len(), &mut found);
                     },
                 }
                 for (tile, found) in found.chunks_exact(ROWS).take(many).enumerate() {

@@ -236,48 +236,53 @@ fn pack_codes(bits: usize, r: usize, codes: &[u8], body: &mut [u8]) {
 
 /// Rows of x that stand together: a kernel that takes so many finds what it needs of them side by side.
 const ROWS: usize = 4;
+/// Rows of x that stand together for a kernel whose registers are as high as wide.
+const HIGH: usize = 16;
 
-/// x `[count, columns]` in 8 bits, in panels of [`ROWS`] rows; what is behind the last row means nothing.
+/// x `[count, columns]` in 8 bits, in panels of as many rows as the kernel takes; what is behind the last means nothing.
 #[derive(Debug, Default)]
 struct Rounded {
     /// Rows that there are.
     count: usize,
-    /// a `[panels, steps, 8, ROWS, 4]`: four of each row, then the next four.
+    /// Rows of a panel: [`ROWS`] or [`HIGH`].
+    high: usize,
+    /// a, four together: `[panels, steps, 8, ROWS]`, four of each row, then the next four; or `[panels, steps, HIGH, 8]`.
     codes: Vec<[i8; 4]>,
-    /// s `[panels, steps, ROWS]`.
+    /// s `[panels, steps, high]`.
     scales: Vec<f32>,
-    /// Σ a over the halves of a step `[panels, steps, 2, ROWS]`.
+    /// Σ a over the halves of a step `[panels, steps, 2, high]`.
     sums: Vec<i32>,
 }
 
 impl Rounded {
-    fn fill(&mut self, team: &Team, x: &[f32], columns: usize) {
-        self.count = x.len() / columns;
-        let (panels, steps) = (self.count.div_ceil(ROWS), columns / STEP);
-        let places = panels * steps * ROWS;
+    fn fill(&mut self, team: &Team, x: &[f32], columns: usize, high: usize) {
+        (self.count, self.high) = (x.len() / columns, high);
+        let (panels, steps) = (self.count.div_ceil(high), columns / STEP);
+        let places = panels * steps * high;
         self.codes.resize(places * STEP / 4, [0; 4]);
         self.scales.resize(places, 0.0);
         self.sums.resize(places * 2, 0);
         let codes = Shared::new(&mut self.codes);
         let (scales, sums) = (Shared::new(&mut self.scales), Shared::new(&mut self.sums));
-        let run = (TASK / 16).div_ceil(columns * ROWS);
+        let run = (TASK / 16).div_ceil(columns * high);
         team.each(panels.div_ceil(run), &|task| {
             let panels = task * run..panels.min((task + 1) * run);
             let part = |size: usize| panels.start * steps * size..panels.end * steps * size;
             // SAFETY: each panel is one task's.
             let (codes, scales, sums) =
-                unsafe { (codes.part(part(8 * ROWS)), scales.part(part(ROWS)), sums.part(part(2 * ROWS))) };
-            for (row, x) in x.chunks_exact(columns).enumerate().take(panels.end * ROWS).skip(panels.start * ROWS) {
-                let (panel, t) = (row / ROWS - panels.start, row % ROWS);
+                unsafe { (codes.part(part(8 * high)), scales.part(part(high)), sums.part(part(2 * high))) };
+            for (row, x) in x.chunks_exact(columns).enumerate().take(panels.end * high).skip(panels.start * high) {
+                let (panel, t) = (row / high - panels.start, row % high);
                 for (step, x) in x.as_chunks::<STEP>().0.iter().enumerate() {
                     let at = panel * steps + step;
                     let (found, scale, both) = kernel::round(x);
                     for (four, found) in found.as_chunks::<4>().0.iter().enumerate() {
-                        codes[(at * 8 + four) * ROWS + t] = *found;
+                        let place = if high == ROWS { four * ROWS + t } else { t * 8 + four };
+                        codes[at * 8 * high + place] = *found;
                     }
-                    scales[at * ROWS + t] = scale;
-                    sums[2 * at * ROWS + t] = both[0];
-                    sums[(2 * at + 1) * ROWS + t] = both[1];
+                    scales[at * high + t] = scale;
+                    sums[2 * at * high + t] = both[0];
+                    sums[(2 * at + 1) * high + t] = both[1];
                 }
             }
         });
@@ -318,7 +323,7 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
         return Ok(());
     }
     ROUNDED.with_borrow_mut(|rounded| {
-        rounded.fill(team, x, columns);
+        rounded.fill(team, x, columns, path.rows(count));
         // matrices of one format mostly: their inputs are prepared once
         let mut prepared: Vec<(&IntegerForm, kernel::Inputs<'_>)> = Vec::with_capacity(1);
         // (matrix, its inputs, its tiles among those of all, its first column of y)

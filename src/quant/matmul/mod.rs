@@ -196,7 +196,7 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
 /// A line of the cache: vectors that cross no two of them load at full speed.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([f32; 16]);
+pub(super) struct Line([f32; 16]);
 
 /// Some rows of a matrix with all rows of x: columns `at..` of y.
 #[allow(clippy::too_many_arguments)]

@@ -48,6 +48,26 @@ pub(super) fn round(x: &[f32; STEP]) -> ([i8; STEP], f32, [i32; 2]) {
     (codes, scale, sums)
 }
 
+/// Calls a kernel with a format's bits, groups, whether its scales are nested, and whether it has a table.
+macro_rules! by_form {
+    ($integers:expr, $kernel:ident, [$($size:literal),*], $arguments:tt) => {
+        match ($integers.bits, $integers.groups(), $integers.nested, $integers.table.is_some()) {
+            (2, ..) => by_form!(@ $kernel $arguments $($size,)* 2, 2, true, false),
+            (3, ..) => by_form!(@ $kernel $arguments $($size,)* 3, 2, true, false),
+            (4, _, false, false) => by_form!(@ $kernel $arguments $($size,)* 4, 1, false, false),
+            (4, _, false, true) => by_form!(@ $kernel $arguments $($size,)* 4, 1, false, true),
+            (4, _, true, false) => by_form!(@ $kernel $arguments $($size,)* 4, 1, true, false),
+            (4, _, true, true) => by_form!(@ $kernel $arguments $($size,)* 4, 1, true, true),
+            (5, _, false, _) => by_form!(@ $kernel $arguments $($size,)* 5, 1, false, false),
+            (5, _, true, _) => by_form!(@ $kernel $arguments $($size,)* 5, 1, true, false),
+            (6, ..) => by_form!(@ $kernel $arguments $($size,)* 6, 2, true, false),
+            _ => by_form!(@ $kernel $arguments $($size,)* 8, 1, false, false),
+        }
+    };
+    (@ $kernel:ident ($($argument:expr),*) $($constant:literal),+) => { $kernel::<$($constant),+>($($argument),*) };
+}
+pub(super) use by_form;
+
 /// Bytes ahead of what is used that are asked for: the processor by itself looks too short a way ahead.
 const AHEAD: usize = 8192;
 
@@ -108,20 +128,7 @@ pub(super) unsafe fn panel(
     let two = tiles.len() > integers.tile_bytes(steps);
     /// The kernel for some rows (and tiles).
     macro_rules! call {
-        ($kernel:ident, $($size:literal),+) => {
-            match (integers.bits, groups, integers.nested, integers.table.is_some()) {
-                (2, ..) => $kernel::<$($size),+, 2, 2, true, false>(&work, out),
-                (3, ..) => $kernel::<$($size),+, 3, 2, true, false>(&work, out),
-                (4, _, false, false) => $kernel::<$($size),+, 4, 1, false, false>(&work, out),
-                (4, _, false, true) => $kernel::<$($size),+, 4, 1, false, true>(&work, out),
-                (4, _, true, false) => $kernel::<$($size),+, 4, 1, true, false>(&work, out),
-                (4, _, true, true) => $kernel::<$($size),+, 4, 1, true, true>(&work, out),
-                (5, _, false, _) => $kernel::<$($size),+, 5, 1, false, false>(&work, out),
-                (5, _, true, _) => $kernel::<$($size),+, 5, 1, true, false>(&work, out),
-                (6, ..) => $kernel::<$($size),+, 6, 2, true, false>(&work, out),
-                _ => $kernel::<$($size),+, 8, 1, false, false>(&work, out),
-            }
-        };
+        ($kernel:ident, $($size:literal),+) => { by_form!(integers, $kernel, [$($size),+], (&work, out)) };
     }
     // SAFETY: the caller's promise.
     unsafe {
@@ -134,6 +141,72 @@ pub(super) unsafe fn panel(
             (false, _) => call!(avx2, 4),
         }
     }
+}
+
+/// What stands for each code, where codes are not the numbers themselves.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn wide_table(integers: &IntegerForm) -> __m512i {
+    let table = integers.table.unwrap_or(&[0; 16]);
+    // SAFETY: 16 bytes are there.
+    _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) })
+}
+
+/// What the scales (0) or offsets (1) of the blocks that begin at `block` are to be taken times.
+///
+/// # Safety
+/// `[kinds, 16]` numbers of half precision are there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn nested_top(block: *const u8, kind: usize) -> __m512 {
+    // SAFETY: the caller's promise.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(block.add(2 * TILE * kind).cast()) })
+}
+
+/// Sixteen scales or offsets of a step that begins at `step`; `top` is what nested ones are taken times.
+///
+/// # Safety
+/// The step's head has so many.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn sixteen_numbers<const NESTED: bool>(step: *const u8, index: usize, top: __m512) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if NESTED {
+            let whole = _mm512_cvtepi8_epi32(_mm_loadu_si128(step.add(TILE * index).cast()));
+            _mm512_mul_ps(top, _mm512_cvtepi32_ps(whole))
+        } else {
+            _mm512_cvtph_ps(_mm256_loadu_si256(step.add(2 * TILE * index).cast()))
+        }
+    }
+}
+
+/// Four codes of each of 16 rows, from the 64 bytes where their lowest bits are; `body` is where the step's codes begin.
+///
+/// # Safety
+/// The step's codes have `BITS` planes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn four_codes<const BITS: usize, const TABLE: bool>(
+    loaded: __m512i,
+    body: *const u8,
+    part: usize,
+    four: usize,
+    table: __m512i,
+) -> __m512i {
+    let base = const { IntegerForm::base(BITS) };
+    let mut codes = loaded;
+    if BITS < 8 {
+        let mask = _mm512_set1_epi8(0xff_u8.wrapping_shr(8 - base as u32).cast_signed());
+        codes = _mm512_and_si512(_mm512_srl_epi16(codes, _mm_cvtsi64_si128((part * base) as i64)), mask);
+    }
+    for bit in base..BITS {
+        // the codes that have the bit
+        // SAFETY: the caller's promise.
+        let plane = unsafe { body.add(bit * PLANE).cast::<u64>().add(four).read_unaligned() };
+        codes = _mm512_mask_add_epi8(codes, plane, codes, _mm512_set1_epi8(1 << bit));
+    }
+    if TABLE { _mm512_shuffle_epi8(table, codes) } else { codes }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -152,10 +225,7 @@ unsafe fn vnni<
     let (bytes, head, top_bytes) = (integers.step_bytes(), integers.head_bytes(), integers.top_bytes());
     let (nest, offsets) = (integers.nest(), integers.offsets);
     let base = IntegerForm::base(BITS);
-    let mask = _mm512_set1_epi8(0xff_u8.wrapping_shr(8 - base as u32).cast_signed());
-    let table = integers.table.unwrap_or(&[0; 16]);
-    // SAFETY: 16 bytes are there.
-    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+    let table = wide_table(integers);
     let tile_bytes = integers.tile_bytes(work.steps);
     let mut sums = [[_mm512_setzero_ps(); T]; N];
     let mut at = 0;
@@ -165,10 +235,7 @@ unsafe fn vnni<
         if NESTED {
             for (kind, tops) in tops.iter_mut().enumerate().take(integers.kinds()) {
                 // SAFETY: a block of the tile begins with as many.
-                *tops = std::array::from_fn(|n| unsafe {
-                    let top = work.tiles.add(n * tile_bytes + at + 2 * TILE * kind);
-                    _mm512_cvtph_ps(_mm256_loadu_si256(top.cast()))
-                });
+                *tops = std::array::from_fn(|n| unsafe { nested_top(work.tiles.add(n * tile_bytes + at), kind) });
             }
         }
         at += top_bytes;
@@ -194,22 +261,9 @@ unsafe fn vnni<
                     let loaded = start.map(|start| _mm512_loadu_si512(start.add(head + 64 * load).cast()));
                     for part in 0..8 / base {
                         let four = part * base + load;
-                        let shift = _mm_cvtsi64_si128((part * base) as i64);
-                        let mut codes = loaded;
-                        if BITS < 8 {
-                            codes = codes.map(|codes| _mm512_and_si512(_mm512_srl_epi16(codes, shift), mask));
-                        }
-                        for bit in base..BITS {
-                            let value = _mm512_set1_epi8(1 << bit);
-                            for n in 0..N {
-                                // the codes that have the bit
-                                let plane = start[n].add(head + bit * PLANE).cast::<u64>().add(four);
-                                codes[n] = _mm512_mask_add_epi8(codes[n], plane.read_unaligned(), codes[n], value);
-                            }
-                        }
-                        if TABLE {
-                            codes = codes.map(|codes| _mm512_shuffle_epi8(table, codes));
-                        }
+                        let codes: [_; N] = std::array::from_fn(|n| {
+                            four_codes::<BITS, TABLE>(loaded[n], start[n].add(head), part, four, table)
+                        });
                         let group = four / 4 * (GROUPS - 1);
                         for t in 0..T {
                             let a = _mm512_set1_epi32(work.four(step, four, t));
@@ -220,13 +274,7 @@ unsafe fn vnni<
                     }
                 }
                 let number = |kind: usize, group: usize, n: usize| {
-                    let index = kind * GROUPS + group;
-                    if NESTED {
-                        let whole = _mm512_cvtepi8_epi32(_mm_loadu_si128(start[n].add(TILE * index).cast()));
-                        _mm512_mul_ps(tops[kind][n], _mm512_cvtepi32_ps(whole))
-                    } else {
-                        _mm512_cvtph_ps(_mm256_loadu_si256(start[n].add(2 * TILE * index).cast()))
-                    }
+                    sixteen_numbers::<NESTED>(start[n], kind * GROUPS + group, tops[kind][n])
                 };
                 for (group, whole) in whole.iter().enumerate() {
                     for n in 0..N {
