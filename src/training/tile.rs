@@ -165,7 +165,7 @@ use std::arch::x86_64::*;
 /// # Safety
 /// As for [`accumulate`], for ROWS rows and 16 · VECTORS columns.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 unsafe fn avx512<const ROWS: usize, const VECTORS: usize>(
     steps: usize,
     strides: Strides,

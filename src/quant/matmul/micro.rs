@@ -49,26 +49,48 @@ impl Path {
         *BEST.get_or_init(|| Self::all().pop().unwrap_or(Self::Portable))
     }
 
-    /// The products of up to [`ROWS`] rows with four, all of `columns` numbers; panics where they have other lengths.
+    /// The products of up to [`ROWS`] rows with up to four, all of `columns` numbers; panics where they have other lengths.
+    ///
+    /// `next` are rows of W that are likely to come after these.
     #[inline]
-    pub fn dots(self, x: &[f32], w: [&[f32]; 4], columns: usize, out: &mut [[f32; 4]; ROWS]) {
-        let w = w.map(|w| &w[..columns]);
-        let row = |t: usize| &x[t * columns..][..columns];
+    pub fn dots(self, x: &[f32], w: &[f32], next: &[f32], columns: usize, out: &mut [[f32; 4]; ROWS]) {
+        let (count, rows) = (x.len() / columns, w.len() / columns);
+        assert!(x.len() == count * columns && w.len() == rows * columns && count <= ROWS && (1..=4).contains(&rows));
         match self {
-            Self::Portable => each(row, x.len() / columns, out, |x| w.map(|w| portable(x, w))),
-            // SAFETY: the machine has the features (`all`), and the rows are as long as x.
+            Self::Portable => {
+                for (x, out) in x.chunks_exact(columns).zip(out) {
+                    w.chunks_exact(columns).zip(out).for_each(|(w, out)| *out = portable(x, w));
+                }
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => each(row, x.len() / columns, out, |x| unsafe { x86::avx2_1x4(x, w) }),
+            Self::Avx2 => {
+                let w = std::array::from_fn(|r| &w[r.min(rows - 1) * columns..][..columns]);
+                for (x, out) in x.chunks_exact(columns).zip(out) {
+                    // SAFETY: the machine has the features (`all`), and the rows are as long as x.
+                    *out = unsafe { x86::avx2_1x4(x, w) };
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 /// N rows at a time.
                 macro_rules! at_once {
-                    ($rows:literal) => {
-                        // SAFETY: the machine has the features (`all`), and all rows are as long as the first.
-                        out[..$rows].copy_from_slice(&unsafe { x86::avx512::<$rows>(std::array::from_fn(row), w) })
-                    };
+                    ($rows:literal) => {{
+                        let (start, out) = (x.as_ptr(), &mut out[..$rows]);
+                        let next = next.as_ptr();
+                        if rows == 4 {
+                            // SAFETY: the machine has the features (`all`), and so many rows are there.
+                            let found = unsafe { x86::avx512::<$rows>(start, w.as_ptr(), columns, next, columns) };
+                            return out.copy_from_slice(&found);
+                        }
+                        for (r, w) in w.chunks_exact(columns).enumerate() {
+                            // SAFETY: as above; four times the same row.
+                            let found = unsafe { x86::avx512::<$rows>(start, w.as_ptr(), 0, next, columns) };
+                            out.iter_mut().zip(found).for_each(|(out, found)| out[r] = found[0]);
+                        }
+                    }};
                 }
-                match x.len() / columns {
+                match count {
+                    0 => {}
                     1 => at_once!(1),
                     2 => at_once!(2),
                     3 => at_once!(3),
@@ -194,16 +216,6 @@ impl Path {
 
 /// Rows whose products with four rows fit into the widest processor's registers.
 pub const ROWS: usize = 6;
-
-#[inline(always)]
-fn each<'a>(
-    row: impl Fn(usize) -> &'a [f32],
-    count: usize,
-    out: &mut [[f32; 4]; ROWS],
-    dot: impl Fn(&[f32]) -> [f32; 4],
-) {
-    out.iter_mut().take(count).enumerate().for_each(|(t, out)| *out = dot(row(t)));
-}
 
 fn portable(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];

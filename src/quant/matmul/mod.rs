@@ -20,9 +20,12 @@ use super::coded::{Coded, Numbers, Table};
 use crate::error::{Error, Result};
 use crate::team::{Shared, Team};
 
-/// Rows of the matrix that are dequantized together: a tile for many rows of x stays in the second cache, one for few in
-/// the first.
-const TILE_ROWS: [usize; 2] = [4, 32];
+/// Rows of the matrix that are dequantized together where rows of x are few: they stay in the first cache.
+const FEW_ROWS: usize = 4;
+/// At least so many where they are many; tasks begin at multiples of it.
+const MANY_ROWS: usize = 32;
+/// Values that are dequantized together then: they stay in the second cache, and each lets x come through once.
+const TILE: usize = 1 << 16;
 /// From so many rows of x on there are many.
 const MANY: usize = 8;
 /// Multiplications that are worth a task of their own.
@@ -175,15 +178,18 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
     if y.is_empty() || columns == 0 {
         return Ok(());
     }
-    let many = TILE_ROWS[usize::from(count >= MANY)];
-    let rows = width.div_ceil(team.tasks(count * width * columns, TASK)).next_multiple_of(many);
+    let (least, tile) = match count >= MANY {
+        true => (MANY_ROWS, (TILE / columns / 4 * 4).max(MANY_ROWS)),
+        false => (FEW_ROWS, FEW_ROWS),
+    };
+    let rows = width.div_ceil(team.tasks(count * width * columns, TASK)).next_multiple_of(least);
     let out = Shared::new(y);
     let task = |first: usize| {
         let mut begin = 0;
         for matrix in matrices {
             let part = first.max(begin)..(first + rows).min(begin + matrix.rows);
-            for start in part.clone().step_by(many) {
-                let tile = start - begin..part.end.min(start + many) - begin;
+            for start in part.clone().step_by(tile) {
+                let tile = start - begin..part.end.min(start + tile) - begin;
                 product(path, matrix, tile, x, count, &out, start, width);
             }
             begin += matrix.rows;
@@ -215,13 +221,14 @@ fn product(
     }
     let (columns, rows) = (matrix.columns, tile.len());
     let each = |w: &[f32]| {
-        let w_row = |r: usize| &w[r.min(rows - 1) * columns..][..columns];
+        let four_rows = |r: usize| &w[r * columns..rows.min(r + 4) * columns];
         // some rows of x and four of W at a time are in the innermost cache
         let mut found = [[0.0; 4]; ROWS];
         for t in (0..count).step_by(ROWS) {
             let x = &x[t * columns..count.min(t + ROWS) * columns];
             for r in (0..rows).step_by(4) {
-                path.dots(x, [w_row(r), w_row(r + 1), w_row(r + 2), w_row(r + 3)], columns, &mut found);
+                let next = if r + 4 < rows { r + 4 } else { 0 };
+                path.dots(x, four_rows(r), four_rows(next), columns, &mut found);
                 for (i, found) in found.iter().take(count - t).enumerate() {
                     // SAFETY: columns `at` to `at + rows` of y belong to this task alone.
                     unsafe { y.write((t + i) * width + at + r, &found[..(rows - r).min(4)]) };

@@ -145,7 +145,7 @@ pub(super) unsafe fn panel(
 
 /// What stands for each code, where codes are not the numbers themselves.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 pub(super) fn wide_table(integers: &IntegerForm) -> __m512i {
     let table = integers.table.unwrap_or(&[0; 16]);
     // SAFETY: 16 bytes are there.
@@ -157,7 +157,7 @@ pub(super) fn wide_table(integers: &IntegerForm) -> __m512i {
 /// # Safety
 /// `[kinds, 16]` numbers of half precision are there.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 pub(super) unsafe fn nested_top(block: *const u8, kind: usize) -> __m512 {
     // SAFETY: the caller's promise.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(block.add(2 * TILE * kind).cast()) })
@@ -168,7 +168,7 @@ pub(super) unsafe fn nested_top(block: *const u8, kind: usize) -> __m512 {
 /// # Safety
 /// The step's head has so many.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 pub(super) unsafe fn sixteen_numbers<const NESTED: bool>(step: *const u8, index: usize, top: __m512) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe {

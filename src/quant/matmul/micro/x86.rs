@@ -52,42 +52,78 @@ fn finish([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
 
 /// The sums of four vectors of 16 lanes, as four lanes each in one 128-bit part of the result.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn to_fours([a, b, c, d]: [__m512; 4]) -> __m512 {
     let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
     let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
     _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
 }
 
-/// All rows are as long as the first.
-#[target_feature(enable = "avx512f")]
-pub(super) fn avx512<const ROWS: usize>(x: [&[f32]; ROWS], w: [&[f32]; 4]) -> [[f32; 4]; ROWS] {
-    let whole = x[0].len() / 16 * 16;
+/// Adds the lanes of four vectors of [`to_fours`] as [`finish`] does: four sums of each, one vector's after another's.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn finish_fours([a, b, c, d]: [__m512; 4]) -> __m512 {
+    let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
+    let cd = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(c, d), _mm512_shuffle_ps::<0xee>(c, d));
+    let sums = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(ab, cd), _mm512_shuffle_ps::<0xdd>(ab, cd));
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_permutexvar_ps(order, sums)
+}
+
+/// The products of ROWS rows of `columns` numbers with four that begin `stride` apart; four from `next` on are asked for
+/// meanwhile.
+///
+/// # Safety
+/// All rows of x and of w are there.
+#[target_feature(enable = "avx512f,avx512vl")]
+pub(super) unsafe fn avx512<const ROWS: usize>(
+    x: *const f32,
+    w: *const f32,
+    stride: usize,
+    next: *const f32,
+    columns: usize,
+) -> [[f32; 4]; ROWS] {
+    let whole = columns / 16 * 16;
     let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
+    // without avx512vl, and with more pointers, compilers hold some of the sums in memory
     for at in (0..whole).step_by(16) {
-        // SAFETY: at + 16 ≤ whole ≤ the length of every row.
+        // SAFETY: at + 16 ≤ whole ≤ the length of every row; prefetching changes nothing.
         unsafe {
-            let b = w.map(|w| _mm512_loadu_ps(w.as_ptr().add(at)));
-            for (sums, x) in sums.iter_mut().zip(&x) {
-                let a = _mm512_loadu_ps(x.as_ptr().add(at));
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = _mm512_fmadd_ps(a, b, *sum);
+            let b: [_; 4] = std::array::from_fn(|r| _mm512_loadu_ps(w.add(r * stride + at)));
+            if ROWS > 1 {
+                for r in 0..4 {
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(r * columns + at).cast());
+                }
+            }
+            for t in 0..ROWS {
+                let a = _mm512_loadu_ps(x.add(t * columns + at));
+                for r in 0..4 {
+                    sums[t][r] = _mm512_fmadd_ps(a, b[r], sums[t][r]);
                 }
             }
         }
     }
-    // a loop over values: whoever borrowed the sums would have them written to memory at each step above
+    let mut fours = [_mm512_setzero_ps(); ROWS];
+    for t in 0..ROWS {
+        fours[t] = to_fours(sums[t]);
+    }
     let mut out = [[0.0; 4]; ROWS];
-    for ((out, sums), x) in out.iter_mut().zip(sums).zip(x) {
-        let fours = to_fours(sums);
-        *out = finish([
-            _mm512_castps512_ps128(fours),
-            _mm512_extractf32x4_ps::<1>(fours),
-            _mm512_extractf32x4_ps::<2>(fours),
-            _mm512_extractf32x4_ps::<3>(fours),
-        ]);
-        if whole < x.len() {
-            out.iter_mut().zip(w).for_each(|(out, w)| *out += rest(&x[whole..], &w[whole..]));
+    for (index, out) in out.chunks_mut(4).enumerate() {
+        let found = finish_fours(std::array::from_fn(|t| fours[(4 * index + t).min(ROWS - 1)]));
+        let mut four_rows = [[0.0; 4]; 4];
+        // SAFETY: room for sixteen floats.
+        unsafe { _mm512_storeu_ps(four_rows.as_mut_ptr().cast(), found) };
+        out.copy_from_slice(&four_rows[..out.len()]);
+    }
+    if whole < columns {
+        // SAFETY: all rows are there.
+        let row = |start: *const f32, row: usize| unsafe {
+            std::slice::from_raw_parts(start.add(row + whole), columns - whole)
+        };
+        for (t, out) in out.iter_mut().enumerate() {
+            for (r, out) in out.iter_mut().enumerate() {
+                *out += rest(row(x, t * columns), row(w, r * stride));
+            }
         }
     }
     out
@@ -97,7 +133,7 @@ pub(super) fn avx512<const ROWS: usize>(x: [&[f32]; ROWS], w: [&[f32]; 4]) -> [[
 ///
 /// # Safety
 /// Every t · stride + s is inside `shares`, every value has `width` numbers, and sums ROWS × `width`.
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 pub(super) unsafe fn avx512_weighted<const ROWS: usize>(
     shares: &[f32],
     stride: usize,
@@ -122,7 +158,7 @@ pub(super) unsafe fn avx512_weighted<const ROWS: usize>(
 }
 
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 unsafe fn avx512_columns<const ROWS: usize, const VECTORS: usize>(
     shares: &[f32],
     stride: usize,
