@@ -34,7 +34,7 @@ proptest! {
         rows in 1usize..40,
         more in 0usize..20,
         blocks_a_row in 1usize..4,
-        count in 0usize..40,
+        count in prop_oneof![0usize..11, 31usize..80],
         seed: u64,
     ) {
         let columns = kind.block_size() * blocks_a_row;
