@@ -1,6 +1,7 @@
 //! The same with the tiles of AMX: 16 rows of x with 16 rows of W at a time.
 //!
 //! Rust has no stable functions for these instructions, so they stand here as they are.
+#![allow(clippy::needless_range_loop)] // a row's number picks from several arrays at once
 
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;

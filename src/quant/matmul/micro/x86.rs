@@ -1,4 +1,5 @@
 //! The same on processors of x86-64.
+#![allow(clippy::needless_range_loop)] // a row's number picks from several arrays at once
 
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
