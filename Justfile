@@ -1,13 +1,16 @@
 # `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table,
 # `just kernels` the page of the CUDA kernels.
 
+# Compiled once, torch and the rest start in half the time, and tests start many processes.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # Everything that must hold before a change lands.
 check: lint types test
 
 # Formatting and lints of both languages.
 lint:
     cargo fmt --check
-    cargo clippy --locked --features python --all-targets -- -D warnings
+    cargo clippy --locked --profile bench --features python --all-targets -- -D warnings
     ruff format --check python tests bench examples
     ruff check python tests bench examples
 
@@ -18,7 +21,7 @@ types:
 
 # The tests of both languages.
 test:
-    cargo test --locked --quiet
+    cargo test --locked --quiet --profile bench
     OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4
 
 # Runs every CUDA kernel on this machine's GPU: is it right, and how fast? Without one it says so and exits with 2.
