@@ -22,7 +22,7 @@ types:
 # The tests of both languages.
 test:
     cargo test --locked --quiet --profile bench
-    OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4
+    OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Runs every CUDA kernel on this machine's GPU: is it right, and how fast? Without one it says so and exits with 2.
 gpu:

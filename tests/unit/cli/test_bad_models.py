@@ -72,6 +72,7 @@ KINDS: list[Callable[[Path], None]] = [
     text,
 ]  # fmt: skip
 
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_command_says_what_is_wrong(
     kind: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
