@@ -5,7 +5,11 @@
 export PYTHONDONTWRITEBYTECODE := ""
 
 # Everything that must hold before a change lands.
-check: lint types test
+check: static test
+
+# What is read of the sources, at once.
+[parallel]
+static: lint types
 
 # Formatting and lints of both languages.
 lint:
