@@ -1,13 +1,20 @@
 # `just check` is exactly what CI runs; `just test` the tests; `just bench` the ratios, `just tables` the README's table,
 # `just kernels` the page of the CUDA kernels.
 
+# Compiled once, torch and the rest start in half the time, and tests start many processes.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # Everything that must hold before a change lands.
-check: lint types test
+check: static test
+
+# What is read of the sources, at once.
+[parallel]
+static: lint types
 
 # Formatting and lints of both languages.
 lint:
     cargo fmt --check
-    cargo clippy --locked --features python --all-targets -- -D warnings
+    cargo clippy --locked --profile bench --features python --all-targets -- -D warnings
     ruff format --check python tests bench examples
     ruff check python tests bench examples
 
@@ -18,8 +25,8 @@ types:
 
 # The tests of both languages.
 test:
-    cargo test --locked --quiet
-    OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4
+    cargo test --locked --quiet --profile bench
+    OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Runs every CUDA kernel on this machine's GPU: is it right, and how fast? Without one it says so and exits with 2.
 gpu:

@@ -7,6 +7,8 @@
 //! by what a file claims before the bytes that would back the claim are known to be there.
 
 mod cursor;
+#[cfg(test)]
+mod hostile;
 mod metadata;
 mod reader;
 mod writer;

@@ -1,7 +1,10 @@
 """nf4 and fp4 are those of bitsandbytes' CPU backend, to the bit: codes, both levels of scales, decoded values."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch._dynamo
 from bitsandbytes import functional
 
 from ftkit import plugins
@@ -10,6 +13,13 @@ from ftkit.quant._codebook import dynamic_map
 pytestmark = pytest.mark.contract
 
 SIDES = [(64, 576), (37, 512), (7, 97), (1, 1), (3, 40), (300, 640)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _eager() -> Iterator[None]:
+    """Their functions as they are written: compiling them for each shape takes longer than all the rest."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
 
 
 def weights(kind: str, sides: tuple[int, int]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The chat command on the real model: one question through a pipe, and a conversation in a terminal."""
 
+import io
 import json
 import os
 import pty
@@ -7,10 +8,12 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ftkit import cli
 from ftkit.engine import GREEDY, Sampling, launch
 
 pytestmark = pytest.mark.model
@@ -18,35 +21,46 @@ pytestmark = pytest.mark.model
 QUESTION = "What is the capital of France?"
 
 
-def run(arguments: list[str], question: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ftkit", "chat", *arguments]
-    return subprocess.run(command, input=question, capture_output=True, text=True, check=False)
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit code, what it prints and what it says."""
+
+    def run(question: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ftkit", "chat", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(question))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
-def test_one_question_through_a_pipe(smollm2: Path) -> None:
+def test_one_question_through_a_pipe(smollm2: Path, chat: Callable[..., tuple[int, str, str]]) -> None:
     with launch(smollm2) as engine:
         talk = [{"role": "user", "content": QUESTION}]
         expected = engine.generate(talk, Sampling(temperature=GREEDY.temperature, max_tokens=24))
-    result = run([str(smollm2), "--temperature", "0", "--max-tokens", "24", "--json"], QUESTION)
+    words = [str(smollm2), "--temperature", "0", "--max-tokens", "24"]
+    command = [sys.executable, "-m", "ftkit", "chat", *words, "--json"]
+    result = subprocess.run(command, input=QUESTION, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["text"] == expected.text
     assert document["finish_reason"] == expected.finish_reason
     assert document["tokens"] == expected.completion_tokens
-    plain = run([str(smollm2), "--temperature", "0", "--max-tokens", "24"], QUESTION)
-    assert plain.stdout == expected.text + "\n"
+    code, plain, _ = chat(QUESTION, *words)
+    assert (code, plain) == (0, expected.text + "\n")
 
 
-def test_bad_input_is_said_with_exit_code_2(smollm2: Path) -> None:
+def test_bad_input_is_said_with_exit_code_2(smollm2: Path, chat: Callable[..., tuple[int, str, str]]) -> None:
     for arguments, question, reason in [
         ([str(smollm2)], "", "expected a question"),
         ([str(smollm2.parent / "none.gguf")], QUESTION, "expected a directory"),
         ([str(smollm2), "--adapter", "/nowhere"], QUESTION, "/nowhere"),
         ([str(smollm2)], "word " * 20_000, "context"),
     ]:
-        result = run(arguments, question)
-        assert (result.returncode, result.stdout) == (2, ""), result.stderr
-        assert reason in result.stderr
+        code, printed, said = chat(question, *arguments)
+        assert (code, printed) == (2, ""), said
+        assert reason in said
 
 
 class Terminal:

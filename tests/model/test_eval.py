@@ -3,10 +3,10 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from ftkit import _core, models, plugins
 from ftkit.errors import InputError
@@ -23,12 +23,11 @@ TALKS = [
 ]
 
 
-def test_perplexity_equals_transformers(smollm2: Path, tmp_path: Path) -> None:
+def test_perplexity_equals_transformers(smollm2: Path, peer: Any, tmp_path: Path) -> None:
     data = tmp_path / "talks.jsonl"
     data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in TALKS))
     loaded = models.load(smollm2)
     found = perplexity.evaluate(loaded, None, data, models.load(smollm2))
-    peer = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
     loss, count = 0.0, 0
     for talk in TALKS:
         assert loaded.template is not None

@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bench import _tables
-from transformers import AutoModelForCausalLM
 
 from ftkit.eval import perplexity
 from ftkit.models import LoadedModel
@@ -38,12 +38,11 @@ def test_the_table_says_what_is_computed(name: str, dense: tuple[LoadedModel, _t
     assert _tables.bits_per_weight(loaded) == pytest.approx(bits, abs=0.0051)
 
 
-def test_the_dense_models_perplexity_is_transformers(smollm2: Path, dense: tuple[LoadedModel, _tables.Figures]) -> None:
+def test_the_dense_models_perplexity_is_transformers(peer: Any, dense: tuple[LoadedModel, _tables.Figures]) -> None:
     ours = perplexity.summary((logs.double(), targets) for logs, targets in dense[1])
     assert ours["perplexity"] == pytest.approx(_tables.committed()[_tables.DENSE][2], rel=PERPLEXITY)
     tokenizer = dense[0].tokenizer
     tokens = torch.tensor([*tokenizer.encode(_tables.TEXT.read_text(encoding="utf-8")), tokenizer.eos_id])
-    peer = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
     loss, count = 0.0, 0
     for piece in tokens.split(1024):
         with torch.inference_mode():

@@ -33,13 +33,6 @@ def loaded(smollm2: Path) -> models.LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def peer(smollm2: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def prompts(smollm2: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 

@@ -1,13 +1,15 @@
 """Every command given something that is no model: exit code 2, what was expected, nothing written."""
 
+import io
 import json
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from ftkit import cli
 
 pytestmark = pytest.mark.unit
 
@@ -70,40 +72,25 @@ KINDS: list[Callable[[Path], None]] = [
     text,
 ]  # fmt: skip
 
-ALL = """
-import contextlib, io, json, sys
-from ftkit import cli
-found = []
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["ftkit", *words]
-    err = io.StringIO()
-    sys.stdin = io.StringIO("hello")
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-    found.append([code, err.getvalue()])
-print(json.dumps(found))
-"""
-
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_every_command_says_what_is_wrong(kind: Callable[[Path], None], tmp_path: Path) -> None:
+def test_every_command_says_what_is_wrong(
+    kind: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     kind(tmp_path / "the-model")
     (tmp_path / "data.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     model = next(tmp_path.glob("the-model*"), tmp_path / "the-model").name
     names = {"MODEL": f"./{model}", "DATA": "data.jsonl", "OUT": "out", "ADAPTER": "adapter"}
     before = sorted(path.name for path in tmp_path.iterdir())
-    asked = [[command, *(names.get(word, word) for word in words)] for command, words in COMMANDS.items()]
-    process = subprocess.run(
-        [sys.executable, "-c", ALL, json.dumps(asked)], capture_output=True, text=True, cwd=tmp_path, timeout=120
-    )
-    assert process.returncode == 0, process.stderr
-    for command, (code, said) in zip(COMMANDS, json.loads(process.stdout), strict=True):
+    for command, words in COMMANDS.items():
+        monkeypatch.setattr(sys, "argv", ["ftkit", command, *(names.get(word, word) for word in words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
         lines = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert code == 2, (command, code, said)
+        assert ended.value.code == 2, (command, said)
         assert len(lines) == 1, (command, said)
         assert "expected" in said, (command, said)
         assert "the-model" in said, (command, said)

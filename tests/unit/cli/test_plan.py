@@ -19,13 +19,14 @@ from tiny_models import GROUPED, peer
 
 pytestmark = pytest.mark.unit
 
+LAYERS = 3
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
@@ -34,8 +35,8 @@ LLAMA = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-MATRICES = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
-WEIGHTS = MATRICES + 2 * 1000 * 256 + 13 * 256
+MATRICES = LAYERS * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+WEIGHTS = MATRICES + 2 * 1000 * 256 + (2 * LAYERS + 1) * 256
 SLACK = 4 << 10
 """Bytes of tables, such as the rotary frequencies."""
 

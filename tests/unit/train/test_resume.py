@@ -67,8 +67,9 @@ def story(settings: dict[str, Any]) -> list[tuple[Any, ...]]:
 def wait_for(process: subprocess.Popen[str], settings: dict[str, Any], event: str, times: int) -> None:
     """Returns when the run has told of so many events, or has ended."""
     path = folder(settings).events
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"expected {times} of {event}"
         if path.exists() and path.read_text(errors="replace").count(f'"event": "{event}"') >= times:
             return
         time.sleep(0.001)

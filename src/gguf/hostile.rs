@@ -7,9 +7,9 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use _core::gguf::{Array, Declared, File, Value, Writer};
-use _core::quant::Kind;
-use _core::{Error, ErrorKind};
+use super::{Array, Declared, File, Value, Writer};
+use crate::error::{Error, ErrorKind};
+use crate::quant::Kind;
 use proptest::prelude::*;
 
 /// The system's allocator, counting what each thread asks for.
