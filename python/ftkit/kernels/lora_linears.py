@@ -4,8 +4,8 @@
 
     h_i = x A_iᵀ    d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ h_i    dx = Σ_i dy_i W_i + d_i A_i
 
-x is kept once for all of them, or not at all where it is cheap to make again (`Origin`). Products with W are the weights' own, so a row without an adapter, or under one that
-adds nothing, has the same bits.
+x is kept once for all of them, or not at all where it is cheap to make again (`Origin`). Products with W are the
+weights' own, so a row without an adapter, or under one that adds nothing, has the same bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,9 +46,7 @@ def lora_linears(
 
 
 @lora_linears.backend("cpu", lambda x, _weights, lows, *_: in_core(x, *(part for low in lows for part in low[:2])))
-def _cpu(
-    x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low], origin: Origin | None = None
-) -> tuple[Tensor, ...]:
+def _cpu(x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low], origin: Origin | None = None) -> tuple[Tensor, ...]:
     parts = [part for low in lows for part in low[:2]]
     found: tuple[Tensor, ...] = _LoraLinears.apply(x, origin, weights, [low[2] for low in lows], *parts)
     return found

@@ -233,9 +233,7 @@ class Linear(nn.Module):
         return lora_rows(self._base(x), x, loras, routes)  # nothing else refers to a matmul's fresh output
 
 
-def together(
-    layers: Sequence[Linear], x: Tensor, routes: Routes, origin: Origin | None = None
-) -> tuple[Tensor, ...]:
+def together(layers: Sequence[Linear], x: Tensor, routes: Routes, origin: Origin | None = None) -> tuple[Tensor, ...]:
     """What each of the layers makes of the same x [T, in]; in training, LoRAs of one adapter in one operation.
 
     `origin` is x's, where it may be made again in the backward pass instead of being kept.
