@@ -138,7 +138,9 @@ def _ours(shape: str) -> Callable[[Batch], float]:
     from ftkit.nn.batch import RaggedBatch
     from ftkit.nn.eight_bits import in_eight_bits
     from ftkit.objectives import sft
+    from ftkit.train import heap
 
+    heap.settle()  # as `ftkit train` does
     model = models.load(smollm2()).model.train()
     adapters.attach(model, "lora", {"rank": RANK}, seed=0)
     if shape.endswith("int8"):

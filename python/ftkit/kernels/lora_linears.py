@@ -4,11 +4,12 @@
 
     h_i = x A_iᵀ    d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ h_i    dx = Σ_i dy_i W_i + d_i A_i
 
-x is kept once for all of them. Products with W are the weights' own, so a row without an adapter, or under one that
-adds nothing, has the same bits.
+x is kept once for all of them, or not at all where it is cheap to make again (`Origin`). Products with W are the
+weights' own, so a row without an adapter, or under one that adds nothing, has the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +23,32 @@ Low = tuple[Tensor, Tensor, float]
 """(A [rank, in], B [out, rank], s)"""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What x was made of: tensors that the backward pass has anyway, and a pass over them that gives x's bits again."""
+
+    make: Callable[..., Tensor]
+    of: tuple[Tensor, ...]
+
+
 @operation
-def lora_linears(x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low]) -> tuple[Tensor, ...]:
-    """x [tokens, in], and of each layer W [out, in] and its low-rank part, of one dtype, to [tokens, out] of each."""
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Frozen],
+    lows: Sequence[Low],
+    origin: Origin | None = None,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    """x [tokens, in], and of each layer W [out, in] and its low-rank part, of one dtype, to [tokens, out] of each.
+
+    A backend may keep x's origin for the backward pass instead of x.
+    """
     return tuple(lora_linear(x, weight, *low) for weight, low in zip(weights, lows, strict=True))
 
 
-@lora_linears.backend("cpu", lambda x, weights, lows: in_core(x, *(part for low in lows for part in low[:2])))  # noqa: ARG005
-def _cpu(x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low]) -> tuple[Tensor, ...]:
+@lora_linears.backend("cpu", lambda x, _weights, lows, *_: in_core(x, *(part for low in lows for part in low[:2])))
+def _cpu(x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low], origin: Origin | None = None) -> tuple[Tensor, ...]:
     parts = [part for low in lows for part in low[:2]]
-    found: tuple[Tensor, ...] = _LoraLinears.apply(x, weights, [low[2] for low in lows], *parts)
+    found: tuple[Tensor, ...] = _LoraLinears.apply(x, origin, weights, [low[2] for low in lows], *parts)
     return found
 
 
@@ -48,13 +65,16 @@ def in_core(x: Tensor, *parts: Tensor) -> bool:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Sequence[Frozen], scales: list[float], *parts: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, origin: Origin | None, weights: Sequence[Frozen], scales: list[float], *parts: Tensor
+    ) -> Any:
         x = x.contiguous()
         a, b = ([part.contiguous() for part in side] for side in (parts[::2], parts[1::2]))
         y = [weight.matmul(x) for weight in weights]
         low = [x.new_empty(x.shape[0], part.shape[0]) for part in a]
         torch.ops.ftkit.lora_forward(x, a, b, scales, y, low)
-        ctx.save_for_backward(x, *a, *b, *low)
+        ctx.save_for_backward(*a, *b, *low, *([x] if origin is None else origin.of))
+        ctx.make = None if origin is None else origin.make
         ctx.weights, ctx.scales = weights, scales
         return tuple(y)
 
@@ -62,18 +82,20 @@ class _LoraLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         count = len(dys)
-        x, *kept = ctx.saved_tensors
-        a, b, low = kept[:count], kept[count : 2 * count], kept[2 * count :]
+        kept = ctx.saved_tensors
+        a, b, low = (list(kept[start : start + count]) for start in (0, count, 2 * count))
+        of = kept[3 * count :]
         dy = [one.contiguous() for one in dys]
-        trained = any(ctx.needs_input_grad[3:])
+        trained = any(ctx.needs_input_grad[4:])
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.weights[0].matmul_transposed(dy[0])
             for weight, one in zip(ctx.weights[1:], dy[1:], strict=True):
                 dx += weight.matmul_transposed(one)
+        x = of[0] if ctx.make is None else ctx.make(*of).contiguous()
         dlow = [torch.empty_like(one) for one in low]
         da = [torch.empty_like(one) for one in a] if trained else []
         db = [torch.empty_like(one) for one in b] if trained else []
         torch.ops.ftkit.lora_backward(x, a, b, ctx.scales, dy, low, dlow, da, db, dx)
         gradients = [part for pair in zip(da, db, strict=True) for part in pair] if trained else [None] * (2 * count)
-        return dx, None, None, *gradients
+        return dx, None, None, None, *gradients

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ftkit.kernels.attention import attention
 from ftkit.kernels.decoder_layers import decoder_layers
+from ftkit.kernels.lora_linears import Origin
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
 from ftkit.nn.batch import RaggedBatch
@@ -80,10 +81,17 @@ class Attention(nn.Module):
         """In the order of their use."""
         return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None) -> Tensor:
-        """[T, d] to [T, d]."""
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: RaggedBatch,
+        cache: KVCache | None,
+        origin: Origin | None = None,
+    ) -> Tensor:
+        """[T, d] to [T, d]; `origin` is x's."""
         routes, config = batch.routes, self.config
-        q, k, v = self.projected(x, angles, routes)
+        q, k, v = self.projected(x, angles, routes, origin)
         scale, window = config.head_dim**-0.5, config.window(self.layer)
         if cache is None:
             y = attention(q, k, v, batch.lengths, scale=scale, window=window, shared=batch.shared)
@@ -92,11 +100,13 @@ class Attention(nn.Module):
         output: Tensor = self.o_proj(y.flatten(1), routes)
         return output
 
-    def projected(self, x: Tensor, angles: tuple[Tensor, Tensor], routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], routes: Routes, origin: Origin | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[T, d] to queries [T, heads, head_dim], keys and values [T, key_value_heads, head_dim], at their angles."""
         q, k, v = (
             y.unflatten(-1, (-1, self.config.head_dim))
-            for y in together((self.q_proj, self.k_proj, self.v_proj), x, routes)
+            for y in together((self.q_proj, self.k_proj, self.v_proj), x, routes, origin)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, routes), self.k_norm(k, routes)
@@ -118,10 +128,10 @@ class FeedForward(nn.Module):
         """In the order of their use."""
         return self.gate_proj, self.up_proj, self.down_proj
 
-    def forward(self, x: Tensor, routes: Routes) -> Tensor:
-        """[T, d] to [T, d]."""
-        output: Tensor = self.down_proj(swiglu(*together((self.gate_proj, self.up_proj), x, routes)), routes)
-        return output
+    def forward(self, x: Tensor, routes: Routes, origin: Origin | None = None) -> Tensor:
+        """[T, d] to [T, d]; `origin` is x's."""
+        inner = together((self.gate_proj, self.up_proj), x, routes, origin)
+        return together((self.down_proj,), swiglu(*inner), routes, Origin(swiglu, inner))[0]
 
 
 class Layer(nn.Module):
@@ -137,8 +147,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None) -> Tensor:
         """[T, d] to [T, d]."""
-        x = x + self.self_attn(self.input_layernorm(x, batch.routes), angles, batch, cache)
-        output: Tensor = x + self.mlp(self.post_attention_layernorm(x, batch.routes), batch.routes)
+        before, between, routes = self.input_layernorm, self.post_attention_layernorm, batch.routes
+        x = x + self.self_attn(before(x, routes), angles, batch, cache, before.origin(x))
+        output: Tensor = x + self.mlp(between(x, routes), routes, between.origin(x))
         return output
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ftkit._core import CodedMatrix, PackedMatrix
 from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed
-from ftkit.kernels.lora_linears import lora_linears
+from ftkit.kernels.lora_linears import Origin, lora_linears
 from ftkit.kernels.lora_rows import lora_rows
 from ftkit.nn.routes import Routes
 
@@ -233,13 +233,16 @@ class Linear(nn.Module):
         return lora_rows(self._base(x), x, loras, routes)  # nothing else refers to a matmul's fresh output
 
 
-def together(layers: Sequence[Linear], x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
-    """What each of the layers makes of the same x [T, in]; in training, LoRAs of one adapter in one operation."""
+def together(layers: Sequence[Linear], x: Tensor, routes: Routes, origin: Origin | None = None) -> tuple[Tensor, ...]:
+    """What each of the layers makes of the same x [T, in]; in training, LoRAs of one adapter in one operation.
+
+    `origin` is x's, where it may be made again in the backward pass instead of being kept.
+    """
     found = [] if routes.single is None else [layer.adapter(routes.single) for layer in layers]
     loras = [None if adapter is None or adapter.bias is not None else adapter.as_lora() for adapter in found]
     # a matrix that is made anew for each use has its own way forward
     lows = [(a, b, scale) for a, b, scale in filter(None, loras) if a.is_leaf and a.dtype == x.dtype]
     if not torch.is_grad_enabled() or len(lows) < len(layers):
         return tuple(layer(x, routes) for layer in layers)
-    outputs = lora_linears(x, [layer.weight for layer in layers], lows)
+    outputs = lora_linears(x, [layer.weight for layer in layers], lows, origin)
     return tuple(y if layer.bias is None else y + layer.bias for layer, y in zip(layers, outputs, strict=True))

@@ -3,11 +3,13 @@
 An adapter on them is a replacement of their weight, for the rows that it is routed to.
 """
 
+import functools
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ftkit.kernels.lora_linears import Origin
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.nn.linear import Weight
 from ftkit.nn.routes import Routes
@@ -60,6 +62,10 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.epsilon)
         rows = [rms_norm(x[part], self._weight(adapter), self.epsilon) for adapter, part in routes.parts]
         return rows[0] if len(rows) == 1 else _in_order(rows, routes, x.device)
+
+    def origin(self, x: Tensor) -> Origin | None:
+        """Of `forward(x)`; None where an adapter is on the norm."""
+        return None if self.adapters else Origin(functools.partial(rms_norm, epsilon=self.epsilon), (x, self.weight))
 
     def _weight(self, adapter: int) -> Tensor:
         found: Replacement | None = self.adapters._modules.get(str(adapter))  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from ftkit.eval.keywords import Question
 from ftkit.eval.parity import Parity
 from ftkit.merge import merge
 from ftkit.plan.budget import available_bytes
-from ftkit.train import fitting
+from ftkit.train import fitting, heap
 from ftkit.train.planned import Case, Plan
 
 DATA = Path(__file__).parent / "quickstart_data"
@@ -92,6 +92,7 @@ def run(
     Raises as `train.run` and `merge` do; a run of the same name is an error unless `overwrite`.
     """
     began = time.perf_counter()
+    heap.settle()
     source = str(shipped_model()) if model is None else model
     config = configuration(source, name, runs_dir)
     merged = runs_dir / name / "merged"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftkit.config import RunConfig
+from ftkit.train import heap
 from ftkit.train.result import TrainResult
 from ftkit.train.resume import resumed_config
 
@@ -31,6 +32,7 @@ def run(
     Raises InputError for what the configuration, the data or the disk do not allow, Interrupted after SIGINT or
     SIGTERM, FtkitError when the watchdog gives up. Whatever is raised, nothing is half-written.
     """
+    heap.settle()
     from ftkit.train.start import start  # torch is imported when something is trained
 
     return start(config, report, resume=resume, overwrite=overwrite)

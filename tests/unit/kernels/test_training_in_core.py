@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ftkit import _core
+from ftkit import _core, adapters
 from ftkit.kernels import pinned
 from ftkit.kernels.attention import attention
-from ftkit.kernels.lora_linears import lora_linears
+from ftkit.kernels.lora_linears import Origin, lora_linears
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.rope import rope
 from ftkit.kernels.swiglu import swiglu
+from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.decoder import Decoder, DecoderConfig, Maker
 from ftkit.nn.linear import DenseWeight
+from ftkit.nn.rotary import Rope
 from ftkit.quant.gguf import GgufWeight
 
 pytestmark = pytest.mark.unit
@@ -143,6 +146,63 @@ def test_only_what_is_asked_for_gets_a_gradient(trains: tuple[bool, bool]) -> No
     (y,) = lora_linears(x, [DenseWeight(values(48, 32, seed=3))], [(a, b, 1.0)])
     y.sum().backward()
     assert [part.grad is not None for part in (x, a, b)] == [trains[0], trains[1], trains[1]]
+
+
+def test_inputs_made_again_give_the_same_bits_and_are_not_kept() -> None:
+    gate, up, a = values(131, 96), values(131, 96, seed=1), values(5, 96, seed=2)
+    b, slope, weight = values(75, 5, seed=3), values(131, 75, seed=4), DenseWeight(values(75, 96, seed=5))
+    inputs = [part.requires_grad_() for part in (gate, up, a, b)]
+    found, kept = [], []
+    for origin in (None, Origin(swiglu, (gate, up))):
+        storages: set[int] = set()
+
+        def note(tensor: Tensor, storages: set[int] = storages) -> Tensor:
+            storages.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            x = swiglu(gate, up)
+            (y,) = lora_linears(x, [weight], [(a, b, 0.7)], origin)
+        kept.append(x.untyped_storage().data_ptr() in storages)
+        found.append([y, *torch.autograd.grad(y, inputs, slope)])
+    assert kept == [True, False]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_decoder_keeps_no_norms_and_no_activations() -> None:
+    """To the byte, of a token and layer: 5 d (x before attention and before the feed-forward, q, k beside v, what
+    attention gives), gate and up, two norms' roots, a logarithm a head, 7 low ranks. The first norm has no way back and
+    keeps no roots."""
+    tokens, d, inner, rank = 67, 32, 48, 3
+    config = DecoderConfig(
+        family="llama",
+        variant="llama",
+        vocab_size=40,
+        hidden_size=d,
+        intermediate_size=inner,
+        layers=2,
+        heads=4,
+        key_value_heads=2,
+        head_dim=8,
+        context_length=128,
+        norm_epsilon=1e-5,
+        rope=Rope(),
+    )
+    model = Decoder(config, Maker(lambda _, shape: values(*shape), 1e-5)).train()
+    adapters.attach(model, "lora", {"rank": rank}, 0, 0)
+    batch = RaggedBatch.pack([[1] * tokens], adapter=0)
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.shape[0] == tokens:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model(batch)
+    del hidden
+    angles, layer, last = 8, 5 * d + 2 * inner + 2 + 4 + 7 * rank, d + 1
+    assert sum(sizes.values()) == 4 * tokens * (angles + 2 * layer - 1 + last)
 
 
 def test_rows_passes() -> None:
