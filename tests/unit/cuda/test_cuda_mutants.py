@@ -72,6 +72,7 @@ TRIALS: dict[str, list[Callable[[Kit, int], None]]] = {
     "cross_entropy": [
         lambda kit, s: tests.test_cross_entropy(kit, 3, 97, F32, True, s),
         lambda kit, _: tests.test_a_target_that_is_no_token_gives_nan(kit),
+        lambda kit, _: tests.test_tokens_that_are_ruled_out(kit),
     ],
     "paged_attention": [
         lambda kit, s: tests.test_paged_attention(kit, 64, 5, s),
