@@ -93,8 +93,9 @@ def counts() -> dict[str, dict[str, Counts]]:
     found = tomllib.loads((FOLDER / "counts.toml").read_text(encoding="utf-8"))
     return {
         kernel: {
-            one: Counts(*of_a_round, bytes=entry["bytes"], again=entry.get("again", 0))
-            for one, of_a_round in ((key, value) for key, value in entry.items() if key not in ("bytes", "again"))
+            one: Counts(value[0], value[1], value[2], value[3], entry["bytes"], entry.get("again", 0))
+            for one, value in entry.items()
+            if one not in ("bytes", "again")
         }
         for kernel, entry in found.items()
     }
