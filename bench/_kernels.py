@@ -28,6 +28,7 @@ GPUS = (
     Gpu("RTX 5090", "sm_120", 170, 2.41, 1792, 209.5),
 )
 _NF4: dict[str, object] = {"SCALE": "uint8_t", "GROUP": 64, "OFFSETS": 0}
+_ROWS = ("rms_norm_forward", "rms_norm_dx", "cross_entropy", "paged_attention")
 # kernel → its variant, and bytes of memory that a warp moves in a round; 0 where products bound it
 ROUNDS: dict[str, tuple[Variant, int]] = {
     "coded_gemv": (variant("coded_gemv", ROWS=1, VALUE="bf16", **_NF4), 128 + 4),
@@ -41,7 +42,13 @@ ROUNDS: dict[str, tuple[Variant, int]] = {
     "swiglu_backward": (variant("swiglu", VALUE="bf16"), 32 * 5 * 16),
     "rope": (variant("rope", VALUE="bf16"), 32 * 4 * 16),
     "adamw_8bit": (variant("adamw_8bit"), 32 * (8 + 4 + 4)),
+    "rms_norm_forward": (variant("rms_norm", VALUE="bf16"), 32 * 2 * 16),
+    "rms_norm_dx": (variant("rms_norm", VALUE="bf16"), 32 * 3 * 16),
+    "cross_entropy": (variant("cross_entropy", VALUE="bf16", GRADIENT=1), 32 * 4 * 2 * 2),
+    "paged_attention": (variant("paged_attention", VALUE="bf16", HEAD=128), 4 * 128 * 2 * 2),
 }
+AGAIN = {"cross_entropy": 32 * 4 * 2}
+"""Bytes that are read once more: all rows at work, of 100 thousand logits each, are more than a cache holds."""
 ARCHITECTURES = tuple(_sass.MULTIPROCESSORS)
 
 
@@ -84,21 +91,27 @@ def counted(name: str, architecture: str) -> Counts:
     """What a warp does in a round of this kernel."""
     one, moved = ROUNDS[name]
     code = _sass.examine(one, architecture)[name]
-    round_ = code.loop if name.startswith(("coded", "attention")) and code.loop is not None else code.whole
-    return Counts(round_.products, round_.issued, round_.shared_clocks + round_.global_clocks, moved)
+    if name in _ROWS:
+        assert code.passes is not None
+        round_ = code.passes
+    else:
+        round_ = code.loop if name.startswith(("coded", "attention")) and code.loop is not None else code.whole
+    cache = round_.shared_clocks + round_.global_clocks
+    return Counts(round_.products, round_.issued, round_.integer, cache, moved, AGAIN.get(name, 0))
 
 
 def counts_text() -> str:
     """What cuda/counts.toml holds."""
     lines = [
         "# Written by `just kernels`: what a warp does in a round of a kernel; a test holds it to what is compiled.",
-        "# bytes: of memory, the least there is to move. For an architecture: mma, slots of issue, cache's clocks.",
+        "# bytes: of memory, the least there is to move; again: read once more. For an architecture: mma, slots of",
+        "# issue, those of them for the pipe of whole numbers, cache's clocks.",
     ]
     for name, (_, moved) in ROUNDS.items():
-        lines += ["", f"[{name}]", f"bytes = {moved}"]
+        lines += ["", f"[{name}]", f"bytes = {moved}", *([f"again = {AGAIN[name]}"] if name in AGAIN else [])]
         for architecture in ARCHITECTURES:
             one = counted(name, architecture)
-            lines.append(f"{architecture} = [{one.products}, {one.issued}, {one.cache_clocks}]")
+            lines.append(f"{architecture} = [{one.products}, {one.issued}, {one.integer}, {one.cache_clocks}]")
     return "\n".join(lines) + "\n"
 
 
@@ -153,11 +166,13 @@ GPU says is `ftkit doctor --gpu`'s to tell.
 
 Three shares of a roof: `max` is the busiest pipe alone, which no kernel can beat; `fitted` is the prediction, the power
 mean of the pipes that fits public kernels best; `sum` has the pipes wait for one another. For products of many rows
-(4096³), for decoding 9 to 16 rows, for one row of fewer than 2048 values (longer ones are decoded as several are), for
+(4096³), for decoding 9 to 16 rows, for one row of fewer than 1024 values (longer ones are decoded as several are), for
 attention with heads of 128 (of the products that are made, those of a masked half too), and for elementwise kernels, of
-which all instructions are counted, those of a ragged end too. Scales are quantized again. Kernels that go over a row
-more than once (`rms_norm`, `cross_entropy`, `paged_attention`) wait for the cache's second level: no more is foretold
-of them. Each cell is max / fitted / sum.
+which all instructions are counted, those of a ragged end too. Scales are quantized again. Of kernels that go over a row
+their loops are counted, which a long row is: `rms_norm` finds its row in the cache the second time, `cross_entropy`
+with its gradient reads 100 thousand logits from memory again (hence 67 % at most), `paged_attention` has a head of keys
+for each head of queries; what waiting at their barriers and for the first load costs isn't in it. Each cell is max /
+fitted / sum.
 """
 _CALIBRATION = """## How far that is from the truth
 
@@ -166,7 +181,8 @@ locked, on an A100 (of 312 TFLOP/s, products of 8192), on an RTX PRO 6000 (the t
 card's clock falls under load). Their sources were compiled by the same compiler, and counted as ours are; that their
 layouts have no bank conflicts, as meant, was not looked at (of the last, Nsight Compute counts 14 % more accesses). The
 A100's were tuned by a search whose winner isn't told: a tile of 256 × 128 is assumed, with sums in half precision.
-`without it`: foretold by the p that fits the others.
+Issue is in slots there: such kernels do little with whole numbers. `without it`: foretold by the p that fits the
+others.
 """
 _LIMITS = """\
 By the RTX PRO 6000's kernel the sum was held to be right before: its 243 TFLOP/s are 57 % of the 427 that a probe of
@@ -175,11 +191,17 @@ sum, a tile of 256 × 128 with warps of 64 × 64 is at 53 % of an A100, where cu
 and a product with 16 rows at 76 % of its memory, even if it did nothing but mma.
 
 What keeps `coded_forward` from more on an A100, by the sum: for each mma there are 2 clocks of the tensor core, 1 of
-shared memory to read x (a warp has 128 rows by 32 columns; 128 sums fill half of the registers), 0.3 to make the values
+shared memory to read x (a warp has 128 rows by 32 columns; 128 sums fill half of the registers), 0.4 to make the values
 of W, which all kernels round alike after the product with the scale (21 instructions for 4 registers, used 16 times),
 0.25 to issue the mma, and 0.5 for copies and the rest. Warps of 64 × 64 would read half of x, and make each value of W
-for half as many products: no gain. `coded_decode` makes each value for one product or two: that alone takes half the
-time that memory does.
+for half as many products: no gain. For 60 % by the sum all beside the tensor core may take 1.3 clocks; reading x,
+making W and issuing the mma take 1.6 either way.
+
+What keeps `coded_decode` from more on an A100: a warp's round moves 4224 bytes, 414 clocks of memory, and makes 8192
+values of W, each for one product or two. Eight codes take 20 instructions of the pipe of whole numbers, which does two
+in a clock: 320 clocks for the round, with scales and addresses 377. Were there nothing but these 320 and the loads and
+mma of 16 rows, it would be at 72 %; 80 % would need values of W that aren't rounded after the product with their scale,
+or codes in another order. Up to 8 rows half of the mma are left out.
 
 Of memory, one public figure was held against the model: Marlin's product with 16 rows on an A10, by its chart as fast
 as memory allows, is foretold at 79 % by the fitted mean and at 46 % by the sum; what its loop does once a column is

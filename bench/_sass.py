@@ -5,13 +5,14 @@ Needs `nvdisasm` (PyPI: nvidia-cuda-nvdisasm).
 
 import functools
 import math
+import operator
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from ftkit.cuda.compiler import Program, Use, compile_variant
@@ -21,6 +22,9 @@ _PLACE = re.compile(r"(\.L_\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 _FUNCTION = re.compile(r"\s*\.text\.(\w+):")
 _SHARED, _GLOBAL = ("LDS", "STS", "LDSM", "LDGSTS"), ("LDG", "STG")
+_INTEGER = {"LOP3", "PRMT", "SHF", "IADD3", "IADD", "VIADD", "LEA", "MOV", "SEL", "ISETP", "IMNMX", "VIMNMX", "PLOP3"}
+_INTEGER |= {"FMNMX", "FSETP", "FSEL", "F2FP"}
+"""What the pipe of whole numbers does, and with it comparisons and choices of fractions; IMAD is another's."""
 _WIDTHS = {"64": 2, "128": 4, "2": 2, "4": 4}
 
 
@@ -50,6 +54,11 @@ class Loop:
     """The instructions of the shortest loop with the most products; without any, of the longest loop."""
 
     issued: int
+    integer: int
+    """Of these, what the pipe of whole numbers does."""
+    loads: int
+    """From global memory."""
+    stores: int
     products: int
     """Of the tensor core: HMMA."""
     ldmatrix: int
@@ -57,6 +66,9 @@ class Loop:
     """That its accesses to shared memory take without bank conflicts."""
     global_clocks: int
     """That its accesses to global memory take of the first level of the cache."""
+
+    def __add__(self, other: "Loop") -> "Loop":
+        return Loop(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Code:
     use: Use
     instructions: Counter[str]
     loop: Loop | None
+    passes: Loop | None
+    """Over a row: the loop that loads most of those that store nothing, and of those that store."""
     whole: Loop
     """All of it, as if it were one round."""
 
@@ -137,8 +151,11 @@ def _code(lines: list[str], use: Use) -> Code:
         if target and places.get(target[1], end) < end:
             loops.append(_loop([one for one, _ in code[places[target[1]] : end + 1]]))
     main = max(loops, key=lambda loop: (loop.products, -loop.issued if loop.products else loop.issued), default=None)
+    reading, writing = ([one for one in loops if one.loads and bool(one.stores) == kind] for kind in (False, True))
+    most = [max(ones, key=lambda loop: loop.loads) for ones in (reading, writing) if ones]
     names = [name for name, _ in code]
-    return Code(use, Counter(name.split(".")[0] for name in names), main, _loop(names))
+    over = functools.reduce(operator.add, most) if most else None
+    return Code(use, Counter(name.split(".")[0] for name in names), main, over, _loop(names))
 
 
 def _loop(names: list[str]) -> Loop:
@@ -149,4 +166,6 @@ def _loop(names: list[str]) -> Loop:
         widths = ([_WIDTHS[word] for word in words[1:] if word in _WIDTHS] for words in parts if words[0] in accesses)
         return sum(max(one, default=1) for one in widths)
 
-    return Loop(len(names), kinds["HMMA"], kinds["LDSM"], clocks(_SHARED), clocks(_GLOBAL))
+    integer = sum(kinds[name] for name in _INTEGER)
+    products, ldmatrix = kinds["HMMA"], kinds["LDSM"]
+    return Loop(len(names), integer, kinds["LDG"], kinds["STG"], products, ldmatrix, clocks(_SHARED), clocks(_GLOBAL))

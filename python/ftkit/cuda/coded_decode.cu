@@ -2,7 +2,8 @@
 //
 // The block's 8 warps share out k, each every eighth span, and make the same 32 columns; their sums are added in the order
 // of the warps. So a number depends on its row and on k alone. x is read straight from memory into the second operand's
-// registers; see fragments.cuh for the order of k. low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64
+// registers; see fragments.cuh for the order of k. A lane past the end of its row reads the last of it again, times a W of
+// zero: a number that isn't finite there is met twice. low = s x Aᵀ float [m, rank]; x, B and y are bf16; k is a multiple of 64
 // and of GROUP, n of 4. See codes.cuh for GROUP, SCALE and OFFSETS.
 //
 // ptxas -O1: above it, registers are filled with what is loaded ahead, and others spilled.
@@ -11,13 +12,6 @@
 constexpr int THREADS = 256;
 constexpr int WARPS = 8, ROWS = 16;
 constexpr int BLOCKS = OFFSETS || SETS > 1 ? 1 : 2;  // at once: with more numbers there are too few registers
-
-// Eight neighbours, or zeros.
-static __device__ __forceinline__ uint4 load_there(const bf16* from, bool there) {
-  uint4 eight = {0, 0, 0, 0};
-  if (there) eight = load16(from);
-  return eight;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
     const bf16* __restrict__ x, const uint8_t* __restrict__ codes, const float* __restrict__ table,
@@ -35,7 +29,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
   Numbers numbers;
   const int start = warp * SPAN, left = k - lane % 4 * RUN_OF_CODES;
   const int row = min(lane / 4, m - 1), more = (min(lane / 4 + 8, m - 1) - row) * k;  // past the last row, that one again
-  const bf16* rows = x + (int64_t)row * k + lane % 4 * RUN_OF_CODES;
+  const bf16* from = x + (int64_t)row * k + (run_of(w, start, lane) - w.first) * RUN_OF_CODES;
+  const bf16* other = from + more;
   fetch(w, start, 0, lane, stored[0]);
   fetch(w, start, 1, lane, stored[1]);
   fetch_numbers(w, start, lane, numbers);
@@ -47,8 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
       if (multiply_out(meaning, numbers, part, values)) fetch_numbers(w, then, lane, numbers);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int at = span + part * (RUN_OF_CODES / PARTS) + half * 8;
-        const uint4 b[2] = {load_there(rows + at, span < left), load_there(rows + more + at, span < left)};
+        const int at = part * (RUN_OF_CODES / PARTS) + half * 8;
+        const uint4 b[2] = {load16(from + at), load16(other + at)};
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
           uint32_t a[2][4];
@@ -62,6 +57,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) coded_decode(
         }
       }
       if (part % 2 && then < k) fetch(w, then, part / 2, lane, stored[part / 2]);
+    }
+    if (then < left) {  // the pointers are moved, for the assembler would work them out anew for every load
+      from += WARPS * SPAN;
+      other += WARPS * SPAN;
     }
   }
 #pragma unroll

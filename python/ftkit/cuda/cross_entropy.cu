@@ -1,7 +1,8 @@
 // loss = log Σ exp(z) − z[target] of each row of logits, and with GRADIENT its gradient softmax(z) − [v = target].
 //
-// A block makes a row of `vocabulary` logits; sums are float32, of exp(z − the row's greatest). A
-// target that isn't a token gives NaN. VALUE: float, bf16, half.
+// A block makes a row of `vocabulary` logits; sums are float32, of exp(z − the row's greatest). A thread's sum is of
+// exp(z − its greatest so far), so that the row is read once for the loss; with a gradient, which a row of many logits
+// leaves no cache for, once more. A target that isn't a token gives NaN. VALUE: float, bf16, half.
 #include "block.cuh"
 
 constexpr int THREADS = 256;
@@ -11,14 +12,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                   VALUE* __restrict__ gradient, int vocabulary) {
   __shared__ float parts[THREADS / 32];
   const int64_t row = (int64_t)blockIdx.x * vocabulary;
-  float most = -__uint_as_float(0x7f800000u);
+  float own = -__uint_as_float(0x7f7fffffu), sum = 0.0f;  // finite: logits may be −∞
 #pragma unroll 4
-  for (int v = threadIdx.x; v < vocabulary; v += THREADS) most = fmaxf(most, wide(logits[row + v]));
-  most = block_max<THREADS>(most, parts);
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int v = threadIdx.x; v < vocabulary; v += THREADS) sum += expf(wide(logits[row + v]) - most);
-  sum = block_sum<THREADS>(sum, parts);
+  for (int v = threadIdx.x; v < vocabulary; v += THREADS) {
+    const float z = wide(logits[row + v]);
+    if (z > own) {
+      sum *= expf(own - z);
+      own = z;
+    }
+    sum += expf(z - own);
+  }
+  const float most = block_max<THREADS>(own, parts);
+  sum = block_sum<THREADS>(sum * expf(own - most), parts);
   const int64_t target = targets[blockIdx.x];
   if (threadIdx.x == 0) {
     const bool known = target >= 0 && target < vocabulary;

@@ -29,8 +29,9 @@ from ftkit.cuda.pages import takes_attention as takes_attention
 from ftkit.cuda.source import variant
 
 GEMV_ROWS, DECODE_ROWS = 4, 16
-DECODE_COLUMNS = 2048
-"""From here on each warp of `coded_decode` has a part of a row to read, and it takes fewer rows than 5, too."""
+DECODE_COLUMNS = 1024
+"""From here on half of `coded_decode`'s warps have a part of a row to read, enough bytes in flight, and it takes fewer
+rows than 5, too: a value of W costs it a third of `coded_gemv`'s instructions."""
 GROUPS, STEP = (32, 64, 128), 64
 """Values of one scale, and of one step of the tensor core's kernels."""
 TILE, WIDE = 128, 256

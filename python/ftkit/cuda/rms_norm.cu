@@ -13,6 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
   __shared__ float parts[THREADS / 32];
   const int64_t row = (int64_t)blockIdx.x * d;
   float sum = 0.0f;
+#pragma unroll 1
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float v[8];
     load_values(x + row + at, v);
@@ -21,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(
   }
   const float scale = rsqrtf(block_sum<THREADS>(sum, parts) / d + epsilon);
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+#pragma unroll 1
   for (int at = threadIdx.x * 8; at < d; at += THREADS * 8) {
     float v[8], w[8];
     load_values(x + row + at, v);

@@ -2,10 +2,10 @@
 
     time = (tensor^p + issue^p + cache^p + memory^p)^(1/p)
 
-By p = 1 pipes wait for one another, by p = ∞ only the busiest counts. `OVERLAP` is the p that fits public kernels with
-published figures best (docs/kernels.md says how far it errs). Clocks are those of a multiprocessor; `cache` is what
-loads and stores take of the memory beside it, shared or as the first level of the cache. What `counts.toml` holds is
-counted by `just kernels`.
+Issue is the slots of issue, or the clocks of the pipe of whole numbers where these are more. By p = 1 pipes wait for
+one another, by p = ∞ only the busiest counts. `OVERLAP` is the p that fits public kernels with published figures best
+(docs/kernels.md says how far it errs). Clocks are those of a multiprocessor; `cache` is what loads and stores take of
+the memory beside it, shared or as the first level of the cache. What `counts.toml` holds is counted by `just kernels`.
 """
 
 import functools
@@ -37,6 +37,11 @@ class Gpu:
     """Of the tensor core's rate that mma.sync reaches: Hopper's full rate needs wgmma, which isn't used here."""
 
     @property
+    def integer_lanes(self) -> int:
+        """Of a multiprocessor: 64, and of GeForce's Blackwell as many as there are for fractions."""
+        return 128 if self.architecture == "sm_120" else 64
+
+    @property
     def product_clocks(self) -> float:
         """Of a multiprocessor, for one mma at the greatest rate there is."""
         return PRODUCT_FLOPS * self.multiprocessors * self.gigahertz * 1e9 / (self.teraflops * 1e12)
@@ -54,14 +59,19 @@ class Counts:
     products: int
     """mma instructions."""
     issued: int
+    integer: int
+    """Of these, what the pipe of whole numbers does: LOP3, PRMT, SHF, IADD3, …"""
     cache_clocks: int
     bytes: int
     """Of global memory, the least there is to move; 0 where products are what bounds the kernel."""
+    again: int = 0
+    """Bytes of global memory that are read once more."""
 
     def clocks(self, gpu: Gpu) -> tuple[float, float, float, float]:
         """Of the tensor cores, of issue, of the cache and of memory."""
         tensor = self.products * gpu.product_clocks / gpu.mma_share
-        return tensor, self.issued / SCHEDULERS, self.cache_clocks, self.bytes / gpu.bytes_per_clock
+        issue = max(self.issued / SCHEDULERS, self.integer * 32 / gpu.integer_lanes)
+        return tensor, issue, self.cache_clocks, (self.bytes + self.again) / gpu.bytes_per_clock
 
     def share(self, gpu: Gpu, overlap: float = OVERLAP) -> float:
         """Of the memory's roof, or of the tensor cores' where no bytes are counted."""
@@ -83,8 +93,9 @@ def counts() -> dict[str, dict[str, Counts]]:
     found = tomllib.loads((FOLDER / "counts.toml").read_text(encoding="utf-8"))
     return {
         kernel: {
-            one: Counts(products, issued, clocks, entry["bytes"])
-            for one, (products, issued, clocks) in ((key, value) for key, value in entry.items() if key != "bytes")
+            one: Counts(value[0], value[1], value[2], value[3], entry["bytes"], entry.get("again", 0))
+            for one, value in entry.items()
+            if one not in ("bytes", "again")
         }
         for kernel, entry in found.items()
     }

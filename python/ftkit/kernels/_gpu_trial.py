@@ -112,6 +112,7 @@ def cases(launch: Launch, device: str, size: int) -> Iterator[Case]:
         lambda: rms_norm.reference(gate, weight, 1e-5),
         gate.nbytes * 2,
         0.01,
+        counted="rms_norm_forward",
     )
     yield Case(
         "swiglu",

@@ -236,6 +236,19 @@ def test_cross_entropy(kit: Kit, rows: int, vocabulary: int, dtype: torch.dtype,
         near(slope, expected_slope)
 
 
+def test_tokens_that_are_ruled_out(kit: Kit) -> None:
+    """Logits of −∞ have no share, wherever they are."""
+    logits = normal(2, 600, dtype=torch.float32)
+    logits[0, :300], logits[1, 200:] = -torch.inf, -torch.inf
+    targets = torch.tensor([400, 100])
+    losses, slope = launches.cross_entropy(kit.launcher(), logits, targets, True)
+    expected, expected_slope = cross_entropy.reference(logits, targets, True)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert slope is not None
+    assert expected_slope is not None
+    near(slope, expected_slope)
+
+
 def test_a_target_that_is_no_token_gives_nan(kit: Kit) -> None:
     logits = normal(3, 8)
     losses, _ = launches.cross_entropy(kit.launcher(), logits, torch.tensor([-100, 8, 7]), True)

@@ -68,7 +68,7 @@ MUTANTS = [
     ("matrices as they lie", "x4.trans.shared", "x4.shared"),
     ("matrices turned", "x4.shared", "x4.trans.shared"),
     ("matrices' registers swapped", '"=r"(result[0]), "=r"(result[1])', '"=r"(result[1]), "=r"(result[0])'),
-    ("bf16 toward zero", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
+    ("bf16 toward zero", "cvt.rn.bf16x2.f32", "cvt.rz.bf16x2.f32"),
     ("half toward zero", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
     ("halves of a pair swapped", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
 ]  # fmt: skip

@@ -57,8 +57,10 @@ def test_the_overlap_is_what_public_kernels_fit() -> None:
 def test_rates_become_clocks() -> None:
     assert A100.product_clocks == pytest.approx(2.0, rel=0.01), "an A100's multiprocessor takes 2 clocks for an mma"
     assert A100.bytes_per_clock == pytest.approx(10.2, rel=0.01)
-    assert Counts(8, 0, 0, 0).share(A100) == pytest.approx(1.0)
-    assert Counts(0, 4 * 100, 0, 1021).share(A100, math.inf) == pytest.approx(1.0, rel=0.01)
+    assert Counts(8, 0, 0, 0, 0).share(A100) == pytest.approx(1.0)
+    assert Counts(0, 4 * 100, 0, 0, 1021).share(A100, math.inf) == pytest.approx(1.0, rel=0.01)
+    assert Counts(0, 0, 2 * 100, 0, 1021).share(A100, 1.0) == pytest.approx(0.5, rel=0.01), "64 lanes"
+    assert Counts(0, 0, 0, 0, 100, again=50).share(A100) == pytest.approx(2 / 3)
     for of_architectures in counts().values():
         assert set(of_architectures) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
         assert all(0 < one.share(A100) < 1 for one in of_architectures.values())

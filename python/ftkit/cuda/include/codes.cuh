@@ -48,16 +48,22 @@ static __device__ __forceinline__ void multiply_out(const float (&meaning)[4], N
   values.high[four] = permute_bytes(one, two, 0x7531);
 }
 
-// Eight codes to pairs of neighbours. A code's three lower bits choose among eight bytes, its upper one of two eights.
+// Bits of one where `mask` has them, else of the other.
+static __device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t one, uint32_t other) {
+  return (mask & one) | (~mask & other);
+}
+
+// Eight codes to pairs of neighbours. A code's three lower bits choose among eight bytes, its upper one, which a permutation
+// makes eight bits of, between two eights.
 static __device__ __forceinline__ void look_up(uint32_t word, const Values& values, uint32_t (&pairs)[4]) {
-  const uint32_t places = word & 0x77777777u, eights = (word >> 1 & 0x44444444u) | 0x32103210u;
+  const uint32_t places = word & 0x77777777u, shifted = word << 4;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const uint32_t place = places >> 16 * half, eight = eights >> 16 * half;
-    const uint32_t low = permute_bytes(permute_bytes(values.low[0], values.low[1], place),
-                                       permute_bytes(values.low[2], values.low[3], place), eight);
-    const uint32_t high = permute_bytes(permute_bytes(values.high[0], values.high[1], place),
-                                        permute_bytes(values.high[2], values.high[3], place), eight);
+    const uint32_t place = places >> 16 * half, second = permute_bytes(shifted, word, half ? 0xfbea : 0xd9c8);
+    const uint32_t low = choose(second, permute_bytes(values.low[2], values.low[3], place),
+                                permute_bytes(values.low[0], values.low[1], place));
+    const uint32_t high = choose(second, permute_bytes(values.high[2], values.high[3], place),
+                                 permute_bytes(values.high[0], values.high[1], place));
     pairs[2 * half] = permute_bytes(low, high, 0x4051);  // the first of a byte's two codes is its upper half
     pairs[2 * half + 1] = permute_bytes(low, high, 0x6273);
   }

@@ -36,18 +36,22 @@ struct Codes {
 };
 typedef Number Numbers[SETS][LANE_ROWS];
 
-// The run of the span at k that is the lane's; past the last, that one again: x is zero there.
+// The run of the span at k that is the lane's; past the last, that one again: its numbers are zero there.
 static __device__ __forceinline__ uint32_t run_of(const Weights& w, int k, int lane) {
   return w.first + min(k / RUN_OF_CODES + lane % 4, w.runs - 1);
 }
 
-// The lane's numbers for a span.
+// The lane's numbers for a span; zeros past the last run, so that W is zero.
 static __device__ __forceinline__ void fetch_numbers(const Weights& w, int k, int lane, Numbers& numbers) {
   const uint32_t run = run_of(w, k, lane);
+  const bool there = k / RUN_OF_CODES + lane % 4 < w.runs;
 #pragma unroll
   for (int set = 0; set < SETS; set++)
 #pragma unroll
-    for (int j = 0; j < LANE_ROWS; j++) numbers[set][j] = number_of(w.stored, run + j * w.runs, set);
+    for (int j = 0; j < LANE_ROWS; j++) {
+      const Number number = number_of(w.stored, run + j * w.runs, set);
+      numbers[set][j] = {there ? number.scale : 0.0f, there ? number.offset : 0.0f};
+    }
 }
 
 // The lane's codes for two parts of a span, the first two or the others.

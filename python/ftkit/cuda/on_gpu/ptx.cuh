@@ -64,11 +64,6 @@ DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t chosen) {
 }
 
 // Bits of the nearest number, ties to even.
-DEVICE uint16_t bf16_bits(float value) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
 DEVICE uint16_t half_bits(float value) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -84,3 +79,5 @@ DEVICE uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
+// As half of a pair: sm_80 to sm_89 convert pairs four times as fast as single numbers.
+DEVICE uint16_t bf16_bits(float value) { return (uint16_t)pack_bf16(value, 0.0f); }

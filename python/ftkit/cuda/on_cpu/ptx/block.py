@@ -25,6 +25,9 @@ _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
+    # true of NaN, too
+    "leu": lambda a, b: ~(a > b),
+    "geu": lambda a, b: ~(a < b),
 }
 _TWO: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
