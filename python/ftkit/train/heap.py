@@ -12,9 +12,9 @@ import sys
 LARGE_BYTES = 4 << 20
 """From which size on a tensor has its mapping.
 
-Measured with 10 layers of SmolLM2 and rows of 512 tokens, on a busy machine, three steps: 1,597 MiB at the peak against
-1,771 MiB with the heap alone, in the same processor time (8.4 and 9.0 seconds a step); without huge pages 9.0 seconds
-became 10.0."""
+Measured with 10 layers of SmolLM2 and rows of 512 tokens, three steps, once each on a busy machine: 1,597 MiB at the
+peak against 1,771 MiB of the heap alone, for 9.0 seconds of processor time against 9.1; from 8 MiB on and without huge
+pages 1,680 MiB and 10.0 seconds."""
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
 
