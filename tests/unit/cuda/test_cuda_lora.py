@@ -109,7 +109,7 @@ def test_rows_by_themselves(kit: Kit, dtype: torch.dtype, schedule: int) -> None
     st.booleans(),
     st.sampled_from(SCHEDULES),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_segments_and_ranks(
     kit: Kit, spans: list[tuple[int, int]], ranks: list[int], tiles: bool, schedule: int
 ) -> None:
