@@ -2,7 +2,7 @@
 
 The C library's heap keeps what is freed, and small things that stay break up its holes, so that a step's tensors do not
 fit where the last step's were. A mapping goes back to the system as soon as its tensor is freed; getting pages anew
-costs time, of which huge pages take most away.
+costs time, of which huge pages take most away. And what oneDNN keeps beside tensors has a bound.
 """
 
 import ctypes

@@ -24,7 +24,7 @@ use crate::team::{Shared, Team};
 const FEW_ROWS: usize = 4;
 /// At least so many where they are many; tasks begin at multiples of it.
 const MANY_ROWS: usize = 32;
-/// Values that are dequantized together then: they stay in the second cache, and each lets x come through once.
+/// Values of W that are dequantized together then, and by the transposed product: they stay in the second cache.
 const TILE: usize = 1 << 16;
 /// From so many rows of x on there are many.
 const MANY: usize = 8;

@@ -10,12 +10,10 @@ use std::cell::RefCell;
 
 use bytemuck::Zeroable;
 
-use super::{Kind, Line, Matrix, Path, ROWS, Stored};
+use super::{Kind, Line, Matrix, Path, ROWS, Stored, TILE};
 use crate::error::{Error, Result};
 use crate::team::{Shared, Team};
 
-/// Values of W that are dequantized together: they stay in the second cache.
-const TILE: usize = 1 << 16;
 /// Multiplications, or values to dequantize, that are worth a task of their own.
 const TASK: usize = 1 << 17;
 
