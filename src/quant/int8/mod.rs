@@ -348,8 +348,14 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[&Packed], x: &[f32], y: &m
                 let (packed, inputs) = (matrix.tiles(tiles.clone()), &prepared[*inputs].1);
                 path.product(&matrix.integers, packed, inputs, columns / STEP, |t, tile, found| {
                     let at = (tiles.start + tile) * TILE;
+                    let place = t * width + begin + at;
                     // SAFETY: these columns of y are this task's alone.
-                    unsafe { out.write(t * width + begin + at, &found[..TILE.min(matrix.rows - at)]) };
+                    unsafe {
+                        match found.get(..matrix.rows - at) {
+                            Some(part) => out.write(place, part),
+                            None => out.write(place, found), // of a length that is known: no loop
+                        }
+                    }
                 });
             }
         });

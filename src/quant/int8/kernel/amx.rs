@@ -5,7 +5,10 @@
 
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
+use std::array::from_fn;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use bytemuck::Zeroable;
 
@@ -50,12 +53,18 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// Two panels of x with two tiles of W, as they are multiplied together.
-const PAIRS: usize = 4;
+/// Panels of x, and tiles of W, that are multiplied together.
+const PAIR: usize = 2;
+/// Rows of x whose sums stay in registers while groups are added up, with two tiles.
+const SOME: usize = 8;
+/// Groups that are multiplied before they are added up: with those of the next chunk they fit into the first cache.
+const CHUNK: usize = 2;
+/// Bytes of codes that are unpacked for several panels at once: the second cache has room for them.
+const UNPACKED: usize = 1 << 19;
 
-/// Of each pair, what 16 rows of x give with 16 rows of W.
+/// What 16 rows of x give with 16 rows of W, `[panel][tile]`.
 #[repr(C, align(64))]
-struct Square<T>([[[T; TILE]; HIGH]; PAIRS]);
+struct Squares<T>([[[[T; TILE]; HIGH]; PAIR]; PAIR]);
 
 /// Calls `write` with each row of x, each tile, and the 16 products.
 ///
@@ -69,49 +78,48 @@ pub(super) unsafe fn product(
     mut write: impl FnMut(usize, usize, &[f32; TILE]),
 ) {
     thread_local! {
-        static CODES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-        static NUMBERS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+        static ROOM: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
     let (groups, count) = (integers.groups(), inputs.rounded.count);
     let tile_bytes = integers.tile_bytes(steps);
-    let (codes_size, numbers_size) = (steps * 8, steps * groups * integers.kinds());
-    let mut found = Square([[[0.0; TILE]; HIGH]; PAIRS]);
-    CODES.with_borrow_mut(|codes| {
-        NUMBERS.with_borrow_mut(|numbers| {
-            codes.resize(2 * codes_size, Line::zeroed());
-            numbers.resize(2 * numbers_size, Line::zeroed());
-            // SAFETY: the caller's promise.
-            unsafe { configure(groups) };
-            for (two, tiles) in tiles.chunks(2 * tile_bytes).enumerate() {
-                for (index, tile) in tiles.chunks_exact(tile_bytes).enumerate() {
-                    let codes = &mut codes[index * codes_size..][..codes_size];
-                    let numbers = &mut numbers[index * numbers_size..][..numbers_size];
-                    // SAFETY: the caller's promise; there is room for what is unpacked.
-                    unsafe { by_form!(integers, unpack, [], (integers, tile, steps, codes, numbers)) };
-                }
-                for first in (0..count).step_by(2 * HIGH) {
-                    // where there is only one more panel, or one more tile, it takes the other's place, too
-                    let panels = [first / HIGH, (first / HIGH + 1).min((count - 1) / HIGH)];
-                    let tiles = 2.min(tiles.len() / tile_bytes);
+    let (codes_size, size) = (steps * 8, steps * (8 + groups * integers.kinds()));
+    let mut found = Squares([[[[0.0; TILE]; HIGH]; PAIR]; PAIR]);
+    // a row's results lie side by side, those of rows far apart: two panels meet many tiles before the next two do
+    let block = if count > PAIR * HIGH { (UNPACKED / (64 * size)).next_multiple_of(PAIR) } else { PAIR };
+    ROOM.with_borrow_mut(|room| {
+        room.resize(block * size, Line::zeroed());
+        // SAFETY: the caller's promise.
+        unsafe { configure(groups) };
+        for (number, tiles) in tiles.chunks(block * tile_bytes).enumerate() {
+            for (tile, room) in tiles.chunks_exact(tile_bytes).zip(room.chunks_exact_mut(size)) {
+                let (codes, numbers) = room.split_at_mut(codes_size);
+                // SAFETY: the caller's promise; there is room for what is unpacked.
+                unsafe { by_form!(integers, unpack, [], (integers, tile, steps, PAIR * tile_bytes, codes, numbers)) };
+            }
+            let count_tiles = tiles.len() / tile_bytes;
+            for first in (0..count).step_by(PAIR * HIGH) {
+                let rows = first..count.min(first + PAIR * HIGH);
+                for tile in (0..count_tiles).step_by(PAIR) {
+                    let room = &room[tile * size..(tile + PAIR) * size];
                     // SAFETY: as above.
                     unsafe {
                         match (groups, integers.offsets) {
-                            (1, false) => square::<1, false>(codes, numbers, inputs, steps, panels, &mut found),
-                            (1, true) => square::<1, true>(codes, numbers, inputs, steps, panels, &mut found),
-                            (_, false) => square::<2, false>(codes, numbers, inputs, steps, panels, &mut found),
-                            (_, true) => square::<2, true>(codes, numbers, inputs, steps, panels, &mut found),
+                            (1, false) => squares::<1, false>(room, inputs, steps, &rows, &mut found),
+                            (1, true) => squares::<1, true>(room, inputs, steps, &rows, &mut found),
+                            (_, false) => squares::<2, false>(room, inputs, steps, &rows, &mut found),
+                            (_, true) => squares::<2, true>(room, inputs, steps, &rows, &mut found),
                         }
                     }
-                    for (t, row) in (first..count.min(first + 2 * HIGH)).enumerate() {
-                        for tile in 0..tiles {
-                            write(row, 2 * two + tile, &found.0[t / HIGH * 2 + tile][t % HIGH]);
+                    for (t, row) in rows.clone().enumerate() {
+                        for n in 0..PAIR.min(count_tiles - tile) {
+                            write(row, number * block + tile + n, &found.0[t / HIGH][n][t % HIGH]);
                         }
                     }
                 }
             }
-            // SAFETY: the machine has AMX.
-            unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
-        });
+        }
+        // SAFETY: the machine has AMX.
+        unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
     });
 }
 
@@ -140,6 +148,7 @@ unsafe fn unpack<const BITS: usize, const GROUPS: usize, const NESTED: bool, con
     integers: &IntegerForm,
     tile: &[u8],
     steps: usize,
+    ahead: usize,
     codes: &mut [Line],
     numbers: &mut [Line],
 ) {
@@ -152,6 +161,9 @@ unsafe fn unpack<const BITS: usize, const GROUPS: usize, const NESTED: bool, con
         unsafe {
             let block = tile.as_ptr().add(step / nest * integers.tile_bytes(nest));
             let start = block.add(integers.top_bytes() + step % nest * integers.step_bytes());
+            for line in (0..integers.step_bytes()).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(ahead + line).cast());
+            }
             if NESTED {
                 for (kind, top) in tops.iter_mut().enumerate().take(kinds) {
                     *top = nested_top(block, kind);
@@ -176,61 +188,82 @@ unsafe fn unpack<const BITS: usize, const GROUPS: usize, const NESTED: bool, con
     }
 }
 
-/// The products of two panels of x with two tiles of W, `[panel][tile]`.
+/// The products of some rows of x, of up to two panels, with two tiles of W.
 ///
-/// While groups are multiplied, the sums of those before are scaled and added up.
+/// While the sums of a chunk of groups are scaled and added up, a few rows after another, the next chunk is multiplied.
 ///
 /// # Safety
-/// The machine has AMX and is configured for these groups; lengths are those of `product`.
+/// The machine has AMX and is configured for these groups; `room` has the tiles' codes and numbers, lengths are those of
+/// `product`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn square<const GROUPS: usize, const OFFSETS: bool>(
-    codes: &[Line],
-    numbers: &[Line],
+unsafe fn squares<const GROUPS: usize, const OFFSETS: bool>(
+    room: &[Line],
     inputs: &Inputs<'_>,
     steps: usize,
-    panels: [usize; 2],
-    out: &mut Square<f32>,
+    rows: &Range<usize>,
+    out: &mut Squares<f32>,
 ) {
     const { assert!(GROUPS == 1 || GROUPS == 2) };
+    let (rounded, all) = (inputs.rounded, steps * GROUPS);
     let kinds = 1 + usize::from(OFFSETS);
-    let rounded = inputs.rounded;
-    let mut whole = [const { Square([[[0; TILE]; HIGH]; PAIRS]) }; 2];
-    let whole = whole.as_mut_ptr();
-    *out = Square([[[0.0; TILE]; HIGH]; PAIRS]);
-    // SAFETY: the inputs have `steps` steps of these panels, W as many of both tiles.
+    let (size, first, runs) = (steps * (8 + GROUPS * kinds), rows.start / HIGH, rows.len().div_ceil(SOME));
+    // where there is only one more panel, it takes the other's place, too
+    let second = if rows.len() > HIGH { steps * HIGH * STEP } else { 0 };
+    let mut whole = [const { MaybeUninit::<Squares<i32>>::uninit() }; 2 * CHUNK];
+    let whole = whole.as_mut_ptr().cast::<Squares<i32>>();
+    // SAFETY: the inputs have `steps` steps of these panels, W as many of each tile; what is read was stored.
     unsafe {
-        let x = panels.map(|panel| rounded.codes.as_ptr().add(panel * steps * HIGH * 8).cast::<u8>());
-        let scales = panels.map(|panel| rounded.scales.as_ptr().add(panel * steps * HIGH));
-        let starts = panels.map(|panel| inputs.starts.as_ptr().add(panel * steps * GROUPS * HIGH));
-        let sums = panels.map(|panel| inputs.sums.as_ptr().wrapping_add(panel * steps * GROUPS * HIGH));
-        let w = [codes.as_ptr(), codes.as_ptr().add(steps * 8)];
-        let numbers = [numbers.as_ptr(), numbers.as_ptr().add(steps * GROUPS * kinds)];
-        for index in 0..=steps * GROUPS {
-            if index < steps * GROUPS {
-                let (step, group) = (index / GROUPS, index % GROUPS);
-                let x = x.map(|x| x.add(step * HIGH * STEP + group * (STEP / GROUPS)));
-                let w = w.map(|w| w.add(step * 8 + group * (8 / GROUPS)));
-                multiply(x, w, whole.add(index % 2));
-            }
-            let Some(index) = index.checked_sub(1) else { continue };
-            for pair in 0..PAIRS {
-                let (panel, tile) = (pair / 2, pair % 2);
-                let number = numbers[tile].add(index * kinds).cast::<f32>();
-                let (scale, offset) = (_mm512_load_ps(number), _mm512_load_ps(number.add((kinds - 1) * TILE)));
-                for t in 0..HIGH {
-                    let at = index * HIGH + t;
-                    let mut found = _mm512_load_si512((&raw const (*whole.add(index % 2)).0[pair][t]).cast());
-                    if !OFFSETS {
-                        found = _mm512_add_epi32(found, _mm512_set1_epi32(*starts[panel].add(at)));
+        let product = |index: usize| {
+            let (step, group) = (index / GROUPS, index % GROUPS);
+            let x = rounded.codes.as_ptr().add((first * steps + step) * HIGH * 8).cast::<u8>();
+            let x = x.add(group * (STEP / GROUPS));
+            let w = room.as_ptr().add(step * 8 + group * (8 / GROUPS));
+            let to = whole.add(index % (2 * CHUNK));
+            multiply([x, x.add(second)], [w, w.add(size)], to);
+        };
+        (0..all.min(CHUNK)).for_each(product);
+        for start in (0..all).step_by(CHUNK) {
+            let next = (start + CHUNK).min(all)..(start + 2 * CHUNK).min(all);
+            let mut ahead = next.start;
+            for run in 0..runs {
+                let (panel, t) = (run * SOME / HIGH, run * SOME % HIGH);
+                let out = out.0[panel].as_mut_ptr();
+                let place = |n: usize, i: usize| (&raw mut (*out.add(n))[t + i]).cast::<f32>();
+                let mut sums = [[_mm512_setzero_ps(); SOME]; PAIR];
+                if start > 0 {
+                    sums = from_fn(|n| from_fn(|i| _mm512_load_ps(place(n, i))));
+                }
+                for index in start..next.start {
+                    let number = |n: usize, kind: usize| {
+                        _mm512_load_ps(room.as_ptr().add(n * size + steps * 8 + index * kinds + kind).cast())
+                    };
+                    let scales: [_; PAIR] = from_fn(|n| number(n, 0));
+                    let offsets: [_; PAIR] = from_fn(|n| number(n, kinds - 1));
+                    let whole = (*whole.add(index % (2 * CHUNK))).0[panel].as_ptr();
+                    for i in 0..SOME {
+                        let at = ((first + panel) * all + index) * HIGH + t + i;
+                        let scale =
+                            rounded.scales.as_ptr().add(((first + panel) * steps + index / GROUPS) * HIGH + t + i);
+                        for n in 0..PAIR {
+                            let mut found = _mm512_load_si512((&raw const (*whole.add(n))[t + i]).cast());
+                            if !OFFSETS {
+                                found = _mm512_add_epi32(found, _mm512_set1_epi32(*inputs.starts.as_ptr().add(at)));
+                            }
+                            let scale = _mm512_mul_ps(scales[n], _mm512_set1_ps(*scale));
+                            sums[n][i] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(found), sums[n][i]);
+                            if OFFSETS {
+                                let sum = _mm512_set1_ps(*inputs.sums.as_ptr().add(at));
+                                sums[n][i] = _mm512_fmadd_ps(offsets[n], sum, sums[n][i]);
+                            }
+                        }
                     }
-                    let of_x = _mm512_set1_ps(*scales[panel].add(index / GROUPS * HIGH + t));
-                    let out = (&raw mut out.0[pair][t]).cast::<f32>();
-                    let scale = _mm512_mul_ps(scale, of_x);
-                    let mut sum = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(found), _mm512_load_ps(out));
-                    if OFFSETS {
-                        sum = _mm512_fmadd_ps(offset, _mm512_set1_ps(*sums[panel].add(at)), sum);
-                    }
-                    _mm512_store_ps(out, sum);
+                }
+                for (n, sums) in sums.iter().enumerate() {
+                    sums.iter().enumerate().for_each(|(i, &sum)| _mm512_store_ps(place(n, i), sum));
+                }
+                while (ahead - next.start) * runs < next.len() * (run + 1) {
+                    product(ahead);
+                    ahead += 1;
                 }
             }
         }
@@ -240,9 +273,9 @@ unsafe fn square<const GROUPS: usize, const OFFSETS: bool>(
 /// Sums of products of a group of both panels with both tiles, to `[panel][tile]`.
 ///
 /// # Safety
-/// The machine has AMX and is configured; a group of 16 rows is at each place.
-#[inline]
-unsafe fn multiply(x: [*const u8; 2], w: [*const Line; 2], to: *mut Square<i32>) {
+/// The machine has AMX and is configured; a group of as many rows is at each place.
+#[inline(always)]
+unsafe fn multiply(x: [*const u8; PAIR], w: [*const Line; PAIR], to: *mut Squares<i32>) {
     // SAFETY: the caller's promise; `to` has room for four times 1,024 bytes.
     unsafe {
         std::arch::asm!(
