@@ -126,7 +126,7 @@ fn low(path: Path, lora: &Lora<'_>, rank: usize, x: &[f32]) -> Vec<f32> {
     let mut found = [[0.0; 4]; ROWS];
     for first in (0..rank).step_by(4) {
         let rows = &lora.a[first * lora.inputs..rank.min(first + 4) * lora.inputs];
-        path.dots(x, rows, rows, lora.inputs, &mut found);
+        path.dots(x, rows, lora.inputs, &mut found);
         for (low, found) in low.chunks_exact_mut(rank).zip(&found) {
             low[first..].iter_mut().zip(found).for_each(|(low, found)| *low = lora.scale * found);
         }

@@ -9,8 +9,23 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::cell::RefCell;
+use std::ops::Range;
+
+use bytemuck::Zeroable;
+
 use super::super::Kind;
 use super::super::coded::Coded;
+use super::Line;
+
+/// Numbers of a row that are multiplied before those of the next rows: of so many, six rows of x and two times four of W
+/// are in the first cache.
+const PART: usize = 640;
+
+thread_local! {
+    /// What parts of rows add up to.
+    static KEPT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Which instructions are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +64,62 @@ impl Path {
         *BEST.get_or_init(|| Self::all().pop().unwrap_or(Self::Portable))
     }
 
-    /// The products of up to [`ROWS`] rows with up to four, all of `columns` numbers; panics where they have other lengths.
-    ///
-    /// `next` are rows of W that are likely to come after these.
+    /// Calls `write` with the products of up to [`ROWS`] rows with rows of W, four after another, all of `columns` numbers;
+    /// panics where they have other lengths.
     #[inline]
-    pub fn dots(self, x: &[f32], w: &[f32], next: &[f32], columns: usize, out: &mut [[f32; 4]; ROWS]) {
+    pub fn products(self, x: &[f32], w: &[f32], columns: usize, mut write: impl FnMut(usize, &[[f32; 4]; ROWS])) {
+        let (count, rows) = (x.len() / columns, w.len() / columns);
+        // rows so long that the first cache can't hold ten of them are gone through in parts
+        let part = match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 if count > 1 => columns.div_ceil(columns.div_ceil(PART)).next_multiple_of(16),
+            _ => columns,
+        };
+        KEPT.with_borrow_mut(|kept| {
+            if part < columns {
+                kept.resize(kept.len().max(rows.div_ceil(4) * 4 * ROWS), Line::zeroed());
+            }
+            let mut found = [[0.0; 4]; ROWS];
+            for start in (0..columns).step_by(part) {
+                let part = start..columns.min(start + part);
+                for r in (0..rows).step_by(4) {
+                    let four_rows = |r: usize| &w[r * columns..rows.min(r + 4) * columns];
+                    let next = if r + 4 < rows { r + 4 } else { 0 };
+                    let kept = kept.get_mut(r * ROWS..).unwrap_or_default();
+                    self.dots_of(x, four_rows(r), four_rows(next), columns, &part, kept, &mut found);
+                    if part.end == columns {
+                        write(r, &found);
+                    }
+                }
+            }
+        });
+    }
+
+    /// The products of up to [`ROWS`] rows with up to four, all of `columns` numbers; panics where they have other lengths.
+    #[inline]
+    pub fn dots(self, x: &[f32], w: &[f32], columns: usize, out: &mut [[f32; 4]; ROWS]) {
+        self.dots_of(x, w, w, columns, &(0..columns), &mut [], out);
+    }
+
+    /// The same of a part of the columns, which only AVX-512 takes; see [`x86::avx512`]. `next` are rows of W that are likely
+    /// to come after these.
+    #[inline]
+    #[allow(clippy::too_many_arguments)]
+    fn dots_of(
+        self,
+        x: &[f32],
+        w: &[f32],
+        next: &[f32],
+        columns: usize,
+        part: &Range<usize>,
+        kept: &mut [Line],
+        out: &mut [[f32; 4]; ROWS],
+    ) {
         let (count, rows) = (x.len() / columns, w.len() / columns);
         assert!(x.len() == count * columns && w.len() == rows * columns && count <= ROWS && (1..=4).contains(&rows));
+        let last = part.end == columns;
+        let whole = part.start == 0 && last;
+        assert!(whole || part.start % 16 == 0 && part.end <= columns && kept.len() >= 4 * ROWS);
         match self {
             Self::Portable => {
                 for (x, out) in x.chunks_exact(columns).zip(out) {
@@ -76,16 +140,27 @@ impl Path {
                 macro_rules! at_once {
                     ($rows:literal) => {{
                         let (start, out) = (x.as_ptr(), &mut out[..$rows]);
-                        let next = next.as_ptr();
-                        if rows == 4 {
-                            // SAFETY: the machine has the features (`all`), and so many rows are there.
-                            let found = unsafe { x86::avx512::<$rows>(start, w.as_ptr(), columns, next, columns) };
-                            return out.copy_from_slice(&found);
-                        }
-                        for (r, w) in w.chunks_exact(columns).enumerate() {
-                            // SAFETY: as above; four times the same row.
-                            let found = unsafe { x86::avx512::<$rows>(start, w.as_ptr(), 0, next, columns) };
-                            out.iter_mut().zip(found).for_each(|(out, found)| out[r] = found[0]);
+                        let (next, kept) = (next.as_ptr(), kept.as_mut_ptr().cast());
+                        // SAFETY: the machine has the features (`all`), so many rows are there, and room to keep sums.
+                        unsafe {
+                            if rows < 4 {
+                                // four times the same row, all of it with the last part
+                                for (r, w) in w.chunks_exact(columns).enumerate().take(if last { 3 } else { 0 }) {
+                                    let found =
+                                        x86::avx512::<$rows, true>(start, w.as_ptr(), 0, next, columns, part, kept);
+                                    out.iter_mut().zip(found).for_each(|(out, found)| out[r] = found[0]);
+                                }
+                            } else if whole {
+                                let w = w.as_ptr();
+                                out.copy_from_slice(&x86::avx512::<$rows, true>(
+                                    start, w, columns, next, columns, part, kept,
+                                ));
+                            } else {
+                                let w = w.as_ptr();
+                                out.copy_from_slice(&x86::avx512::<$rows, false>(
+                                    start, w, columns, next, columns, part, kept,
+                                ));
+                            }
                         }
                     }};
                 }

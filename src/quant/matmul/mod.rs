@@ -221,19 +221,21 @@ fn product(
     }
     let (columns, rows) = (matrix.columns, tile.len());
     let each = |w: &[f32]| {
-        let four_rows = |r: usize| &w[r * columns..rows.min(r + 4) * columns];
         // some rows of x and four of W at a time are in the innermost cache
-        let mut found = [[0.0; 4]; ROWS];
         for t in (0..count).step_by(ROWS) {
-            let x = &x[t * columns..count.min(t + ROWS) * columns];
-            for r in (0..rows).step_by(4) {
-                let next = if r + 4 < rows { r + 4 } else { 0 };
-                path.dots(x, four_rows(r), four_rows(next), columns, &mut found);
-                for (i, found) in found.iter().take(count - t).enumerate() {
+            let here = ROWS.min(count - t);
+            path.products(&x[t * columns..(t + here) * columns], w, columns, |r, found| {
+                for (i, found) in found.iter().take(here).enumerate() {
+                    let place = (t + i) * width + at + r;
                     // SAFETY: columns `at` to `at + rows` of y belong to this task alone.
-                    unsafe { y.write((t + i) * width + at + r, &found[..(rows - r).min(4)]) };
+                    unsafe {
+                        match found.get(..rows - r) {
+                            Some(part) => y.write(place, part),
+                            None => y.write(place, found), // of a length that is known: no loop
+                        }
+                    }
                 }
-            }
+            });
         }
     };
     if rows == 0 {

@@ -3,6 +3,8 @@
 
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
+use std::array::from_fn;
+use std::ops::Range;
 
 use super::super::super::Kind;
 use super::rest;
@@ -74,23 +76,34 @@ fn finish_fours([a, b, c, d]: [__m512; 4]) -> __m512 {
 /// The products of ROWS rows of `columns` numbers with four that begin `stride` apart; four from `next` on are asked for
 /// meanwhile.
 ///
+/// Where they are not taken as a WHOLE, those of `part` are added to what `kept` `[ROWS, 4, 16]` has of those before; only
+/// the last part gives products, the others leave their sums in `kept`.
+///
 /// # Safety
-/// All rows of x and of w are there.
+/// All rows of x and of w are there, and `kept` where there are several parts; parts begin at multiples of 16.
 #[target_feature(enable = "avx512f,avx512vl")]
-pub(super) unsafe fn avx512<const ROWS: usize>(
+pub(super) unsafe fn avx512<const ROWS: usize, const WHOLE: bool>(
     x: *const f32,
     w: *const f32,
     stride: usize,
     next: *const f32,
     columns: usize,
+    part: &Range<usize>,
+    kept: *mut f32,
 ) -> [[f32; 4]; ROWS] {
     let whole = columns / 16 * 16;
     let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
+    let place = |t: usize, r: usize| kept.wrapping_add((t * 4 + r) * 16);
+    if !WHOLE && part.start > 0 {
+        // SAFETY: the caller's promise.
+        sums = from_fn(|t| from_fn(|r| unsafe { _mm512_load_ps(place(t, r)) }));
+    }
     // without avx512vl, and with more pointers, compilers hold some of the sums in memory
-    for at in (0..whole).step_by(16) {
+    let (start, end) = if WHOLE { (0, whole) } else { (part.start, whole.min(part.end)) };
+    for at in (start..end).step_by(16) {
         // SAFETY: at + 16 ≤ whole ≤ the length of every row; prefetching changes nothing.
         unsafe {
-            let b: [_; 4] = std::array::from_fn(|r| _mm512_loadu_ps(w.add(r * stride + at)));
+            let b: [_; 4] = from_fn(|r| _mm512_loadu_ps(w.add(r * stride + at)));
             if ROWS > 1 {
                 for r in 0..4 {
                     _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(r * columns + at).cast());
@@ -103,6 +116,13 @@ pub(super) unsafe fn avx512<const ROWS: usize>(
                 }
             }
         }
+    }
+    if !WHOLE && part.end < columns {
+        for t in 0..ROWS {
+            // SAFETY: the caller's promise.
+            (0..4).for_each(|r| unsafe { _mm512_store_ps(place(t, r), sums[t][r]) });
+        }
+        return [[0.0; 4]; ROWS];
     }
     let mut fours = [_mm512_setzero_ps(); ROWS];
     for t in 0..ROWS {
