@@ -147,7 +147,7 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
             "training.offload: expected auto or none on a GPU or where weights are shared out, got optimizer",
             "the state goes to disk in a process with all weights, on a CPU; training.shard=false makes it one",
         )
-    started_bytes = memory.rss_bytes()
+    started_bytes = planned.started_bytes()
     loaded = base_of(config, device)
     objective = plugins.load("objectives", config.objective.name)
     read = functools.partial(
