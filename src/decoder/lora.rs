@@ -109,12 +109,12 @@ pub(super) fn add_loras(
             // SAFETY: these columns of a row are one task's.
             let part = |row: usize| unsafe { y.part(row * width + begin..row * width + begin + outputs) };
             if some.len() == 1 {
-                path.weighted(&low, rank, &b, outputs, part(start));
+                path.weighted(&low, rank, &b, rank, outputs, part(start));
                 continue;
             }
             let sums = &mut sums[..some.len() * outputs];
             some.clone().zip(sums.chunks_exact_mut(outputs)).for_each(|(row, sums)| sums.copy_from_slice(part(row)));
-            path.weighted(&low, rank, &b, outputs, sums);
+            path.weighted(&low, rank, &b, rank, outputs, sums);
             some.zip(sums.chunks_exact(outputs)).for_each(|(row, sums)| part(row).copy_from_slice(sums));
         }
     });
