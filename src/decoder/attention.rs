@@ -125,20 +125,21 @@ pub fn paged_attention<T: Value, P: Kept>(
         let head = Head { pool, table, layout, head: *head };
         // of a row, the query heads that share a head of keys and values stand side by side
         let at = |query: usize| (query / group * layout.heads + head.head * group + query % group) * layout.head_dim;
-        let spans = queries.clone().map(|query| {
-            let end = rows.positions[query / group] as usize + 1;
-            (window.map_or(0, |window| end.saturating_sub(window)), end)
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.queries.clear();
+            scratch.spans.clear();
+            for query in queries.clone() {
+                scratch.queries.extend(q[at(query)..][..layout.head_dim].iter().map(|value| value.wide() * scale));
+                let end = rows.positions[query / group] as usize + 1;
+                scratch.spans.push((window.map_or(0, |window| end.saturating_sub(window)), end));
+            }
+            head.attend(Path::best(), scratch);
+            for (query, found) in queries.clone().zip(scratch.sums.chunks_exact(layout.head_dim)) {
+                // SAFETY: each query of each head is one task's.
+                let out = unsafe { out.part(at(query)..at(query) + layout.head_dim) };
+                out.iter_mut().zip(found).for_each(|(out, &value)| *out = T::narrow(value));
+            }
         });
-        let mut scaled = Vec::with_capacity(queries.len() * layout.head_dim);
-        for query in queries.clone() {
-            scaled.extend(q[at(query)..][..layout.head_dim].iter().map(|value| value.wide() * scale));
-        }
-        let found = head.attend(Path::best(), &scaled, &spans.collect::<Vec<_>>());
-        for (query, found) in queries.clone().zip(found.chunks_exact(layout.head_dim)) {
-            // SAFETY: each query of each head is one task's.
-            let out = unsafe { out.part(at(query)..at(query) + layout.head_dim) };
-            out.iter_mut().zip(found).for_each(|(out, &value)| *out = T::narrow(value));
-        }
     });
     Ok(())
 }
@@ -147,6 +148,8 @@ pub fn paged_attention<T: Value, P: Kept>(
 const QUERIES: usize = 8 * ROWS;
 /// Positions that are looked at together, by all queries of a task.
 const CHUNK: usize = 64;
+/// Positions that are asked for ahead of a chunk's end.
+const AHEAD: usize = 16;
 
 /// Checks every length and index, so that what follows cannot leave its slices.
 fn check<P: Kept>(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Layout) -> Result<()> {
@@ -193,8 +196,17 @@ fn check<P: Kept>(q: usize, out: usize, pool: usize, rows: Rows<'_>, layout: Lay
 /// What a thread writes before it reads, kept from one task to the next.
 #[derive(Default)]
 struct Scratch {
+    /// Queries `[queries, dim]`, already scaled.
+    queries: Vec<f32>,
+    /// The positions that each sees: from, and to before.
+    spans: Vec<(usize, usize)>,
+    /// What comes of it `[queries, dim]`.
+    sums: Vec<f32>,
+    /// `[queries, positions]`.
     scores: Vec<f32>,
+    /// Keys by columns `[dim, CHUNK]`.
     columns: Vec<f32>,
+    /// Keys or values in float32 `[CHUNK, dim]`.
     wide: Vec<f32>,
 }
 
@@ -211,55 +223,42 @@ struct Head<'a, P> {
 }
 
 impl<P: Kept> Head<'_, P> {
-    /// The sums `[queries, dim]` for queries `[queries, dim]`, already scaled, over their spans of positions.
-    fn attend(&self, path: Path, queries: &[f32], spans: &[(usize, usize)]) -> Vec<f32> {
+    /// The sums for the queries over their spans of positions.
+    fn attend(&self, path: Path, scratch: &mut Scratch) {
+        let Scratch { queries, spans, sums, scores, columns, wide } = scratch;
         let dim = self.layout.head_dim;
         let low = spans.iter().map(|span| span.0).min().unwrap_or(0);
         let high = spans.iter().map(|span| span.1).max().unwrap_or(0);
         let count = high - low;
-        SCRATCH.with_borrow_mut(|scratch| {
-            let Scratch { scores, columns, wide } = scratch;
-            scores.resize(scores.len().max(spans.len() * count), 0.0);
-            columns.resize(dim * CHUNK, 0.0);
-            wide.resize(dim * CHUNK, 0.0);
-            self.attend_with(path, queries, spans, low..high, &mut scores[..spans.len() * count], columns, wide)
-        })
-    }
-
-    /// The same, with room for scores `[queries, positions]`, for keys by columns, and for values in float32.
-    #[allow(clippy::too_many_arguments)]
-    fn attend_with(
-        &self,
-        path: Path,
-        queries: &[f32],
-        spans: &[(usize, usize)],
-        positions: Range<usize>,
-        scores: &mut [f32],
-        columns: &mut [f32],
-        wide: &mut [f32],
-    ) -> Vec<f32> {
-        let (dim, low, high) = (self.layout.head_dim, positions.start, positions.end);
-        let count = high - low;
+        scores.resize(scores.len().max(spans.len() * count), 0.0);
+        let scores = &mut scores[..spans.len() * count];
+        columns.resize(dim * CHUNK, 0.0);
+        wide.resize(dim * CHUNK, 0.0);
         self.chunks(low..high, 0, wide, |positions, keys| {
-            path.transpose(keys, dim, columns, CHUNK);
-            let columns: Vec<&[f32]> = columns.chunks_exact(CHUNK).collect();
             let at = positions.start - low;
+            // columns in memory are worth their while where they are used more than once
+            if spans.len() <= ROWS {
+                return path.scores(queries, keys, positions.len(), dim, &mut scores[at..], count);
+            }
+            path.transpose(&keys[..positions.len()], dim, columns, CHUNK);
+            let columns: Vec<&[f32]> = columns.chunks_exact(CHUNK).collect();
             for (tile, (queries, spans)) in queries.chunks(ROWS * dim).zip(spans.chunks(ROWS)).enumerate() {
                 if spans.iter().all(|span| span.1 <= positions.start || span.0 >= positions.end) {
                     continue;
                 }
                 let mut found = [0.0; ROWS * CHUNK];
-                path.weighted(queries, dim, &columns, CHUNK, &mut found[..spans.len() * CHUNK]);
+                path.weighted(queries, dim, &columns, dim, CHUNK, &mut found[..spans.len() * CHUNK]);
                 for (query, found) in found.chunks_exact(CHUNK).take(spans.len()).enumerate() {
                     let scores = &mut scores[(tile * ROWS + query) * count + at..];
-                    scores[..keys.len()].copy_from_slice(&found[..keys.len()]);
+                    scores[..positions.len()].copy_from_slice(&found[..positions.len()]);
                 }
             }
         });
-        for (scores, &(first, end)) in scores.chunks_exact_mut(count).zip(spans) {
+        for (scores, &(first, end)) in scores.chunks_exact_mut(count).zip(spans.iter()) {
             math::softmax(&mut scores[first - low..end - low]);
         }
-        let mut sums = vec![0.0; spans.len() * dim];
+        sums.clear();
+        sums.resize(spans.len() * dim, 0.0);
         self.chunks(low..high, 1, wide, |positions, values| {
             let tiles = sums.chunks_mut(ROWS * dim).zip(spans.chunks(ROWS)).zip(scores.chunks(ROWS * count));
             for ((sums, spans), shares) in tiles {
@@ -268,24 +267,27 @@ impl<P: Kept> Head<'_, P> {
                     spans.iter().fold((0, usize::MAX), |all, span| (all.0.max(span.0), all.1.min(span.1)));
                 let first = first.clamp(positions.start, positions.end);
                 let common = first..end.clamp(first, positions.end);
-                let part = |from: usize, to: usize| &values[from - positions.start..to - positions.start];
+                let weigh = |shares: &[f32], seen: Range<usize>, sums: &mut [f32]| {
+                    let values = &values[seen.start - positions.start..];
+                    path.weighted(&shares[seen.start - low..], count, values, seen.len(), dim, sums);
+                };
                 let alone = |sums: &mut [f32], from: usize, to: usize| {
                     for (query, (sums, span)) in sums.chunks_exact_mut(dim).zip(spans).enumerate() {
                         let (from, to) = (from.max(span.0), to.min(span.1));
                         if from < to {
-                            path.weighted(&shares[query * count + from - low..], count, part(from, to), dim, sums);
+                            weigh(&shares[query * count..], from..to, sums);
                         }
                     }
                 };
                 alone(sums, positions.start, common.start);
-                path.weighted(&shares[common.start - low..], count, part(common.start, common.end), dim, sums);
+                weigh(shares, common.clone(), sums);
                 alone(sums, common.end, positions.end);
             }
         });
-        sums
     }
 
-    /// Calls `each` with runs of the positions and their keys (`side` 0) or values (1), in order.
+    /// Calls `each` with runs of the positions and their keys (`side` 0) or values (1), in order, and behind those
+    /// perhaps what comes next.
     fn chunks(
         &self,
         positions: Range<usize>,
@@ -293,21 +295,36 @@ impl<P: Kept> Head<'_, P> {
         wide: &mut [f32],
         mut each: impl FnMut(Range<usize>, &[&[f32]]),
     ) {
-        let Layout { layer, block_tokens, head_dim: dim, .. } = self.layout;
-        let (token, page, room) = (self.layout.token::<P>(), self.layout.page::<P>(), P::room(dim));
-        let base = (2 * layer + side) * block_tokens * token + self.head * room;
-        let row = |position: usize| {
-            let start = self.table[position / block_tokens] as usize * page + base;
-            &self.pool[start + position % block_tokens * token..][..room]
-        };
         for start in positions.clone().step_by(CHUNK) {
-            let (mut kept, mut rows): ([&[P]; CHUNK], [&[f32]; CHUNK]) = ([&[]; CHUNK], [&[]; CHUNK]);
             let end = positions.end.min(start + CHUNK);
-            let count = end - start;
-            kept.iter_mut().zip(start..end).for_each(|(kept, position)| *kept = row(position));
-            P::widen(&kept[..count], dim, wide, &mut rows[..count]);
-            each(start..end, &rows[..count]);
+            let (mut kept, mut rows): ([&[P]; CHUNK + AHEAD], [&[f32]; CHUNK]) = ([&[]; CHUNK + AHEAD], [&[]; CHUNK]);
+            let mut count = 0;
+            let mut add = |place| {
+                kept[count] = place;
+                count += 1;
+            };
+            self.places(start..end, side).for_each(&mut add);
+            if end < positions.end {
+                self.places(end..positions.end.min(end + AHEAD), side).for_each(add);
+            } else if side == 0 {
+                self.places(positions.start..positions.end.min(positions.start + AHEAD), 1).for_each(add);
+            }
+            each(start..end, P::widen(&kept[..count], end - start, self.layout.head_dim, wide, &mut rows));
         }
+    }
+
+    /// Where the keys (`side` 0) or values (1) of some positions are, in order.
+    fn places(&self, positions: Range<usize>, side: usize) -> impl Iterator<Item = &[P]> {
+        let Layout { layer, block_tokens, head_dim, .. } = self.layout;
+        let (token, page, room) = (self.layout.token::<P>(), self.layout.page::<P>(), P::room(head_dim));
+        let base = (2 * layer + side) * block_tokens * token + self.head * room;
+        let blocks = positions.start / block_tokens..positions.end.div_ceil(block_tokens);
+        blocks.flat_map(move |block| {
+            let begin = block * block_tokens;
+            let slots = positions.start.max(begin) - begin..(positions.end - begin).min(block_tokens);
+            let start = self.table[block] as usize * page + base + slots.start * token;
+            self.pool[start..].chunks(token).take(slots.len()).map(move |place| &place[..room])
+        })
     }
 }
 

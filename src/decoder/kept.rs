@@ -21,9 +21,15 @@ pub trait Kept: Pod + Send + Sync {
     fn room(count: usize) -> usize;
     /// Writes a head's numbers to its place of [`Kept::room`] elements.
     fn keep(numbers: &[f32], place: &mut [Self]);
-    /// The numbers of several heads of `dim`, one slice each; `room` has `dim` numbers for each, and is used where they are
-    /// not there already.
-    fn widen<'a>(heads: &[&'a [Self]], dim: usize, room: &'a mut [f32], numbers: &mut [&'a [f32]]);
+    /// The numbers of the first `count` heads of `dim`, one slice each; `room` has `dim` numbers for each, and is used
+    /// where they are not there already. Where they are, those of the other heads may follow.
+    fn widen<'a, 'b>(
+        heads: &'b [&'a [Self]],
+        count: usize,
+        dim: usize,
+        room: &'a mut [f32],
+        numbers: &'b mut [&'a [f32]],
+    ) -> &'b [&'a [f32]];
 }
 
 impl Kept for f32 {
@@ -33,8 +39,14 @@ impl Kept for f32 {
     fn keep(numbers: &[f32], place: &mut [Self]) {
         place.copy_from_slice(numbers);
     }
-    fn widen<'a>(heads: &[&'a [Self]], _dim: usize, _room: &'a mut [f32], numbers: &mut [&'a [f32]]) {
-        numbers.copy_from_slice(heads);
+    fn widen<'a, 'b>(
+        heads: &'b [&'a [Self]],
+        _count: usize,
+        _dim: usize,
+        _room: &'a mut [f32],
+        _numbers: &'b mut [&'a [f32]],
+    ) -> &'b [&'a [f32]] {
+        heads
     }
 }
 
@@ -45,11 +57,19 @@ impl Kept for half::bf16 {
     fn keep(numbers: &[f32], place: &mut [Self]) {
         place.iter_mut().zip(numbers).for_each(|(place, &number)| *place = Self::from_f32(number));
     }
-    fn widen<'a>(heads: &[&'a [Self]], dim: usize, room: &'a mut [f32], numbers: &mut [&'a [f32]]) {
-        for ((head, room), numbers) in heads.iter().zip(room.chunks_exact_mut(dim)).zip(numbers) {
+    fn widen<'a, 'b>(
+        heads: &'b [&'a [Self]],
+        count: usize,
+        dim: usize,
+        room: &'a mut [f32],
+        numbers: &'b mut [&'a [f32]],
+    ) -> &'b [&'a [f32]] {
+        let numbers = &mut numbers[..count];
+        for ((head, room), numbers) in heads.iter().zip(room.chunks_exact_mut(dim)).zip(&mut *numbers) {
             room.iter_mut().zip(*head).for_each(|(room, kept)| *room = f32::from_bits(u32::from(kept.to_bits()) << 16));
             *numbers = room;
         }
+        numbers
     }
 }
 
@@ -60,12 +80,19 @@ impl Kept for u8 {
     fn keep(numbers: &[f32], place: &mut [Self]) {
         math::encode(numbers, place);
     }
-    fn widen<'a>(heads: &[&'a [Self]], dim: usize, room: &'a mut [f32], numbers: &mut [&'a [f32]]) {
-        let room = &mut room[..heads.len() * dim];
-        math::decode(heads, dim, room);
+    fn widen<'a, 'b>(
+        heads: &'b [&'a [Self]],
+        count: usize,
+        dim: usize,
+        room: &'a mut [f32],
+        numbers: &'b mut [&'a [f32]],
+    ) -> &'b [&'a [f32]] {
+        let (room, numbers) = (&mut room[..count * dim], &mut numbers[..count]);
+        math::decode(&heads[..count], dim, room);
         for (numbers, room) in numbers.iter_mut().zip(room.chunks_exact(dim)) {
             *numbers = room;
         }
+        numbers
     }
 }
 
@@ -85,7 +112,7 @@ mod tests {
             let mut place = vec![0; u8::room(numbers.len())];
             u8::keep(&numbers, &mut place);
             let (mut room, mut found) = (vec![0.0; numbers.len()], [&[][..]]);
-            u8::widen(&[&place], numbers.len(), &mut room, &mut found);
+            u8::widen(&[&place], 1, numbers.len(), &mut room, &mut found);
             for (numbers, found) in numbers.chunks(BLOCK).zip(found[0].chunks(BLOCK)) {
                 let largest = numbers.iter().fold(0.0f32, |largest, number| largest.max(number.abs()));
                 for (number, found) in numbers.iter().zip(found) {
@@ -103,7 +130,7 @@ mod tests {
             numbers[33] = bad;
             u8::keep(&numbers, &mut place);
             let (mut room, mut found) = ([0.0; 34], [&[][..]]);
-            u8::widen(&[&place], 34, &mut room, &mut found);
+            u8::widen(&[&place], 1, 34, &mut room, &mut found);
             assert!(found[0][..32].iter().all(|&number| (number - 1.0f32).abs() < 1e-6) && found[0][33].is_nan());
         }
         let mut place = vec![7; u8::room(3)];

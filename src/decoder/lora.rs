@@ -13,6 +13,7 @@
 //!
 //! Source: Chen et al., Punica: Multi-Tenant LoRA Serving, 2023, arXiv 2310.18547.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
@@ -72,7 +73,24 @@ impl<'a> Added<'_, 'a> {
 /// Rows of a task: few, so that both a batch of single tokens and a long prompt make work for all threads.
 const TASK_ROWS: usize = 32;
 
+/// What a thread writes before it reads, kept from one task to the next.
+#[derive(Default)]
+struct Scratch {
+    /// Rows of x that are not neighbours.
+    x: Vec<f32>,
+    /// scale · A x.
+    low: Vec<f32>,
+    /// Rows of y.
+    sums: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 /// Adds what the adapters of the spans add to layers with so many `outputs`, side by side in y `[T, Σ outputs]`.
+///
+/// Rows under one adapter are computed together wherever they are in the batch: its matrices are read once for them.
 pub(super) fn add_loras(
     team: &Team,
     outputs: impl Iterator<Item = usize>,
@@ -81,19 +99,25 @@ pub(super) fn add_loras(
     spans: &[(i32, usize, usize)],
     y: &mut [f32],
 ) {
+    let known = spans.iter().filter(|(adapter, ..)| added.loras.contains_key(adapter));
+    let mut order: Vec<(i32, usize)> =
+        known.flat_map(|&(adapter, first, end)| (first..end).map(move |row| (adapter, row))).collect();
+    if order.is_empty() {
+        return;
+    }
+    order.sort_unstable();
     let (mut tasks, mut width) = (Vec::new(), 0);
     for (number, outputs) in outputs.enumerate() {
-        for &(adapter, first, end) in spans {
-            let Some(lora) = added.get(adapter, number) else { continue };
-            let pieces = (first..end).step_by(TASK_ROWS);
-            tasks.extend(pieces.map(|start| (lora, start..end.min(start + TASK_ROWS), width)));
+        for rows in order.chunk_by(|one, other| one.0 == other.0) {
+            let Some(lora) = added.get(rows[0].0, number) else { continue };
+            tasks.extend(rows.chunks(TASK_ROWS).map(|rows| (lora, rows, width)));
         }
         width += outputs;
     }
     let (path, y) = (Path::best(), Shared::new(y));
     team.each(tasks.len(), &|index| {
         let (lora, rows, begin) = &tasks[index];
-        let (rank, outputs) = (lora.a.len() / lora.inputs, lora.outputs);
+        let (rank, inputs, outputs) = (lora.a.len() / lora.inputs, lora.inputs, lora.outputs);
         let turned: Vec<f32>;
         let b = if lora.by_columns {
             lora.b
@@ -102,27 +126,38 @@ pub(super) fn add_loras(
             &turned
         };
         let b: Vec<&[f32]> = b.chunks_exact(outputs).collect();
-        let mut sums = vec![0.0; if rows.len() > 1 { ROWS.min(rows.len()) * outputs } else { 0 }];
-        for start in rows.clone().step_by(ROWS) {
-            let some = start..rows.end.min(start + ROWS);
-            let low = low(path, lora, rank, &x[some.start * lora.inputs..some.end * lora.inputs]);
-            // SAFETY: these columns of a row are one task's.
-            let part = |row: usize| unsafe { y.part(row * width + begin..row * width + begin + outputs) };
-            if some.len() == 1 {
-                path.weighted(&low, rank, &b, outputs, part(start));
-                continue;
+        SCRATCH.with_borrow_mut(|scratch| {
+            for rows in rows.chunks(ROWS) {
+                let (first, last) = (rows[0].1, rows[rows.len() - 1].1);
+                let x = if last - first == rows.len() - 1 {
+                    &x[first * inputs..(last + 1) * inputs]
+                } else {
+                    scratch.x.clear();
+                    rows.iter().for_each(|&(_, row)| scratch.x.extend_from_slice(&x[row * inputs..][..inputs]));
+                    &scratch.x
+                };
+                low(path, lora, rank, x, &mut scratch.low);
+                // SAFETY: these columns of a row are one task's.
+                let part = |row: usize| unsafe { y.part(row * width + begin..row * width + begin + outputs) };
+                if let [(_, row)] = rows {
+                    path.weighted(&scratch.low, rank, &b, rank, outputs, part(*row));
+                    continue;
+                }
+                scratch.sums.clear();
+                rows.iter().for_each(|&(_, row)| scratch.sums.extend_from_slice(part(row)));
+                path.weighted(&scratch.low, rank, &b, rank, outputs, &mut scratch.sums);
+                for (&(_, row), sums) in rows.iter().zip(scratch.sums.chunks_exact(outputs)) {
+                    part(row).copy_from_slice(sums);
+                }
             }
-            let sums = &mut sums[..some.len() * outputs];
-            some.clone().zip(sums.chunks_exact_mut(outputs)).for_each(|(row, sums)| sums.copy_from_slice(part(row)));
-            path.weighted(&low, rank, &b, outputs, sums);
-            some.zip(sums.chunks_exact(outputs)).for_each(|(row, sums)| part(row).copy_from_slice(sums));
-        }
+        });
     });
 }
 
 /// scale · A x for a few rows `[up to ROWS, in]`: `[rows, rank]`.
-fn low(path: Path, lora: &Lora<'_>, rank: usize, x: &[f32]) -> Vec<f32> {
-    let mut low = vec![0.0; x.len() / lora.inputs * rank];
+fn low(path: Path, lora: &Lora<'_>, rank: usize, x: &[f32], low: &mut Vec<f32>) {
+    low.clear();
+    low.resize(x.len() / lora.inputs * rank, 0.0);
     let mut found = [[0.0; 4]; ROWS];
     for first in (0..rank).step_by(4) {
         let rows = &lora.a[first * lora.inputs..rank.min(first + 4) * lora.inputs];
@@ -131,7 +166,6 @@ fn low(path: Path, lora: &Lora<'_>, rank: usize, x: &[f32]) -> Vec<f32> {
             low[first..].iter_mut().zip(found).for_each(|(low, found)| *low = lora.scale * found);
         }
     }
-    low
 }
 
 /// B `[out, rank]` as `[rank, out]`.
@@ -188,9 +222,10 @@ mod tests {
             adapters.collect()
         };
         let width: usize = outputs.iter().sum();
-        let spans = [(3, 0, 1), (-1, 1, 4), (8, 4, 12), (9, 12, 52), (77, 52, 53)];
-        let x = numbers(53 * inputs, 1);
-        let before = numbers(53 * width, 2);
+        let spans =
+            [(3, 0, 1), (-1, 1, 4), (8, 4, 12), (9, 12, 52), (77, 52, 53), (3, 53, 54), (9, 54, 57), (3, 57, 58)];
+        let x = numbers(58 * inputs, 1);
+        let before = numbers(58 * width, 2);
         let run = |loras: &HashMap<i32, Vec<Option<Lora<'_>>>>, x: &[f32], spans: &[(i32, usize, usize)], y: &[f32]| {
             let mut y = y.to_vec();
             Team::run(|team| add_loras(team, outputs.into_iter(), Added { loras, first: 0 }, x, spans, &mut y));

@@ -154,9 +154,13 @@ dispatched! {
             }
         }
         let mut sum = lanes.iter().sum::<f32>();
-        for score in rest {
-            *score = exp(*score - largest);
-            sum += *score;
+        // all lanes at once; what is in those without a score is not looked at
+        let mut last = [0.0f32; 16];
+        last[..rest.len()].copy_from_slice(rest);
+        last.iter_mut().for_each(|score| *score = exp(*score - largest));
+        for (score, last) in rest.iter_mut().zip(last) {
+            *score = last;
+            sum += last;
         }
         let inverse = 1.0 / sum;
         scores.iter_mut().for_each(|score| *score *= inverse);

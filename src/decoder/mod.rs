@@ -14,6 +14,7 @@ pub(crate) mod math;
 pub mod pages;
 pub mod step;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -258,36 +259,34 @@ impl<'a> Layers<'a> {
             head_dim: self.head_dim,
         };
         let slots = slots::<P>(batch.rows, layout, pool.len())?;
-        let (room, half_page) = (P::room(self.head_dim), block_tokens * layout.token::<P>());
-        let (mut h, mut more) = (vec![0.0; count * self.width], vec![0.0; count * self.width]);
-        let mut qkv = vec![0.0; count * (q + 2 * kv)];
-        let (mut queries, mut mixed) = (vec![0.0; count * q], vec![0.0; count * q]);
-        let mut gate_up = vec![0.0; count * 2 * self.inner];
-        let mut acted = vec![0.0; count * self.inner];
+        let (place_room, half_page) = (P::room(self.head_dim), block_tokens * layout.token::<P>());
+        let sizes = [self.width, self.width, q + 2 * kv, q, q, 2 * self.inner, self.inner].map(|size| count * size);
+        let mut room = Room::of(sizes.iter().sum());
+        let [h, more, qkv, queries, mixed, gate_up, acted] = room.parts(sizes);
         if let Some(first) = self.layers.first() {
-            self.add_and_norm(team, None, Some(first.norms[0]), x, &mut h);
+            self.add_and_norm(team, None, Some(first.norms[0]), x, h);
         }
         for (index, layer) in self.layers.iter().enumerate() {
             layout.layer = index;
             let first = index * LINEARS;
-            apply(team, &layer.qkv, self.added(first), &h, batch.spans, &mut qkv)?;
-            self.turn(team, layer, batch, &mut qkv, &mut queries);
+            apply(team, &layer.qkv, self.added(first), h, batch.spans, qkv)?;
+            self.turn(team, layer, batch, qkv, queries);
             for (parts, slot) in qkv.chunks_exact(q + 2 * kv).zip(&slots) {
                 let at = slot + index * 2 * half_page;
                 for (side, numbers) in [&parts[q..q + kv], &parts[q + kv..]].into_iter().enumerate() {
-                    let places = pool[at + side * half_page..].chunks_exact_mut(room);
+                    let places = pool[at + side * half_page..].chunks_exact_mut(place_room);
                     numbers.chunks_exact(self.head_dim).zip(places).for_each(|(head, place)| P::keep(head, place));
                 }
             }
             let scale = (self.head_dim as f32).powf(-0.5);
-            paged_attention(team, &queries, pool, batch.rows, layout, scale, layer.window, &mut mixed)?;
-            apply(team, std::slice::from_ref(&layer.o), self.added(first + 3), &mixed, batch.spans, &mut more)?;
-            self.add_and_norm(team, Some(&more), Some(layer.norms[1]), x, &mut h);
-            apply(team, &layer.gate_up, self.added(first + 4), &h, batch.spans, &mut gate_up)?;
-            swiglu(team, self.inner, &gate_up, &mut acted);
-            apply(team, std::slice::from_ref(&layer.down), self.added(first + 6), &acted, batch.spans, &mut more)?;
+            paged_attention(team, queries, pool, batch.rows, layout, scale, layer.window, mixed)?;
+            apply(team, std::slice::from_ref(&layer.o), self.added(first + 3), mixed, batch.spans, more)?;
+            self.add_and_norm(team, Some(more), Some(layer.norms[1]), x, h);
+            apply(team, &layer.gate_up, self.added(first + 4), h, batch.spans, gate_up)?;
+            swiglu(team, self.inner, gate_up, acted);
+            apply(team, std::slice::from_ref(&layer.down), self.added(first + 6), acted, batch.spans, more)?;
             let next = self.layers.get(index + 1).map(|next| next.norms[0]);
-            self.add_and_norm(team, Some(&more), next, x, &mut h);
+            self.add_and_norm(team, Some(more), next, x, h);
         }
         Ok(())
     }
@@ -361,6 +360,46 @@ impl<'a> Layers<'a> {
         let spans: Vec<_> = spans.iter().map(|&(adapter, first, end)| (adapter, before(first), before(end))).collect();
         let added = self.added(self.layers.len() * LINEARS);
         apply(team, std::slice::from_ref(&head.linear), added, &h, &spans, logits)
+    }
+}
+
+/// Numbers between a layer's steps. A thread keeps those of a short step for the next one: fresh memory comes from the
+/// system page by page, each of them cleared.
+struct Room(Vec<f32>);
+
+/// Numbers that a thread keeps at most.
+const KEPT_ROOM: usize = 1 << 22;
+
+thread_local! {
+    static ROOM: RefCell<Vec<f32>> = RefCell::default();
+}
+
+impl Room {
+    /// At least so many numbers, of any value.
+    fn of(count: usize) -> Self {
+        let mut kept = ROOM.take();
+        if kept.len() < count {
+            kept = vec![0.0; count];
+        }
+        Self(kept)
+    }
+
+    /// Parts of these sizes.
+    fn parts<const N: usize>(&mut self, sizes: [usize; N]) -> [&mut [f32]; N] {
+        let mut rest = &mut self.0[..];
+        sizes.map(|size| {
+            let part;
+            (part, rest) = std::mem::take(&mut rest).split_at_mut(size);
+            part
+        })
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if self.0.len() <= KEPT_ROOM {
+            ROOM.set(std::mem::take(&mut self.0));
+        }
     }
 }
 

@@ -13,6 +13,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::constraint::Constraint;
 use super::sampling::Sampling;
+use crate::decoder::math::dispatched;
+#[cfg(target_arch = "x86_64")]
+use crate::quant::matmul::Path;
 use crate::{Error, Result};
 
 /// A chosen token and, if asked for, log-probabilities under the model.
@@ -169,25 +172,39 @@ impl Sampler {
 }
 
 fn check(logits: &[f32]) -> Result<()> {
-    // without a way out of the loop: several are looked at together
-    let numbers = logits.iter().fold(true, |numbers, &logit| numbers & (logit < f32::INFINITY));
-    if numbers && largest(logits) > f32::NEG_INFINITY {
+    let mut found = (0.0, false);
+    survey(logits, &mut found);
+    if !found.1 && found.0 < f32::INFINITY && found.0 > f32::NEG_INFINITY {
         return Ok(());
     }
     Err(Error::failure("the model's logits are not finite numbers")
         .hint("the weights or an adapter hold NaN or infinite values"))
 }
 
-/// The largest of numbers that are not NaN.
-fn largest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (whole, rest) = logits.as_chunks::<16>();
-    for chunk in whole {
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane = if logit > *lane { logit } else { *lane };
+dispatched! {
+    /// The largest of the logits that are numbers, and whether there are others.
+    survey(logits: &[f32], found: &mut (f32, bool)) {
+        let (mut largest, mut others) = ([f32::NEG_INFINITY; 64], [0u32; 64]);
+        let (whole, rest) = logits.as_chunks::<64>();
+        for logits in whole {
+            for lane in 0..64 {
+                largest[lane] = if logits[lane] > largest[lane] { logits[lane] } else { largest[lane] };
+                others[lane] |= u32::from(logits[lane].is_nan());
+            }
         }
+        found.0 = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |largest, &logit| largest.max(logit));
+        found.1 = others.iter().any(|&others| others > 0) || rest.iter().any(|logit| logit.is_nan());
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |largest, &logit| largest.max(logit))
+}
+
+dispatched! {
+    /// The first place of a number, or 0.
+    position(logits: &[f32], number: f32, found: &mut usize) {
+        // without a way out of a chunk, all of it is looked at together
+        let here = |chunk: &[f32]| chunk.iter().fold(0, |here, &logit| here | u32::from(logit == number)) > 0;
+        let begin = 256 * logits.chunks(256).position(here).unwrap_or(0);
+        *found = begin + logits[begin..].iter().position(|&logit| logit == number).unwrap_or(0);
+    }
 }
 
 /// Larger weights first, and the smaller id among equals.
@@ -197,8 +214,10 @@ fn descending(a: &(f64, u32), b: &(f64, u32)) -> Ordering {
 
 /// The id of the largest logit, the smallest id among equals.
 fn likeliest(logits: &[f32]) -> u32 {
-    let largest = largest(logits);
-    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
+    let (mut found, mut place) = ((0.0, false), 0);
+    survey(logits, &mut found);
+    position(logits, found.0, &mut place);
+    place as u32
 }
 
 /// Keeps the `count` largest, sorted.
@@ -329,6 +348,32 @@ mod tests {
     }
 
     proptest! {
+        /// The first of the largest is found wherever it is, and what is not a number, too.
+        #[test]
+        fn every_place_is_looked_at(
+            // few values, so that there are equals
+            logits in prop::collection::vec((-9i8..9).prop_map(f32::from), 1..700),
+            place: prop::sample::Index,
+        ) {
+            let mut first = 0;
+            for (id, &logit) in logits.iter().enumerate() {
+                if logit > logits[first] {
+                    first = id;
+                }
+            }
+            let mut sampler = sampler(|s| s.temperature = 0.0);
+            prop_assert_eq!(sampler.choose(&logits).unwrap().token, first as u32);
+            let place = place.index(logits.len());
+            for (value, fails) in [(10.0, false), (f32::NAN, true), (f32::INFINITY, true)] {
+                let mut logits = logits.clone();
+                logits[place] = value;
+                match sampler.choose(&logits) {
+                    Ok(choice) => prop_assert!(!fails && choice.token == place as u32),
+                    Err(_) => prop_assert!(fails),
+                }
+            }
+        }
+
         /// Top-k, top-p and min-p keep what their definitions say, on any logits.
         #[test]
         fn kept_tokens_are_those_of_the_definitions(

@@ -40,6 +40,21 @@ pub enum Path {
     Avx512,
 }
 
+/// The function for the number of rows.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_count {
+    ($count:expr, $name:ident $given:tt) => {
+        match $count {
+            1 => x86::$name::<1> $given,
+            2 => x86::$name::<2> $given,
+            3 => x86::$name::<3> $given,
+            4 => x86::$name::<4> $given,
+            5 => x86::$name::<5> $given,
+            _ => x86::$name::<6> $given,
+        }
+    };
+}
+
 impl Path {
     /// All that this machine has, the best last.
     pub fn all() -> Vec<Self> {
@@ -177,46 +192,70 @@ impl Path {
         }
     }
 
-    /// sums[t] += Σ_s shares[t · stride + s] · values[s], in the order of s, fused; sums `[up to ROWS, width]`.
+    /// sums[t] += Σ_s shares[t · stride + s] · values[s] over s < `count`, in the order of s, fused; sums
+    /// `[up to ROWS, width]`.
     ///
-    /// Panics where lengths don't agree.
+    /// Values behind these are likely to come next. Panics where lengths don't agree.
     #[inline]
-    pub fn weighted(self, shares: &[f32], stride: usize, values: &[&[f32]], width: usize, sums: &mut [f32]) {
-        if width == 0 || values.is_empty() || sums.is_empty() {
+    pub fn weighted(
+        self,
+        shares: &[f32],
+        stride: usize,
+        values: &[&[f32]],
+        count: usize,
+        width: usize,
+        sums: &mut [f32],
+    ) {
+        if width == 0 || count == 0 || sums.is_empty() {
             return;
         }
-        let count = sums.len() / width;
-        assert!(count <= ROWS && sums.len() == count * width && values.iter().all(|value| value.len() >= width));
-        assert!(shares.len() >= (count - 1) * stride + values.len());
-        /// The function for the number of rows.
-        #[cfg(target_arch = "x86_64")]
-        macro_rules! by_count {
-            ($name:ident) => {
-                // SAFETY: the machine has the features (`all`); lengths were checked.
-                unsafe {
-                    match count {
-                        1 => x86::$name::<1>(shares, stride, values, width, sums),
-                        2 => x86::$name::<2>(shares, stride, values, width, sums),
-                        3 => x86::$name::<3>(shares, stride, values, width, sums),
-                        4 => x86::$name::<4>(shares, stride, values, width, sums),
-                        5 => x86::$name::<5>(shares, stride, values, width, sums),
-                        _ => x86::$name::<6>(shares, stride, values, width, sums),
-                    }
-                }
-            };
-        }
+        let rows = sums.len() / width;
+        assert!(rows <= ROWS && sums.len() == rows * width && shares.len() >= (rows - 1) * stride + count);
+        assert!(count <= values.len() && values[..count].iter().all(|value| value.len() >= width));
         match self {
             Self::Portable => {
                 for (t, sums) in sums.chunks_exact_mut(width).enumerate() {
-                    for (share, value) in shares[t * stride..].iter().zip(values) {
+                    for (share, value) in shares[t * stride..].iter().zip(&values[..count]) {
                         sums.iter_mut().zip(*value).for_each(|(sum, value)| *sum = share.mul_add(*value, *sum));
                     }
                 }
             }
+            // SAFETY: the machine has the features (`all`); lengths were checked.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => by_count!(avx2_weighted),
+            Self::Avx2 => unsafe { by_count!(rows, avx2_weighted(shares, stride, &values[..count], width, sums)) },
+            // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => by_count!(avx512_weighted),
+            Self::Avx512 => unsafe { by_count!(rows, avx512_weighted(shares, stride, values, count, width, sums)) },
+        }
+    }
+
+    /// out[t · stride + s] = Σ_d queries[t · width + d] · keys[s][d] for s < `count`, in the order of d, fused; queries
+    /// `[up to ROWS, width]`.
+    ///
+    /// The same numbers as [`Path::weighted`] has for the keys turned around ([`Path::transpose`]), without writing those
+    /// anywhere. Keys behind these are likely to come next. Panics where lengths don't agree.
+    #[inline]
+    pub fn scores(self, queries: &[f32], keys: &[&[f32]], count: usize, width: usize, out: &mut [f32], stride: usize) {
+        if width == 0 || count == 0 || queries.is_empty() {
+            return;
+        }
+        let rows = queries.len() / width;
+        assert!(rows <= ROWS && queries.len() == rows * width && out.len() >= (rows - 1) * stride + count);
+        assert!(count <= keys.len() && keys[..count].iter().all(|key| key.len() >= width));
+        match self {
+            Self::Portable => {
+                for (t, query) in queries.chunks_exact(width).enumerate() {
+                    for (out, key) in out[t * stride..].iter_mut().zip(&keys[..count]) {
+                        *out = rest(query, &key[..width]);
+                    }
+                }
+            }
+            // SAFETY: the machine has the features (`all`); lengths were checked.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { by_count!(rows, avx2_scores(queries, &keys[..count], width, out, stride)) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { by_count!(rows, avx512_scores(queries, keys, count, width, out, stride)) },
         }
     }
 
@@ -227,9 +266,24 @@ impl Path {
         assert!(rows.len() <= stride && out.len() >= width * stride && rows.iter().all(|row| row.len() >= width));
         let mut whole = (0, 0);
         #[cfg(target_arch = "x86_64")]
+        if self == Self::Avx512 {
+            whole = (rows.len() / 16 * 16, width / 8 * 8);
+            for s in (0..whole.0).step_by(16) {
+                for d in (0..whole.1).step_by(8) {
+                    // SAFETY: the machine has the features (`all`); sixteen rows from s on have eight numbers from d on,
+                    // and eight rows of `out` room for sixteen.
+                    unsafe {
+                        let from = std::array::from_fn(|i| rows[s + i].as_ptr().add(d));
+                        x86::transpose_16x8(from, out.as_mut_ptr().add(d * stride + s), stride);
+                    }
+                }
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
         if self != Self::Portable {
+            let first = whole.0;
             whole = (rows.len() / 8 * 8, width / 8 * 8);
-            for s in (0..whole.0).step_by(8) {
+            for s in (first..whole.0).step_by(8) {
                 for d in (0..whole.1).step_by(8) {
                     // SAFETY: the machine has AVX (`all`); eight rows from s on have eight numbers from d on, and so has
                     // `out` in eight of its rows.

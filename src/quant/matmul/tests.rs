@@ -118,22 +118,59 @@ proptest! {
     fn weighted_sums_have_the_same_bits_on_every_path(
         count in 1usize..=ROWS,
         values in 0usize..9,
+        behind in 0usize..20,
         more in 0usize..3,
         width in 0usize..150,
         seed: u64,
     ) {
         let stride = values + more;
         let (shares, start) = (noise(count * stride, seed), noise(count * width, seed + 1));
-        let rows: Vec<Vec<f32>> = (0..values).map(|s| noise(width, seed + 2 + s as u64)).collect();
+        let rows: Vec<Vec<f32>> = (0..values + behind).map(|s| noise(width, seed + 2 + s as u64)).collect();
         let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
         let expected: Vec<f32> = (0..count * width).map(|index| {
             let (t, at) = (index / width, index % width);
-            rows.iter().enumerate().fold(start[index], |sum, (s, row)| shares[t * stride + s].mul_add(row[at], sum))
+            let values = rows[..values].iter().enumerate();
+            values.fold(start[index], |sum, (s, row)| shares[t * stride + s].mul_add(row[at], sum))
         }).collect();
         for path in Path::all() {
             let mut found = start.clone();
-            path.weighted(&shares, stride, &rows, width, &mut found);
+            path.weighted(&shares, stride, &rows, values, width, &mut found);
             prop_assert_eq!(&found, &expected, "{:?}", path);
+        }
+    }
+
+    #[test]
+    fn scores_are_the_weighted_sums_of_columns_on_every_path(
+        count in 1usize..=ROWS,
+        keys in 0usize..70,
+        behind in 0usize..20,
+        more in 0usize..3,
+        width in 0usize..40,
+        seed: u64,
+    ) {
+        let stride = keys + more;
+        let (queries, start) = (noise(count * width, seed), noise(count * stride, seed + 1));
+        let rows: Vec<Vec<f32>> = (0..keys + behind).map(|s| noise(width, seed + 2 + s as u64)).collect();
+        let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let mut expected = start.clone();
+        for (t, expected) in expected.chunks_exact_mut(stride.max(1)).enumerate().filter(|_| width > 0) {
+            for (expected, key) in expected.iter_mut().zip(&rows[..keys]) {
+                let query = queries[t * width..][..width].iter();
+                *expected = query.zip(*key).fold(0.0, |sum, (query, key)| query.mul_add(*key, sum));
+            }
+        }
+        for path in Path::all() {
+            let mut found = start.clone();
+            path.scores(&queries, &rows, keys, width, &mut found, stride);
+            prop_assert_eq!(&found, &expected, "{:?}", path);
+            let mut columns = vec![0.0; width * stride];
+            path.transpose(&rows[..keys], width, &mut columns, stride);
+            let columns: Vec<&[f32]> = columns.chunks_exact(stride.max(1)).collect();
+            let mut sums = vec![0.0; count * stride];
+            path.weighted(&queries, width, &columns, columns.len(), stride, &mut sums);
+            for (t, sums) in sums.chunks_exact(stride.max(1)).enumerate().filter(|_| width > 0) {
+                prop_assert_eq!(&sums[..keys], &found[t * stride..][..keys], "{:?}", path);
+            }
         }
     }
 }

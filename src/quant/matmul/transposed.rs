@@ -56,7 +56,7 @@ pub fn matmul_transposed_by(path: Path, team: &Team, matrix: Matrix<'_>, dy: &[f
             for t in (task * run..end).step_by(ROWS) {
                 // SAFETY: these rows of dx are this task's alone.
                 let sums = unsafe { dx.part(t * columns..end.min(t + ROWS) * columns) };
-                path.weighted(&dy[t * rows + first..], rows, &w, columns, sums);
+                path.weighted(&dy[t * rows + first..], rows, &w, w.len(), columns, sums);
             }
         });
     };

@@ -150,15 +150,21 @@ pub(super) unsafe fn avx512<const ROWS: usize, const WHOLE: bool>(
     out
 }
 
-/// sums[t] += Σ_s shares[t · stride + s] · values[s] for ROWS rows of sums, all of them and all values `width` wide.
+/// Rows that are asked for before they are used: the parts of rows that a head has are so short that the processor by
+/// itself sees too short a way ahead to hide the memory's latency.
+const AHEAD: usize = 16;
+
+/// sums[t] += Σ_s shares[t · stride + s] · values[s] for ROWS rows of sums, all of them and all values `width` wide; values
+/// behind the first `count` are asked for meanwhile.
 ///
 /// # Safety
-/// Every t · stride + s is inside `shares`, every value has `width` numbers, and sums ROWS × `width`.
+/// There are `count` values, every t · stride + s is inside `shares`, every value has `width` numbers, and sums ROWS × `width`.
 #[target_feature(enable = "avx512f,avx512vl")]
 pub(super) unsafe fn avx512_weighted<const ROWS: usize>(
     shares: &[f32],
     stride: usize,
     values: &[&[f32]],
+    count: usize,
     width: usize,
     sums: &mut [f32],
 ) {
@@ -167,14 +173,14 @@ pub(super) unsafe fn avx512_weighted<const ROWS: usize>(
     unsafe {
         let mut at = 0;
         while at + 64 <= width {
-            avx512_columns::<ROWS, 4>(shares, stride, values, width, sums.add(at), at);
+            avx512_columns::<ROWS, 4>(shares, stride, values, count, width, sums.add(at), at);
             at += 64;
         }
         while at + 16 <= width {
-            avx512_columns::<ROWS, 1>(shares, stride, values, width, sums.add(at), at);
+            avx512_columns::<ROWS, 1>(shares, stride, values, count, width, sums.add(at), at);
             at += 16;
         }
-        last_columns::<ROWS>(shares, stride, values, width, sums, at);
+        last_columns::<ROWS>(shares, stride, &values[..count], width, sums, at);
     }
 }
 
@@ -184,6 +190,7 @@ unsafe fn avx512_columns<const ROWS: usize, const VECTORS: usize>(
     shares: &[f32],
     stride: usize,
     values: &[&[f32]],
+    count: usize,
     width: usize,
     sums: *mut f32,
     at: usize,
@@ -196,7 +203,11 @@ unsafe fn avx512_columns<const ROWS: usize, const VECTORS: usize>(
                 *found = _mm512_loadu_ps(sums.add(t * width + 16 * v));
             }
         }
-        for (s, value) in values.iter().enumerate() {
+        for (s, value) in values[..count].iter().enumerate() {
+            if let Some(next) = values.get(s + AHEAD) {
+                let next = next.as_ptr().wrapping_add(at);
+                (0..VECTORS).for_each(|v| _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(16 * v).cast()));
+            }
             let value = value.as_ptr().add(at);
             let value: [_; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(value.add(16 * v)));
             for (t, found) in found.iter_mut().enumerate() {
@@ -275,12 +286,168 @@ unsafe fn last_columns<const ROWS: usize>(
     }
 }
 
+/// out[t · stride + s] = Σ_d queries[t · width + d] · keys[s][d] for ROWS queries, all of them and all keys `width` wide;
+/// keys behind the first `count` are asked for meanwhile.
+///
+/// Sixteen keys are turned into columns in registers, eight numbers at a time.
+///
+/// # Safety
+/// There are `count` keys, every one of them has `width` numbers, queries ROWS × `width`, and every t · stride + s is inside
+/// `out`.
+#[target_feature(enable = "avx512f,avx512vl,avx512dq")]
+pub(super) unsafe fn avx512_scores<const ROWS: usize>(
+    queries: &[f32],
+    keys: &[&[f32]],
+    count: usize,
+    width: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let whole = width / 8 * 8;
+    for first in (0..count).step_by(16) {
+        // the last key stands for those that are not there
+        let rows: [_; 16] = std::array::from_fn(|s| keys[(first + s).min(count - 1)].as_ptr());
+        let next: [_; 16] = std::array::from_fn(|s| keys[(first + AHEAD + s).min(keys.len() - 1)].as_ptr());
+        let there = (0xffff_u32 >> (16 - (count - first).min(16))) as __mmask16;
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        // SAFETY: the caller's promise; at + 8 ≤ whole ≤ width, only keys that are there get a score, and prefetching
+        // changes nothing.
+        unsafe {
+            for at in (0..whole).step_by(8) {
+                // of a line of sixteen numbers, half of the rows each time
+                for next in &next[at % 16..][..8] {
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
+                }
+                for (d, column) in columns_16x8(rows.map(|row| row.add(at))).into_iter().enumerate() {
+                    for t in 0..ROWS {
+                        let query = _mm512_set1_ps(*queries.as_ptr().add(t * width + at + d));
+                        sums[t] = _mm512_fmadd_ps(query, column, sums[t]);
+                    }
+                }
+            }
+            for t in 0..ROWS {
+                _mm512_mask_storeu_ps(out.as_mut_ptr().add(t * stride + first), there, sums[t]);
+            }
+        }
+    }
+    last_scores(queries, &keys[..count], width, out, stride, whole);
+}
+
+/// The same on AVX2, eight keys at a time.
+///
+/// # Safety
+/// As for [`avx512_scores`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn avx2_scores<const ROWS: usize>(
+    queries: &[f32],
+    keys: &[&[f32]],
+    width: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let whole = width / 8 * 8;
+    for (tile, keys) in keys.chunks(8).enumerate() {
+        let rows: [_; 8] = std::array::from_fn(|s| keys[s.min(keys.len() - 1)].as_ptr());
+        let mut sums = [_mm256_setzero_ps(); ROWS];
+        // SAFETY: the caller's promise; at + 8 ≤ whole ≤ width.
+        unsafe {
+            for at in (0..whole).step_by(8) {
+                for (d, column) in columns_8x8(rows.map(|row| row.add(at))).into_iter().enumerate() {
+                    for t in 0..ROWS {
+                        let query = _mm256_set1_ps(*queries.as_ptr().add(t * width + at + d));
+                        sums[t] = _mm256_fmadd_ps(query, column, sums[t]);
+                    }
+                }
+            }
+        }
+        for (t, sums) in sums.into_iter().enumerate() {
+            let mut found = [0.0; 8];
+            // SAFETY: room for eight floats.
+            unsafe { _mm256_storeu_ps(found.as_mut_ptr(), sums) };
+            out[t * stride + 8 * tile..][..keys.len()].copy_from_slice(&found[..keys.len()]);
+        }
+    }
+    last_scores(queries, keys, width, out, stride, whole);
+}
+
+/// Adds the products of what is left over from `from` on.
+#[inline]
+#[target_feature(enable = "fma")]
+fn last_scores(queries: &[f32], keys: &[&[f32]], width: usize, out: &mut [f32], stride: usize, from: usize) {
+    if from == width {
+        return;
+    }
+    for (t, query) in queries.chunks_exact(width).enumerate() {
+        for (out, key) in out[t * stride..].iter_mut().zip(keys) {
+            *out = query[from..].iter().zip(&key[from..width]).fold(*out, |sum, (a, b)| a.mul_add(*b, sum));
+        }
+    }
+}
+
+/// Eight numbers of sixteen rows, by columns: two rows of 256 bits are loaded as one, so that two lanes of 128 are already
+/// where they belong, and what is left are three steps.
+///
+/// # Safety
+/// They can be read.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq")]
+unsafe fn columns_16x8(from: [*const f32; 16]) -> [__m512; 8] {
+    let rows: [__m512; 8] = std::array::from_fn(|i| {
+        let low = i / 4 * 8 + i % 4;
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe { (_mm256_loadu_ps(from[low]), _mm256_loadu_ps(from[low + 4])) };
+        _mm512_insertf32x8::<1>(_mm512_castps256_ps512(a), b)
+    });
+    let pairs: [__m512; 8] = std::array::from_fn(|i| {
+        let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
+        if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
+    });
+    // of four rows, and of those four further down, number d and number d + 4
+    let fours: [__m512; 8] = std::array::from_fn(|i| {
+        let (a, b) = (pairs[i / 4 * 4 + i % 4 / 2], pairs[i / 4 * 4 + i % 4 / 2 + 2]);
+        if i % 2 == 0 { _mm512_shuffle_ps::<0x44>(a, b) } else { _mm512_shuffle_ps::<0xee>(a, b) }
+    });
+    std::array::from_fn(|d| {
+        let (a, b) = (fours[d % 4], fours[d % 4 + 4]);
+        if d < 4 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) }
+    })
+}
+
+/// Eight numbers of sixteen rows, to eight rows `stride` apart.
+///
+/// # Safety
+/// They can be read, and the others written.
+#[target_feature(enable = "avx512f,avx512vl,avx512dq")]
+pub(super) unsafe fn transpose_16x8(from: [*const f32; 16], to: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (d, column) in columns_16x8(from).into_iter().enumerate() {
+            _mm512_storeu_ps(to.add(d * stride), column);
+        }
+    }
+}
+
 /// Eight numbers of eight rows, to eight rows `stride` apart.
 ///
 /// # Safety
 /// They can be read, and the others written.
 #[target_feature(enable = "avx")]
 pub(super) unsafe fn transpose_8x8(from: [*const f32; 8], to: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (d, column) in columns_8x8(from).into_iter().enumerate() {
+            _mm256_storeu_ps(to.add(d * stride), column);
+        }
+    }
+}
+
+/// Eight numbers of eight rows, by columns.
+///
+/// # Safety
+/// They can be read.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn columns_8x8(from: [*const f32; 8]) -> [__m256; 8] {
     // SAFETY: the caller's promise.
     let rows = from.map(|row| unsafe { _mm256_loadu_ps(row) });
     let pairs: [__m256; 8] = std::array::from_fn(|i| {
@@ -291,10 +458,8 @@ pub(super) unsafe fn transpose_8x8(from: [*const f32; 8], to: *mut f32, stride: 
         let (a, b) = (pairs[i / 4 * 4 + i % 4 / 2], pairs[i / 4 * 4 + i % 4 / 2 + 2]);
         if i % 2 == 0 { _mm256_shuffle_ps::<0x44>(a, b) } else { _mm256_shuffle_ps::<0xee>(a, b) }
     });
-    for d in 0..8 {
+    std::array::from_fn(|d| {
         let (a, b) = (fours[d % 4], fours[d % 4 + 4]);
-        let row = if d < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) };
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_storeu_ps(to.add(d * stride), row) };
-    }
+        if d < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) }
+    })
 }
