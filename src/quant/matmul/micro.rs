@@ -134,7 +134,7 @@ impl Path {
         assert!(x.len() == count * columns && w.len() == rows * columns && count <= ROWS && (1..=4).contains(&rows));
         let last = part.end == columns;
         let whole = part.start == 0 && last;
-        assert!(whole || part.start % 16 == 0 && part.end <= columns && kept.len() >= 4 * ROWS);
+        assert!(whole || part.start.is_multiple_of(16) && part.end <= columns && kept.len() >= 4 * ROWS);
         match self {
             Self::Portable => {
                 for (x, out) in x.chunks_exact(columns).zip(out) {
