@@ -221,6 +221,7 @@ impl<'a, T: Copy> Shared<'a, T> {
     ///
     /// # Safety
     /// No other task writes to these places.
+    #[inline]
     pub unsafe fn write(&self, at: usize, values: &[T]) {
         assert!(at.checked_add(values.len()).is_some_and(|end| end <= self.len));
         // SAFETY: there is room, and by the caller's promise nobody else's.
