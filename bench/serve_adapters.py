@@ -1,13 +1,17 @@
-"""Many adapters over one base: mixed batches against peft's, the cost of adapters, a thousand of them, a shared prefix.
+"""Many adapters over one base: mixed batches against peers', the cost of adapters, a thousand of them, a shared prefix.
 
     mixed batch of 8, 32            tokens a second against peft's `generate(adapter_names=...)`, as many rank-16 LoRAs
+    mixed batch of 8                tokens a second against llama.cpp's: with the same LoRAs, one after the other, since
+                                    it computes one for all rows of a call; and eight together without any, which is
+                                    the most that it could reach if it mixed them
     8 adapters, none                tokens a second with, against without
     1,000 on disk, Zipf             tokens a second with a pool for about 50, against 5 that stay in it; and the time to
                                     the first token of the 5 that are asked for most, 99 of 100 requests within it
     shared prefix of 1,000 tokens   time to the first token of the first request, against the second's
 
 peft holds float32 weights, in a process of its own with OpenMP as it comes; ours stay in their blocks of 4 bits, as
-`ftkit serve` leaves them, and are multiplied exactly, or with activations in 8 bits (`--fast-decode`).
+`ftkit serve` leaves them, and are multiplied exactly, or with activations in 8 bits (`--fast-decode`). llama.cpp has
+the same file, and activations in 8 bits; it needs the extra `llama`, and its lines are left out without it.
 """
 
 import itertools
@@ -24,9 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench import _llama
 from bench._figures import line, openmp_as_it_comes, smollm2
 from ftkit import adapters, models
 from ftkit.engine import Engine, Sampling
+from ftkit.export import Material, gguf_lora
 from ftkit.models import LoadedModel
 from ftkit.quant._packed import round_activations
 
@@ -40,11 +46,18 @@ MANY, REQUESTS, HELD = 1000, 200, 50
 
 def run() -> list[dict[str, Any]]:
     """One line for each comparison."""
-    loaded = models.load(smollm2(), quant="gguf")
+    loaded, rounded = (models.load(smollm2(), quant="gguf") for _ in range(2))
+    round_activations(rounded.model)
     with tempfile.TemporaryDirectory() as folder:
         kept = _loras(loaded, Path(folder) / "large", 16, 8)
         small = _loras(loaded, Path(folder) / "small", 4, MANY)
-        return [*_against_peft(loaded, kept), _cost(loaded, kept), *_thousand(loaded, small), _prefix(loaded)]
+        return [
+            *_against_peft(loaded, rounded, kept),
+            *_against_llama(loaded, rounded, kept),
+            _cost(loaded, kept),
+            *_thousand(loaded, small),
+            _prefix(loaded),
+        ]
 
 
 def _loras(loaded: LoadedModel, folder: Path, rank: int, count: int) -> list[Path]:
@@ -76,9 +89,7 @@ def _rate(engine: Engine, names: Sequence[str | None], tokens: int = TOKENS) -> 
     return len(names) * tokens / (time.perf_counter() - start)
 
 
-def _against_peft(loaded: LoadedModel, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    rounded = models.load(smollm2(), quant="gguf")
-    round_activations(rounded.model)
+def _against_peft(loaded: LoadedModel, rounded: LoadedModel, folders: Sequence[Path]) -> list[dict[str, Any]]:
     lines = []
     unit = f"tokens/s of peft ({torch.get_num_threads()} threads)"
     with _peft(folders) as peer, _engine(loaded, folders) as exact, _engine(rounded, folders) as fast:
@@ -130,6 +141,49 @@ def _generate(asked: Connection, folders: Sequence[Path]) -> None:
         start = time.perf_counter()
         model.generate(**given, adapter_names=names, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         asked.send(len(names) * TOKENS / (time.perf_counter() - start))
+
+
+def _against_llama(loaded: LoadedModel, rounded: LoadedModel, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    if not _llama.installed("serve_adapters: llama.cpp"):
+        return []
+    files = [_gguf(loaded, folder) for folder in folders]
+    names = [folder.name for folder in folders]
+    greedy = Sampling(temperature=0.0, max_tokens=_llama.TOKENS, ignore_end=True)
+    threads = torch.get_num_threads()
+    rates: list[list[float]] = []
+    with (
+        _llama.Peer(smollm2(), threads, files) as peer,
+        _engine(loaded, folders) as exact,
+        _engine(rounded, folders) as fast,
+    ):
+        for number in range(1 + ROUNDS):
+            # other tokens each time: neither side may remember them
+            prompt = [1000 + 600 * number + at for at in range(_llama.TOKENS)]
+            found = [peer.measure(what, prompt) for what in ("adapters", "together")]
+            for engine in (exact, fast):
+                start = time.perf_counter()
+                engine.generate_many([prompt[at : at + 1] for at in range(len(names))], greedy, model=names)
+                found.append(len(names) * _llama.TOKENS / (time.perf_counter() - start))
+            if number:  # the first is to get warm
+                rates.append(found)
+    adapted, plain, *ours = (list(column) for column in zip(*rates, strict=True))
+    lines = []
+    for how, rate in zip(("", ", --fast-decode"), ours, strict=True):
+        for which, theirs in (("with the same LoRAs", adapted), ("without LoRA", plain)):
+            unit = f"tokens/s of llama.cpp {which} ({threads} threads)"
+            lines.append(line(f"mixed adapters, batch {len(names)}{how}", unit, rate, theirs))
+    return lines
+
+
+def _gguf(loaded: LoadedModel, folder: Path) -> Path:
+    """The LoRA of a directory, as a file that llama.cpp reads."""
+    path = folder / "lora.gguf"
+    adapters.load(loaded.model, folder, 0)
+    try:
+        gguf_lora.write(Material(loaded=loaded, adapter_id=0, tensors={}, changed=frozenset()), path, "f32")
+    finally:
+        adapters.detach(loaded.model, 0)
+    return path
 
 
 def _cost(loaded: LoadedModel, folders: Sequence[Path]) -> dict[str, Any]:

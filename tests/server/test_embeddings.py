@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import peft
 import pytest
 import torch
 import transformers
+from managing import adapter
 from serving import start, stop
 from speakers import speaker
 
@@ -24,16 +26,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaking(folder: Path) -> Iterator[openai.OpenAI]:
-    server = start(str(folder), "--port=0")
+def tuned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter(folder, tmp_path_factory.mktemp("tuned") / "tuned", 3)
+
+
+@pytest.fixture(scope="module")
+def speaking(folder: Path, tuned: Path) -> Iterator[openai.OpenAI]:
+    server = start(str(folder), "--port=0", f"--adapter=tuned={tuned}")
     yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=120)
     assert stop(server) == 0
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[torch.Tensor]:
-    """The mean of transformers' last hidden states, which are those after the final norm, of length 1."""
-    model: Any = transformers.AutoModel.from_pretrained(folder)
+def expected(folder: Path, tuned: Path) -> dict[str, list[torch.Tensor]]:
+    """The mean of transformers' last hidden states, which are those after the final norm, of length 1; with and without
+    the adapter, which is peft's to put on."""
+    causal: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found = {"speaker": _means(causal.model, folder)}
+    adapted: Any = peft.PeftModel.from_pretrained(causal, str(tuned)).double()
+    return found | {"tuned": _means(adapted.get_base_model().model, folder)}
+
+
+def _means(model: Any, folder: Path) -> list[torch.Tensor]:
     read: Any = transformers.PreTrainedTokenizerFast
     tokenizer = read(tokenizer_file=str(folder / "tokenizer.json"))
     found = []
@@ -41,18 +55,23 @@ def expected(folder: Path) -> list[torch.Tensor]:
         ids = torch.tensor([tokenizer.encode(text)])
         with torch.inference_mode():
             mean = model(input_ids=ids).last_hidden_state[0].mean(0)
-        found.append(mean / mean.norm())
+        found.append((mean / mean.norm()).float())
     return found
 
 
-def test_they_are_those_of_transformers(speaking: openai.OpenAI, expected: list[torch.Tensor]) -> None:
-    answer = speaking.embeddings.create(model="speaker", input=TEXTS)  # base64, unless told otherwise
+@pytest.mark.parametrize("name", ["speaker", "tuned"])
+def test_they_are_those_of_transformers(
+    speaking: openai.OpenAI, expected: dict[str, list[torch.Tensor]], name: str
+) -> None:
+    answer = speaking.embeddings.create(model=name, input=TEXTS)  # base64, unless told otherwise
     assert [entry.index for entry in answer.data] == [0, 1, 2]
-    assert answer.model == "speaker"
+    assert answer.model == name
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(len(text.encode()) for text in TEXTS)
-    for entry, mean in zip(answer.data, expected, strict=True):
+    for entry, mean in zip(answer.data, expected[name], strict=True):
         torch.testing.assert_close(torch.tensor(entry.embedding), mean, atol=2e-6, rtol=1e-5)
-    assert (torch.tensor(answer.data[0].embedding) - expected[1]).abs().max() > 0.01
+    (other,) = expected.keys() - {name}
+    for wrong in (expected[name][1], expected[other][0]):
+        assert (torch.tensor(answer.data[0].embedding) - wrong).abs().max() > 0.01
 
 
 def test_formats_and_tokens_are_the_same(speaking: openai.OpenAI) -> None:

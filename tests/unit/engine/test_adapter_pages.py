@@ -1,5 +1,6 @@
 """LoRAs of one shape go from their files to pages without Python, and answer as any adapter on the model does."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ftkit import adapters, kernels, models
 from ftkit.engine import Completion, Engine, Sampling
 from ftkit.errors import FtkitError, InputError
 from ftkit.models import LoadedModel
+from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
 
 pytestmark = pytest.mark.unit
 
@@ -132,6 +134,42 @@ def test_two_engines_over_one_model_leave_each_other_alone(loaded: LoadedModel, 
             assert second.generate(PROMPT, GREEDY, model="mine").logprobs == expected[1]
             assert first.generate(PROMPT, GREEDY, model="mine").logprobs == expected[0]
         assert first.generate(PROMPT, GREEDY, model="mine").logprobs == expected[0]
+
+
+def test_an_embedding_is_computed_under_what_the_pages_hold_now(loaded: LoadedModel, tmp_path: Path) -> None:
+    options = {"rank": 3, "target_modules": ("q_proj", "v_proj", "down_proj")}
+    folders = [written(loaded, tmp_path / str(seed), options, seed, torch.float32) for seed in range(2)]
+    tokens = [5, 3, 8, 1, 9]
+    answers, hidden = [], []
+    for folder in folders:
+        answers.append(attached(loaded, folder).logprobs)
+        adapters.load(loaded.model, folder, 80)
+        with torch.inference_mode():
+            hidden.append(loaded.model(RaggedBatch.pack([tokens], adapter=80)).mean(0))
+        adapters.detach(loaded.model, 80)
+    with torch.inference_mode():
+        plain = loaded.model(RaggedBatch.pack([tokens])).mean(0)
+    distances = [(a - b).abs().max() for a, b in itertools.combinations([plain, *hidden], 2)]
+    assert min(distances) > 0.01
+    with engine_of(loaded) as roomy:
+        roomy.add_adapter("0", folders[0])
+        roomy.generate(PROMPT, GREEDY, model="0")
+        ((_, pages),) = roomy._step.shelf._in_pages.values()
+        page_bytes = roomy._step.cache.pool.shape[1]
+    # room for one of them and an answer: each takes the other's pages
+    with Engine(loaded, pool_bytes=(len(pages) + 4) * page_bytes, block_tokens=4) as engine:
+        shelf = engine._step.shelf
+        for number, folder in enumerate(folders):
+            engine.add_adapter(str(number), folder)
+        for number in (0, 1, 0, 1):
+            assert engine.generate(PROMPT, GREEDY, model=str(number)).logprobs == answers[number]
+            (adapter,) = shelf._in_pages
+            torch.testing.assert_close(engine._step.embed(tokens, adapter), hidden[number], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(engine._step.embed(tokens, NO_ADAPTER), plain, atol=1e-6, rtol=1e-6)
+            assert list(loaded.model.attached) == [adapter]
+            # what is on the modules for that changes no answer
+            assert engine.generate(PROMPT, GREEDY, model=str(number)).logprobs == answers[number]
+    assert not loaded.model.attached
 
 
 def test_broken_files_of_a_known_form_are_told(loaded: LoadedModel, tmp_path: Path, reads: list[Path]) -> None:
