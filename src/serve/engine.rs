@@ -337,11 +337,12 @@ pub(super) fn drafts(
 
 /// Moves adapters in and out of the pool, and sends for others; `false` when one could not be moved and the batch failed.
 fn arrange(scheduler: &mut Scheduler, step: &mut impl Step, errands: &Sender<Errand>) -> bool {
+    let moves = scheduler.moves();
+    // first: it lets go of what was read, too
+    moves.evicted.into_iter().for_each(|adapter| step.evict(adapter));
     for adapter in scheduler.residency().fetches() {
         let _ = errands.send(Errand::Fetch(adapter));
     }
-    let moves = scheduler.moves();
-    moves.evicted.into_iter().for_each(|adapter| step.evict(adapter));
     let mut good = true;
     for (adapter, pages) in moves.installed {
         if let Err(error) = step.install(adapter, &pages) {

@@ -55,7 +55,7 @@ def write(material: Material, out: Path, kind: str) -> list[str]:
     metadata = [
         ("general.architecture", "string", _gguf_architecture.architecture(config)),
         ("general.type", "string", "adapter"),
-        ("general.name", "string", loaded.name),
+        ("general.name", "string", loaded.path.resolve().name),
         ("general.file_type", "u32", mixture(kind).file_type),
         ("general.quantization_version", "u32", _QUANTIZATION_VERSION),
         ("adapter.type", "string", "lora"),

@@ -1,5 +1,6 @@
 """An adapter as a GGUF LoRA file: its structure by the `gguf` package, and what llama.cpp answers with it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def test_the_file_is_laid_out_as_llama_cpp_reads_it(options: str, tmp_path: Path
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.type"] == "adapter"
+    assert os.sep not in fields["general.name"]  # where the model lies is nobody's business
     assert fields["general.architecture"] == "qwen2"
     assert fields["adapter.type"] == "lora"
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
