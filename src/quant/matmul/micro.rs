@@ -20,6 +20,7 @@ use super::Line;
 
 /// Numbers of a row that are multiplied before those of the next rows: of so many, six rows of x and two times four of W
 /// are in the first cache.
+#[cfg(target_arch = "x86_64")]
 const PART: usize = 640;
 
 thread_local! {
@@ -83,11 +84,11 @@ impl Path {
     /// panics where they have other lengths.
     #[inline]
     pub fn products(self, x: &[f32], w: &[f32], columns: usize, mut write: impl FnMut(usize, &[[f32; 4]; ROWS])) {
-        let (count, rows) = (x.len() / columns, w.len() / columns);
+        let rows = w.len() / columns;
         // rows so long that the first cache can't hold ten of them are gone through in parts
         let part = match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 if count > 1 => columns.div_ceil(columns.div_ceil(PART)).next_multiple_of(16),
+            Self::Avx512 if x.len() > columns => columns.div_ceil(columns.div_ceil(PART)).next_multiple_of(16),
             _ => columns,
         };
         KEPT.with_borrow_mut(|kept| {
