@@ -228,6 +228,12 @@ impl<'a, T: Copy> Shared<'a, T> {
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) };
     }
 
+    /// The place `at`, or the one behind the last; panics where there is none.
+    pub fn at(&self, at: usize) -> *mut T {
+        assert!(at <= self.len);
+        self.start.wrapping_add(at)
+    }
+
     /// The places from `range.start` to `range.end`, to be written; panics where there are no such.
     ///
     /// # Safety

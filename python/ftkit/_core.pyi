@@ -97,8 +97,9 @@ class GgufWriter:
 def set_threads(count: int) -> None:
     """Bounds the threads of the products and steps to come."""
 
-def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor) -> None:
-    """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`."""
+def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor, training: bool) -> None:
+    """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`; in training, in
+    whatever order is fastest here."""
 
 def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) -> None:
     """Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in]."""
@@ -204,8 +205,8 @@ class CodedMatrix:
         each group of the flattened matrix. nested: (map [256], greatest of each 256 groups, mean), and scales are codes
         into the map: map[code] · greatest + mean.
         """
-    def matmul(self, x: Tensor, out: Tensor) -> None:
-        """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]."""
+    def matmul(self, x: Tensor, out: Tensor, training: bool) -> None:
+        """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]; in training, in whatever order is fastest."""
     def matmul_transposed(self, dy: Tensor, out: Tensor) -> None:
         """Writes dy W to `out`: dy float32 [T, out], out float32 [T, in]."""
     def dequantize(self, out: Tensor) -> None:

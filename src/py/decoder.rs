@@ -37,7 +37,8 @@ fn set_threads(count: usize) {
     team::set_threads(count);
 }
 
-/// Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`.
+/// Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`; in training, in whatever
+/// order is fastest here.
 #[pyfunction]
 fn block_matmul(
     py: Python<'_>,
@@ -45,6 +46,7 @@ fn block_matmul(
     blocks: &Bound<'_, PyAny>,
     x: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
+    training: bool,
 ) -> PyResult<()> {
     let kind = kind_called(kind)?;
     let blocks = Memory::<u8>::of("blocks", blocks)?;
@@ -55,7 +57,11 @@ fn block_matmul(
     // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, the rest to be read.
     let (blocks, x, out) = unsafe { (blocks.slice(), x.slice(), out.slice_mut()) };
     let matrix = Matrix::new(kind, blocks, rows, columns)?;
-    Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[matrix], x, out)))?)
+    Ok(py.detach(|| Team::run(|team| product(team, matrix, x, out, training)))?)
+}
+
+fn product(team: &Team, matrix: Matrix<'_>, x: &[f32], out: &mut [f32], training: bool) -> Result<(), Error> {
+    if training { matmul::matmul_in_training(team, matrix, x, out) } else { matmul::matmul(team, &[matrix], x, out) }
 }
 
 /// Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in].
@@ -163,12 +169,12 @@ impl CodedMatrix {
         Ok(Self { matrix, _tensors: keep.0 })
     }
 
-    /// Writes x Wᵀ to `out`: x float32 [T, in], out [T, out].
-    fn matmul(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Writes x Wᵀ to `out`: x float32 [T, in], out [T, out]; in training, in whatever order is fastest here.
+    fn matmul(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, training: bool) -> PyResult<()> {
         let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
         // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
         let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
-        Ok(py.detach(|| Team::run(|team| matmul::matmul(team, &[self.matrix], x, out)))?)
+        Ok(py.detach(|| Team::run(|team| product(team, self.matrix, x, out, training)))?)
     }
 
     /// Writes dy W to `out`: dy float32 [T, out], out [T, in].

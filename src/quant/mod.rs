@@ -3,6 +3,8 @@
 //! A format cuts a row into blocks of [`Kind::block_size`] values, each stored in [`Kind::block_bytes`] bytes. Values are
 //! those of llama.cpp's reference to the bit: the same products, rounded in the same order.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod bf16;
 pub mod coded;
 mod f16;

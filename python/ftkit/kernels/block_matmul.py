@@ -4,7 +4,8 @@
 
 The `cpu` backends (in the core) dequantize a few rows of W at a time into the processor's cache and never have W whole.
 A number of a product depends on its row of x or dy and on W alone: neither the rows beside it nor the threads change a
-bit of it. Plain float32 is one of the formats.
+bit of it. In training it is added up in whatever order is fastest on the processor, else in the same one on all. Plain
+float32 is one of the formats.
 """
 
 import torch
@@ -19,7 +20,7 @@ _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()
 
 
 @operation
-def block_matmul(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
+def block_matmul(x: Tensor, kind: str, blocks: Tensor, training: bool = False) -> Tensor:  # noqa: ARG001
     """x [rows, in] and W's blocks uint8 [out, bytes of a row] to [rows, out] in x's dtype."""
     return functional.linear(x, dequantize(kind, blocks).to(x.dtype))
 
@@ -28,9 +29,9 @@ def _multiplies(x: Tensor, blocks: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.device == blocks.device
 
 
-@block_matmul.backend("cpu", lambda x, kind, blocks: _multiplies(x, blocks))  # noqa: ARG005
-def _cpu(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
-    y: Tensor = torch.ops.ftkit.block_matmul(x, kind, blocks)
+@block_matmul.backend("cpu", lambda x, kind, blocks, training=False: _multiplies(x, blocks))  # noqa: ARG005
+def _cpu(x: Tensor, kind: str, blocks: Tensor, training: bool = False) -> Tensor:
+    y: Tensor = torch.ops.ftkit.block_matmul(x, kind, blocks, training)
     return y
 
 
@@ -63,14 +64,14 @@ def columns_of(kind: str, blocks: Tensor) -> int:
 
 # What `torch.library.custom_op` does, in parts: the decorator's first call imports the compiler, which takes seconds.
 _library = torch.library.Library("ftkit", "FRAGMENT")
-_library.define("block_matmul(Tensor x, str kind, Tensor blocks) -> Tensor")
+_library.define("block_matmul(Tensor x, str kind, Tensor blocks, bool training) -> Tensor")
 _library.define("block_matmul_transposed(Tensor dy, str kind, Tensor blocks) -> Tensor")
 _library.define("dequantize(str kind, Tensor blocks) -> Tensor")
 
 
-def _multiply(x: Tensor, kind: str, blocks: Tensor) -> Tensor:
+def _multiply(x: Tensor, kind: str, blocks: Tensor, training: bool) -> Tensor:
     out = x.new_empty(x.shape[0], blocks.shape[0])
-    _core.block_matmul(kind, blocks, x.contiguous(), out)
+    _core.block_matmul(kind, blocks, x.contiguous(), out, training)
     return out
 
 
@@ -98,7 +99,7 @@ _library.impl("block_matmul", _multiply, "CPU")
 _library.impl("block_matmul_transposed", _multiply_transposed, "CPU")
 _library.impl("dequantize", _widen, "CPU")
 torch.library.register_fake(
-    "ftkit::block_matmul", lambda x, _kind, blocks: x.new_empty(x.shape[0], blocks.shape[0]), lib=_library
+    "ftkit::block_matmul", lambda x, _kind, blocks, _training: x.new_empty(x.shape[0], blocks.shape[0]), lib=_library
 )
 torch.library.register_fake(
     "ftkit::block_matmul_transposed",

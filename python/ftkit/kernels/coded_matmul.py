@@ -90,8 +90,11 @@ def coded_matmul_transposed(dy: Tensor, coded: Coded) -> Tensor:
 
 
 @operation
-def coded_matmul(x: Tensor, coded: Coded) -> Tensor:
-    """x [rows, in] to x Wᵀ [rows, out] in x's dtype; without gradients."""
+def coded_matmul(x: Tensor, coded: Coded, training: bool = False) -> Tensor:  # noqa: ARG001
+    """x [rows, in] to x Wᵀ [rows, out] in x's dtype; without gradients.
+
+    In training it is added up in whatever order is fastest on the processor, else in the same one on all.
+    """
     return functional.linear(x, coded_dense(coded).to(x.dtype))
 
 
@@ -125,14 +128,14 @@ def _transposed(dy: Tensor, coded: Coded) -> Tensor:
     return dx
 
 
-def _takes_matmul(x: Tensor, coded: Coded) -> bool:
+def _takes_matmul(x: Tensor, coded: Coded, training: bool = False) -> bool:  # noqa: ARG001
     return _on_gpu(coded) and launches.takes_matmul(x, coded)
 
 
 @coded_matmul.backend("cuda", _takes_matmul)
-@coded_matmul.backend("cpu", lambda x, coded: _multiplies(x, coded))
-def _product(x: Tensor, coded: Coded) -> Tensor:
-    y: Tensor = torch.ops.ftkit.coded_matmul(x, *arguments(coded))
+@coded_matmul.backend("cpu", lambda x, coded, training=False: _multiplies(x, coded))  # noqa: ARG005
+def _product(x: Tensor, coded: Coded, training: bool = False) -> Tensor:
+    y: Tensor = torch.ops.ftkit.coded_matmul(x, training, *arguments(coded))
     return y
 
 
@@ -149,7 +152,7 @@ _SIGNATURE = (
     "Tensor? map, Tensor? greatest, Tensor? mean, Tensor? offsets"
 )
 _library.define(f"coded_dense({_SIGNATURE}) -> Tensor")
-_library.define(f"coded_matmul(Tensor x, {_SIGNATURE}) -> Tensor")
+_library.define(f"coded_matmul(Tensor x, bool training, {_SIGNATURE}) -> Tensor")
 _library.define(f"coded_matmul_transposed(Tensor dy, {_SIGNATURE}) -> Tensor")
 
 
@@ -207,7 +210,7 @@ coded_lora_dx = _gpu.define(
 _gpu.implement("coded_dense", lambda *rest: launches.dense(_gpu.launch, _coded(*rest)))
 
 
-_gpu.implement("coded_matmul", lambda x, *rest: launches.matmul(_gpu.launch, x.contiguous(), _coded(*rest)))
+_gpu.implement("coded_matmul", lambda x, _training, *rest: launches.matmul(_gpu.launch, x.contiguous(), _coded(*rest)))
 _gpu.implement(
     "coded_matmul_transposed", lambda dy, *rest: launches.matmul_transposed(_gpu.launch, dy.contiguous(), _coded(*rest))
 )
@@ -219,9 +222,9 @@ def _run_dense(rows: int, columns: int, *rest: Any) -> Tensor:
     return out
 
 
-def _run_matmul(x: Tensor, rows: int, *rest: Any) -> Tensor:
+def _run_matmul(x: Tensor, training: bool, rows: int, *rest: Any) -> Tensor:
     out = x.new_empty(x.shape[0], rows)
-    _matrix(rows, *rest).matmul(x.contiguous(), out)
+    _matrix(rows, *rest).matmul(x.contiguous(), out, training)
     return out
 
 
@@ -239,7 +242,9 @@ torch.library.register_fake(
     lambda rows, columns, codes, *_: codes.new_empty((rows, columns), dtype=torch.float32),
     lib=_library,
 )
-torch.library.register_fake("ftkit::coded_matmul", lambda x, rows, *_: x.new_empty(x.shape[0], rows), lib=_library)
+torch.library.register_fake(
+    "ftkit::coded_matmul", lambda x, _training, rows, *_: x.new_empty(x.shape[0], rows), lib=_library
+)
 torch.library.register_fake(
     "ftkit::coded_matmul_transposed", lambda dy, _rows, columns, *_: dy.new_empty(dy.shape[0], columns), lib=_library
 )

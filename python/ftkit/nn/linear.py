@@ -79,6 +79,7 @@ class DenseWeight(nn.Module):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
+        self.training = False  # until a model that trains takes it along
         self.tensor = nn.Parameter(tensor, requires_grad=False)
 
     @property
@@ -96,7 +97,7 @@ class DenseWeight(nn.Module):
         stored = None if self.tensor.requires_grad else self.stored()
         if stored is None:
             return functional.linear(x, self.tensor)
-        return frozen_matmul(x, self, lambda x: block_matmul(x, *stored))
+        return frozen_matmul(x, self, lambda x: block_matmul(x, *stored, self.training))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""

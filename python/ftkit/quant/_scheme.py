@@ -64,6 +64,7 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, scheme: Scheme, parts: Parts, shape: Sides, dtype: torch.dtype) -> None:
         super().__init__()
+        self.training = False  # until a model that trains takes it along
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
         for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
@@ -85,7 +86,7 @@ class QuantizedWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        return frozen_matmul(x, self, lambda x: coded_matmul(x, self.coded))
+        return frozen_matmul(x, self, lambda x: coded_matmul(x, self.coded, self.training))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
@@ -114,7 +115,7 @@ class QuantizedWeight(nn.Module):
         parts = self.parts
 
         def replace(values: Tensor) -> "QuantizedWeight":
-            return self.scheme.hold(parts | {"offsets": values}, self.shape, self.dtype)
+            return self.scheme.hold(parts | {"offsets": values}, self.shape, self.dtype).train(self.training)
 
         return GroupOffsets(self.scheme.group, parts["offsets"], replace)
 

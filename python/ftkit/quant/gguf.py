@@ -38,6 +38,7 @@ class GgufWeight(nn.Module):
         `dtype` is what the model computes in. `mapped` blocks are a file's: they are no part of the module's state.
         """
         super().__init__()
+        self.training = False  # until a model that trains takes it along
         size, nbytes = _FORMATS[kind]
         if blocks.shape[1] % nbytes:
             raise InputError(f"{kind}: expected rows of whole blocks of {nbytes} bytes, got {blocks.shape[1]} bytes")
@@ -62,7 +63,7 @@ class GgufWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        return frozen_matmul(x, self, lambda x: self._let_go(block_matmul(x, self.kind, self.blocks)))
+        return frozen_matmul(x, self, lambda x: self._let_go(block_matmul(x, self.kind, self.blocks, self.training)))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
@@ -113,7 +114,7 @@ class GgufWeight(nn.Module):
         def replace(values: Tensor) -> "GgufWeight":
             blocks = self.blocks.clone()
             of(blocks).copy_(values)
-            return GgufWeight(blocks, self.kind, self.dtype)
+            return GgufWeight(blocks, self.kind, self.dtype).train(self.training)
 
         return GroupOffsets(size, self._offsets, replace)
 

@@ -83,7 +83,7 @@ impl Path {
                 let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
                 if wide && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni") {
                     found.push(Self::Vnni);
-                    if amx::usable() {
+                    if crate::quant::amx::usable(crate::quant::amx::BYTES) {
                         found.push(Self::Amx);
                     }
                 }

@@ -5,6 +5,8 @@
 //! it goes. Multiplications and additions are fused; activations stay in float32.
 
 mod micro;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod transposed;
 
 use std::cell::RefCell;
@@ -97,6 +99,14 @@ impl<'a> Matrix<'a> {
         &bytes[(first * row).min(bytes.len())..(end * row).min(bytes.len())]
     }
 
+    /// The rows from `first` to `end` where they are stored as float32.
+    fn floats(&self, first: usize, end: usize) -> Option<&'a [f32]> {
+        match self.stored {
+            Stored::Blocks(Kind::F32, _) => bytemuck::try_cast_slice(self.bytes(first, end)).ok(),
+            _ => None,
+        }
+    }
+
     /// The values of rows from `first` on, as many as `out` has room for.
     fn values(&self, path: Path, first: usize, out: &mut [f32]) {
         match self.stored {
@@ -164,14 +174,7 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
     if matrices.iter().any(|matrix| matrix.columns != columns) {
         return Err(Error::failure(format!("matmul: expected matrices of {columns} columns each, got others")));
     }
-    let count = x.len().checked_div(columns).unwrap_or(y.len() / width.max(1));
-    if x.len() != count * columns || y.len() != count * width {
-        return Err(Error::failure(format!(
-            "matmul: expected rows of {columns} in and {width} out, got {} and {} numbers",
-            x.len(),
-            y.len()
-        )));
-    }
+    let count = rows_of("matmul", [x.len(), y.len()], [columns, width])?;
     if columns == 0 {
         y.fill(0.0);
     }
@@ -197,6 +200,36 @@ pub fn matmul_by(path: Path, team: &Team, matrices: &[Matrix<'_>], x: &[f32], y:
     };
     team.each(width.div_ceil(rows), &|index| task(index * rows));
     Ok(())
+}
+
+/// [`matmul`] of a matrix in training: not the same to the bit where AMX is faster (see [`tiles`]).
+///
+/// # Errors
+/// Sizes that don't agree.
+pub fn matmul_in_training(team: &Team, matrix: Matrix<'_>, x: &[f32], y: &mut [f32]) -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    if tiles::usable() && !x.is_empty() && !y.is_empty() {
+        rows_of("matmul", [x.len(), y.len()], [matrix.columns, matrix.rows])?;
+        // SAFETY: the machine has what it takes, and lengths were checked.
+        unsafe { tiles::matmul(team, &matrix, x, y) };
+        return Ok(());
+    }
+    matmul(team, &[matrix], x, y)
+}
+
+/// How many rows of so many columns two slices of such lengths have.
+///
+/// # Errors
+/// They have others, or not the same number.
+fn rows_of(what: &str, lengths: [usize; 2], columns: [usize; 2]) -> Result<usize> {
+    let count = lengths[0].checked_div(columns[0]).unwrap_or(lengths[1] / columns[1].max(1));
+    if lengths != columns.map(|columns| count * columns) {
+        return Err(Error::failure(format!(
+            "{what}: expected rows of {} in and {} out, got {} and {} numbers",
+            columns[0], columns[1], lengths[0], lengths[1]
+        )));
+    }
+    Ok(count)
 }
 
 /// A line of the cache: vectors that cross no two of them load at full speed.
@@ -241,13 +274,12 @@ fn product(
     if rows == 0 {
         return;
     }
-    let bytes = matrix.bytes(tile.start, tile.end);
-    match (matrix.stored, bytemuck::try_cast_slice(bytes)) {
-        (Stored::Blocks(Kind::F32, _), Ok(values)) => each(values),
-        _ => BUFFER.with_borrow_mut(|buffer| {
+    match matrix.floats(tile.start, tile.end) {
+        Some(values) => each(values),
+        None => BUFFER.with_borrow_mut(|buffer| {
             buffer.resize((rows * columns).div_ceil(16), Line::zeroed());
             let values = &mut bytemuck::cast_slice_mut(buffer)[..rows * columns];
-            path.prefetch(matrix.bytes(tile.end, matrix.rows), bytes.len());
+            path.prefetch(matrix.bytes(tile.end, matrix.rows), matrix.bytes(tile.start, tile.end).len());
             matrix.values(path, tile.start, values);
             each(values);
         }),

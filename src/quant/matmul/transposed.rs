@@ -4,14 +4,16 @@
 //! dx[t] = Σ_o dy[t, o] W[o]     fused, in the order of o
 //! ```
 //! A few rows of W at a time are dequantized by all threads together and then used by all of them, each for rows of its
-//! own. A number of dx depends on its row of dy and its column of W alone.
+//! own. A number of dx depends on its row of dy and its column of W alone. On AMX it goes another way: see [`tiles`].
 
 use std::cell::RefCell;
 
 use bytemuck::Zeroable;
 
-use super::{Kind, Line, Matrix, Path, ROWS, Stored, TILE};
-use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
+use super::{Line, Matrix, Path, ROWS, TILE, rows_of};
+use crate::error::Result;
 use crate::team::{Shared, Team};
 
 /// Multiplications, or values to dequantize, that are worth a task of their own.
@@ -22,6 +24,13 @@ const TASK: usize = 1 << 17;
 /// # Errors
 /// Sizes that don't agree.
 pub fn matmul_transposed(team: &Team, matrix: Matrix<'_>, dy: &[f32], dx: &mut [f32]) -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    if tiles::usable() && !dy.is_empty() && !dx.is_empty() {
+        rows_of("matmul_transposed", [dy.len(), dx.len()], [matrix.rows, matrix.columns])?;
+        // SAFETY: the machine has what it takes, and lengths were checked.
+        unsafe { tiles::matmul_transposed(team, &matrix, dy, dx) };
+        return Ok(());
+    }
     matmul_transposed_by(Path::best(), team, matrix, dy, dx)
 }
 
@@ -34,14 +43,7 @@ pub fn matmul_transposed_by(path: Path, team: &Team, matrix: Matrix<'_>, dy: &[f
         static BUFFER: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
     let (rows, columns) = (matrix.rows, matrix.columns);
-    let count = dx.len().checked_div(columns).unwrap_or(dy.len() / rows.max(1));
-    if dy.len() != count * rows || dx.len() != count * columns {
-        return Err(Error::failure(format!(
-            "matmul_transposed: expected rows of {rows} in and {columns} out, got {} and {} numbers",
-            dy.len(),
-            dx.len()
-        )));
-    }
+    let count = rows_of("matmul_transposed", [dy.len(), dx.len()], [rows, columns])?;
     dx.fill(0.0);
     if dy.is_empty() || dx.is_empty() {
         return Ok(());
@@ -60,10 +62,7 @@ pub fn matmul_transposed_by(path: Path, team: &Team, matrix: Matrix<'_>, dy: &[f
             }
         });
     };
-    if let (Stored::Blocks(Kind::F32, bytes), Ok(values)) =
-        (matrix.stored, bytemuck::try_cast_slice::<u8, f32>(matrix.bytes(0, rows)))
-    {
-        debug_assert_eq!(bytes.len(), 4 * values.len());
+    if let Some(values) = matrix.floats(0, rows) {
         values.chunks(tile * columns).enumerate().for_each(|(index, values)| multiply(index * tile, values));
         return Ok(());
     }
@@ -92,6 +91,7 @@ mod tests {
 
     use super::super::tests::noise;
     use super::*;
+    use crate::quant::Kind;
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]

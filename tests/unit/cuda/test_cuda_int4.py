@@ -142,7 +142,7 @@ def test_qalora_on_a_gpu(gpu: list[str], rows: int) -> None:
             self.coded = dataclasses.replace(coded, offsets=moved)
 
         def matmul(self, x: torch.Tensor) -> torch.Tensor:
-            return _gpu.runs["coded_matmul"](x, *arguments(self.coded))
+            return _gpu.runs["coded_matmul"](x, False, *arguments(self.coded))
 
         def matmul_transposed(self, dy: torch.Tensor) -> torch.Tensor:
             return _gpu.runs["coded_matmul_transposed"](dy, *arguments(self.coded))

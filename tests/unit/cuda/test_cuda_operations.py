@@ -86,7 +86,7 @@ def test_coded_products_and_blocks(gpu: list[str]) -> None:
     """Implementations on CUDA of operations that the core has on the CPU."""
     coded, x = coded_matrix("nf4", 40, 128), torch.randn(20, 128).bfloat16()
     assert torch.equal(_gpu.runs["coded_dense"](*arguments(coded)), coded_dense.reference(coded))
-    found = _gpu.runs["coded_matmul"](x, *arguments(coded))
+    found = _gpu.runs["coded_matmul"](x, False, *arguments(coded))
     torch.testing.assert_close(found, coded_matmul.reference(x, coded), rtol=0.02, atol=0.02)
     found = _gpu.runs["coded_matmul_transposed"](x[:, :40], *arguments(coded))
     torch.testing.assert_close(found, coded_matmul_transposed.reference(x[:, :40], coded), rtol=0.02, atol=0.02)

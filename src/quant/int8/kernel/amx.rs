@@ -1,6 +1,4 @@
 //! The same with the tiles of AMX: 16 rows of x with 16 rows of W at a time.
-//!
-//! Rust has no stable functions for these instructions, so they stand here as they are.
 #![allow(clippy::needless_range_loop)] // a row's number picks from several arrays at once
 
 #[allow(clippy::wildcard_imports)]
@@ -15,43 +13,11 @@ use bytemuck::Zeroable;
 use super::super::{HIGH, IntegerForm, STEP, TILE};
 use super::Inputs;
 use super::x86::{by_form, four_codes, nested_top, sixteen_numbers, wide_table};
+use crate::quant::amx::{configure, release};
 use crate::quant::matmul::Line;
 
 /// Rows of x from which on tiles pay.
 pub(super) const MANY: usize = 32;
-
-/// Whether the processor has tiles of bytes, and the system lets this process use them.
-pub(super) fn usable() -> bool {
-    const TILES: u32 = 1 << 24;
-    const BYTES: u32 = 1 << 25;
-    let features = __cpuid_count(7, 0).edx;
-    let both = TILES | BYTES;
-    features & both == both && granted()
-}
-
-/// Asks the system for the registers, which are large; each process has to.
-#[cfg(target_os = "linux")]
-fn granted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
-    // SAFETY: the call takes two numbers and touches no memory.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn granted() -> bool {
-    false
-}
-
-/// Shapes of the eight tiles, as `ldtilecfg` takes them.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
 
 /// Panels of x, and tiles of W, that are multiplied together.
 const PAIR: usize = 2;
@@ -88,8 +54,11 @@ pub(super) unsafe fn product(
     let block = if count > PAIR * HIGH { (UNPACKED / (64 * size)).next_multiple_of(PAIR) } else { PAIR };
     ROOM.with_borrow_mut(|room| {
         room.resize(block * size, Line::zeroed());
+        let bytes = (STEP / groups) as u16;
+        // sums, groups of x, and groups of W, each of four or two tiles
+        let (sums, x, w) = ((64, 16), (bytes, 16), (64, (bytes / 4) as u8));
         // SAFETY: the caller's promise.
-        unsafe { configure(groups) };
+        unsafe { configure([sums, sums, sums, sums, x, x, w, w]) };
         for (number, tiles) in tiles.chunks(block * tile_bytes).enumerate() {
             for (tile, room) in tiles.chunks_exact(tile_bytes).zip(room.chunks_exact_mut(size)) {
                 let (codes, numbers) = room.split_at_mut(codes_size);
@@ -119,24 +88,8 @@ pub(super) unsafe fn product(
             }
         }
         // SAFETY: the machine has AMX.
-        unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
+        unsafe { release() };
     });
-}
-
-/// Tiles 0 to 3 are sums, 4 and 5 groups of x, 6 and 7 groups of W.
-///
-/// # Safety
-/// The machine has AMX.
-unsafe fn configure(groups: usize) {
-    let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    let bytes = (STEP / groups) as u16;
-    for (tile, row_bytes, rows) in [(0, 64, 16), (2, 64, 16), (4, bytes, 16), (6, 64, (bytes / 4) as u8)] {
-        for tile in tile..tile + 2 {
-            (shapes.row_bytes[tile], shapes.rows[tile]) = (row_bytes, rows);
-        }
-    }
-    // SAFETY: the caller's promise; the 64 bytes are there and say what the manual wants of them.
-    unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
 }
 
 /// All codes of 16 rows of W `[steps, 8, 16, 4]` in bytes, and their scales and offsets `[steps, groups, kinds, 16]`.

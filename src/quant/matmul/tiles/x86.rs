@@ -1,0 +1,281 @@
+//! Terms by AVX-512, their products by AMX.
+
+#[allow(clippy::wildcard_imports)]
+use std::arch::x86_64::*;
+use std::array::from_fn;
+use std::sync::OnceLock;
+
+use super::super::{Line, Path};
+use super::{DEPTH, PAIR, SET, SIDE, TERMS};
+use crate::quant::amx;
+pub(super) use crate::quant::amx::release;
+
+/// Whether the machine has tiles that multiply bfloat16, and AVX-512 beside them.
+pub(in super::super) fn usable() -> bool {
+    static USABLE: OnceLock<bool> = OnceLock::new();
+    *USABLE.get_or_init(|| Path::best() == Path::Avx512 && amx::usable(amx::HALVES))
+}
+
+/// All tiles have 16 rows of 64 bytes.
+///
+/// # Safety
+/// The machine is [`usable`].
+pub(super) unsafe fn configure() {
+    // SAFETY: the caller's promise.
+    unsafe { amx::configure([(64, 16); 8]) };
+}
+
+/// The terms of two vectors, the first one's in the low halves.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn split(mut pair: [__m512; 2]) -> [__m512i; TERMS] {
+    let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    from_fn(|term| {
+        let [low, top] = pair.map(|numbers| match term {
+            2 => _mm512_castps_si512(numbers), // nothing is left behind these
+            _ => _mm512_and_si512(_mm512_castps_si512(numbers), high),
+        });
+        pair = [_mm512_sub_ps(pair[0], _mm512_castsi512_ps(low)), _mm512_sub_ps(pair[1], _mm512_castsi512_ps(top))];
+        _mm512_or_si512(_mm512_srli_epi32::<16>(low), top)
+    })
+}
+
+/// The first `count` numbers, of 16, from an address on; zeros behind them.
+///
+/// # Safety
+/// They are there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(at: *const f32, count: usize) -> __m512 {
+    let mask = if count < SIDE { (1 << count) - 1 } else { !0 };
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_maskz_loadu_ps(mask, at) }
+}
+
+/// Both halves of 32 columns of a row.
+///
+/// # Safety
+/// The row has `left` numbers from there on, or more than 32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn halves(at: *const f32, left: usize) -> [__m512; 2] {
+    // SAFETY: the caller's promise.
+    unsafe { [load(at, left), load(at.wrapping_add(SIDE), left.saturating_sub(SIDE))] }
+}
+
+/// Terms of up to 16 rows of the first `columns` numbers, `stride` apart: a row of a tile is a row's.
+///
+/// # Safety
+/// The machine is [`usable`]; `out` has room for the sets of all columns.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn rows(x: &[f32], stride: usize, columns: usize, out: &mut [Line]) {
+    for (r, row) in x.chunks(stride).enumerate() {
+        for (set, start) in out.chunks_exact_mut(SET).zip((0..columns).step_by(DEPTH)) {
+            // SAFETY: the row has `columns` numbers, the set a line for it in each term.
+            unsafe {
+                for (term, pairs) in split(halves(row.as_ptr().add(start), columns - start)).into_iter().enumerate() {
+                    _mm512_store_si512((&raw mut set[term * SIDE + r]).cast(), pairs);
+                }
+            }
+        }
+    }
+}
+
+/// Terms of up to 16 rows, turned: a column of a tile is a row's. Returns how many terms there are that aren't zero.
+///
+/// # Safety
+/// The machine is [`usable`]; `out` has room for the sets of all columns.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn turned(w: &[f32], columns: usize, out: &mut [Line]) -> usize {
+    let rows = w.len() / columns;
+    let mut seen = [_mm512_setzero_si512(); TERMS];
+    for (set, start) in out.chunks_exact_mut(SET).zip((0..columns).step_by(DEPTH)) {
+        let mut all = [[_mm512_setzero_ps(); SIDE]; 2];
+        for (r, row) in w.chunks_exact(columns).enumerate().take(rows) {
+            // SAFETY: the row has `columns` numbers.
+            unsafe { [all[0][r], all[1][r]] = halves(row.as_ptr().add(start), columns - start) };
+        }
+        let [low, top] = all.map(|half| transpose(half));
+        for line in 0..SIDE {
+            // SAFETY: the set has this line in each term.
+            unsafe { store([low[line], top[line]], &mut seen, set, line) };
+        }
+    }
+    count(&seen)
+}
+
+/// Terms of the columns `at..at + 16` of up to 32 rows: a row of a tile is two rows', 16 apart. Returns as [`turned`].
+///
+/// # Safety
+/// The machine is [`usable`].
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn paired(w: &[f32], columns: usize, at: usize, out: &mut [Line; SET]) -> usize {
+    let (rows, left) = (w.len() / columns, columns - at);
+    let mut seen = [_mm512_setzero_si512(); TERMS];
+    for line in 0..SIDE {
+        let row = |r: usize| match r < rows {
+            // SAFETY: there is such a row, and it has `columns` numbers.
+            true => unsafe { load(w.as_ptr().add(r * columns + at), left) },
+            false => _mm512_setzero_ps(),
+        };
+        // SAFETY: the set has this line in each term.
+        unsafe { store([row(line), row(line + SIDE)], &mut seen, out, line) };
+    }
+    count(&seen)
+}
+
+/// Stores the terms of two vectors in a line of each term's tile, and adds their bits to those seen.
+///
+/// # Safety
+/// The set has this line in each term.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store(pair: [__m512; 2], seen: &mut [__m512i; TERMS], set: &mut [Line], line: usize) {
+    for (term, pairs) in split(pair).into_iter().enumerate() {
+        seen[term] = _mm512_or_si512(seen[term], pairs);
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_store_si512(set.as_mut_ptr().add(term * SIDE + line).cast(), pairs) };
+    }
+}
+
+/// The terms up to the last one with a bit.
+#[target_feature(enable = "avx512f")]
+fn count(seen: &[__m512i; TERMS]) -> usize {
+    1 + (1..TERMS).rfind(|&term| _mm512_test_epi32_mask(seen[term], seen[term]) != 0).unwrap_or(0)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(rows: [__m512; SIDE]) -> [__m512; SIDE] {
+    // twos of two rows, fours of four rows, then the quarters of all
+    let twos: [__m512d; SIDE] = from_fn(|i| {
+        let (a, b) = (rows[i & !1], rows[i | 1]);
+        _mm512_castps_pd(if i & 1 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) })
+    });
+    let fours: [__m512; SIDE] = from_fn(|i| {
+        let first = i & !3 | (i & 2) >> 1;
+        let (a, b) = (twos[first], twos[first + 2]);
+        _mm512_castpd_ps(if i & 1 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
+    });
+    let eights: [__m512; SIDE] = from_fn(|i| {
+        // 0–3: even quarters of rows 0–7, 4–7: odd ones; 8–15: of rows 8–15
+        let (a, b) = (fours[i & 8 | i & 3], fours[i & 8 | 4 | i & 3]);
+        if i & 4 == 0 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) }
+    });
+    from_fn(|i| {
+        let (a, b) = (eights[i & 7], eights[8 | i & 7]);
+        if i & 8 == 0 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) }
+    })
+}
+
+/// Loads a term of both blocks of x and multiplies it with those of W that are loaded.
+macro_rules! x_term {
+    ($offset:literal) => {
+        concat!(
+            "tileloadd tmm4, [{x0} + {line} + ",
+            $offset,
+            "]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            "tileloadd tmm5, [{x1} + {line} + ",
+            $offset,
+            "]\n",
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            "tdpbf16ps tmm3, tmm5, tmm7"
+        )
+    };
+}
+
+/// Loads a term of both blocks of W and multiplies it with those of x that are loaded.
+macro_rules! w_term {
+    ($offset:literal) => {
+        concat!(
+            "tileloadd tmm6, [{w0} + {line} + ",
+            $offset,
+            "]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            "tileloadd tmm7, [{w1} + {line} + ",
+            $offset,
+            "]\n",
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            "tdpbf16ps tmm3, tmm5, tmm7"
+        )
+    };
+}
+
+/// Two blocks of 16 rows of x, and two of W: `chunks` sets each, one block of x right behind the other, those of W
+/// `w_size` lines apart; of W's terms the first `needed`.
+pub(super) struct Both<'a> {
+    pub x: &'a [Line],
+    pub w: &'a [Line],
+    pub w_size: usize,
+    pub chunks: usize,
+    pub needed: usize,
+}
+
+impl Both<'_> {
+    /// Writes, or adds, their products to 32 rows of 32 sums, `stride` apart.
+    ///
+    /// # Safety
+    /// The machine is [`usable`] and configured; the sums are there.
+    pub(super) unsafe fn multiply(&self, sums: *mut f32, stride: usize, add: bool) {
+        let &Self { x, w, w_size, chunks, needed } = self;
+        let size = chunks * SET;
+        assert!(chunks > 0 && x.len() >= PAIR * size && w.len() >= (PAIR - 1) * w_size + size);
+        /// The products of a chunk of 32 columns after another.
+        macro_rules! chunks {
+            ($($term:expr),*) => {
+                std::arch::asm!(
+                    "test {add}, {add}",
+                    "jz 2f",
+                    "tileloadd tmm0, [{top} + {stride}]",
+                    "tileloadd tmm1, [{top} + {stride} + 64]",
+                    "tileloadd tmm2, [{bottom} + {stride}]",
+                    "tileloadd tmm3, [{bottom} + {stride} + 64]",
+                    "jmp 3f",
+                    "2:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "3:",
+                    "tileloadd tmm6, [{w0} + {line}]",
+                    "tileloadd tmm7, [{w1} + {line}]",
+                    $($term),*,
+                    "add {x0}, 3072",
+                    "add {x1}, 3072",
+                    "add {w0}, 3072",
+                    "add {w1}, 3072",
+                    "dec {chunks}",
+                    "jnz 3b",
+                    "tilestored [{top} + {stride}], tmm0",
+                    "tilestored [{top} + {stride} + 64], tmm1",
+                    "tilestored [{bottom} + {stride}], tmm2",
+                    "tilestored [{bottom} + {stride} + 64], tmm3",
+                    x0 = inout(reg) x.as_ptr() => _,
+                    x1 = inout(reg) x.as_ptr().add(size) => _,
+                    w0 = inout(reg) w.as_ptr() => _,
+                    w1 = inout(reg) w.as_ptr().add(w_size) => _,
+                    chunks = inout(reg) chunks => _,
+                    line = in(reg) 64usize,
+                    top = in(reg) sums,
+                    bottom = in(reg) sums.wrapping_add(SIDE * stride),
+                    stride = in(reg) 4 * stride,
+                    add = in(reg) usize::from(add),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                )
+            };
+        }
+        // SAFETY: the caller's promise, and the lengths above; a chunk is a set of 3,072 bytes.
+        unsafe {
+            match needed {
+                1 => chunks!(x_term!(2048), x_term!(1024), x_term!(0)),
+                2 => chunks!(x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(0)),
+                _ => chunks!(x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(2048), w_term!(0)),
+            }
+        }
+    }
+}
