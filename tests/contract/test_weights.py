@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ftkit import plugins
@@ -62,13 +63,31 @@ def test_products_are_those_of_the_dense_matrix(weight: Weight) -> None:
     assert torch.equal(y, DenseWeight(dense).matmul(x))
     assert torch.equal(dx, DenseWeight(dense).matmul_transposed(dy))
     with torch.no_grad():
-        assert torch.equal(y, weight.matmul(x)), "training and serving compute one thing"
+        assert torch.equal(y, weight.matmul(x)), "gradients change nothing"
     # float32 sums of 512 and of 37 products of numbers around 1, in another order than torch's in float64
     torch.testing.assert_close(y.double(), functional.linear(x.double(), dense.double()), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dx.double(), dy.double() @ dense.double(), rtol=1e-5, atol=1e-5)
     assert weight.matmul(x[:0]).shape == (0, ROWS)
     assert weight.matmul_transposed(dy[:0]).shape == (0, COLUMNS)
     assert torch.equal(weight.matmul(x.T.contiguous().T), y), "strides change nothing"
+
+
+def test_in_training_sums_may_have_another_order(weight: Weight) -> None:
+    """The order is then the processor's choice; whose row it is, and which way W is stored, still change nothing."""
+    assert isinstance(weight, nn.Module)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(70, COLUMNS, generator=generator)
+    answered = weight.matmul(x)
+    assert torch.equal(answered, weight.eval().matmul(x)), "a weight answers until a model that trains takes it along"
+    trained = weight.train().matmul(x)
+    sizes = functional.linear(x.double().abs(), weight.dense().double().abs())
+    # K roundings of numbers that are no larger than these sums, at most; what three terms leave out is as much as eight
+    assert ((trained - answered).abs() <= 2 * COLUMNS * 2**-24 * sizes + 1e-30).all()
+    assert torch.equal(trained, DenseWeight(weight.dense()).train().matmul(x))
+    assert torch.equal(trained[69:], weight.matmul(x[69:]))
+    offsets = weight.group_offsets()
+    if offsets is not None:
+        assert torch.equal(trained, offsets.replace(offsets.values).matmul(x))
 
 
 def test_rows_are_the_dense_matrix_rows(weight: Weight) -> None:

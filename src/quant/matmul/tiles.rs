@@ -11,7 +11,7 @@
 //!
 //! A number depends on its own two rows and on K alone, as those of [`super::matmul`] do, but isn't the same to the bit:
 //! this is for training, where all rows are many; answers are computed in one way on every machine. Infinite numbers
-//! become NaN.
+//! become NaN; what is below 2⁻¹²⁶ counts as zero, and so do bits of a number below 2⁻¹³³.
 
 mod x86;
 
@@ -341,6 +341,26 @@ mod tests {
             let (t, k) = (index / columns, index % columns);
             let column: Vec<f32> = w.iter().skip(k).step_by(columns).copied().collect();
             assert!(right(dx[index], &dy[t * rows..][..rows], &column), "{t} {k}");
+        }
+    }
+
+    #[test]
+    fn the_least_numbers_are_lost_and_disturb_no_others() {
+        if !usable() {
+            return;
+        }
+        let (rows, columns, count) = (40, 70, 33);
+        let tiny = |values: &mut [f32]| values.iter_mut().step_by(3).for_each(|value| *value *= 1e-37);
+        let (mut w, mut x) = (noise(rows * columns, 1), noise(count * columns, 2));
+        (tiny(&mut w), tiny(&mut x));
+        let matrix = Matrix::new(Kind::F32, bytemuck::cast_slice(&w), rows, columns).unwrap();
+        let mut y = vec![0.0; count * rows];
+        Team::run(|team| super::super::matmul_in_training(team, matrix, &x, &mut y)).unwrap();
+        for (index, &found) in y.iter().enumerate() {
+            let (t, r) = (index / rows, index % rows);
+            let pairs = x[t * columns..][..columns].iter().zip(&w[r * columns..][..columns]);
+            let sum: f64 = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+            assert!((f64::from(found) - sum).abs() < 1e-5, "{found} {sum}");
         }
     }
 

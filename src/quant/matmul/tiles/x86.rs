@@ -30,11 +30,9 @@ pub(super) unsafe fn configure() {
 #[target_feature(enable = "avx512f")]
 fn split(mut pair: [__m512; 2]) -> [__m512i; TERMS] {
     let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
-    from_fn(|term| {
-        let [low, top] = pair.map(|numbers| match term {
-            2 => _mm512_castps_si512(numbers), // nothing is left behind these
-            _ => _mm512_and_si512(_mm512_castps_si512(numbers), high),
-        });
+    from_fn(|_| {
+        // of the last term, too: numbers near the least that there are leave more bits behind, which are lost
+        let [low, top] = pair.map(|numbers| _mm512_and_si512(_mm512_castps_si512(numbers), high));
         pair = [_mm512_sub_ps(pair[0], _mm512_castsi512_ps(low)), _mm512_sub_ps(pair[1], _mm512_castsi512_ps(top))];
         _mm512_or_si512(_mm512_srli_epi32::<16>(low), top)
     })
