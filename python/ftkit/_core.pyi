@@ -614,7 +614,7 @@ class Engine:
 
         Before each call the batch is written to `workspace`, int32 tensors on the CPU: tokens, positions, cu_seqlens,
         adapter, block_table (`blocks` numbers a sequence), rows (whose logits are wanted). For embeddings,
-        `step.embed(tokens, adapter)` returns the averaged hidden state, float32 [d] on the CPU. With `draft_model`,
+        `step.hidden` gets the same and returns the hidden states, float32 [tokens, d] on the CPU. With `draft_model`,
         `step.draft` takes and returns the same as `step`, by the model that makes drafts, under no adapter; it gets
         each batch that `step` gets, with no rows wanted. `step.whole` and `step.whole_draft` are the two as
         `DecoderStep`, or None. `content` is a hash of the base model's weights. For adapters on disk:

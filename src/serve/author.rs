@@ -95,6 +95,7 @@ impl Pen {
             priority: self.priority,
             deadline: self.deadline.take(),
             urgent: false,
+            embeds: false,
         };
         self.engine.submit(vec![request])
     }

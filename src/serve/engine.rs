@@ -3,7 +3,6 @@
 //! Requests come in through a channel and answers go out through each request's sink, so no caller waits for a lock that
 //! a step holds. A step that fails, fails its batch; the thread lives until it is told to stop.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,19 +17,8 @@ use super::scheduler::Scheduler;
 use super::step::{Batch, Shelf, Step};
 use crate::{Error, Result};
 
-/// Takes what an embedding came to.
-pub type Taker = Box<dyn FnOnce(Result<Vec<f32>>) + Send>;
-
-/// A text whose hidden state is wanted, under an adapter.
-struct Embed {
-    tokens: Vec<u32>,
-    adapter: i32,
-    take: Taker,
-}
-
 enum Command {
     Add(Box<Request>),
-    Embed(Embed),
     /// Answers whether somebody still uses the adapter.
     Uses(i32, Sender<bool>),
     /// Requests may name an adapter that is on disk.
@@ -141,11 +129,21 @@ impl Engine {
 
     /// Hands requests over: all of them, or none.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
+        let urgent = requests.iter().all(|request| request.urgent);
+        self.hand_over(requests, if urgent { usize::MAX } else { self.0.limits.waiting })
+    }
+
+    /// Hands over one more request of a caller who has had others answered: it waits its turn, but is not refused when
+    /// the queue is full, since what he has would be lost.
+    pub fn submit_more(&self, request: Request) -> Result<(), Refused> {
+        self.hand_over(vec![request], usize::MAX)
+    }
+
+    fn hand_over(&self, requests: Vec<Request>, most: usize) -> Result<(), Refused> {
         for request in &requests {
             self.0.limits.check(&request.prompt, &request.sampling).map_err(Refused::Invalid)?;
         }
         let count = requests.len();
-        let most = if requests.iter().all(|request| request.urgent) { usize::MAX } else { self.0.limits.waiting };
         let take = |queued: usize| queued.checked_add(count).filter(|&sum| sum <= most);
         if let Err(queued) = self.0.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) {
             self.0.metrics.refused.add(1);
@@ -157,12 +155,6 @@ impl Engine {
             self.send(Command::Add(Box::new(request))).map_err(|()| Refused::Stopped)?;
         }
         Ok(())
-    }
-
-    /// Has the last hidden state of a text computed, averaged over its tokens, between two steps; `take` gets it, and is
-    /// dropped when the engine stops. The caller bounds how many wait.
-    pub fn embed(&self, tokens: Vec<u32>, adapter: i32, take: Taker) -> Result<(), Refused> {
-        self.send(Command::Embed(Embed { tokens, adapter, take })).map_err(|()| Refused::Stopped)
     }
 
     /// Requests may name an adapter from now on, which the shelf has.
@@ -229,13 +221,12 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step, errands
     let mut scheduler = Scheduler::new(shared.limits.clone());
     let mut logits = Vec::new();
     let mut taken = Taken { waiting: 0, left: Instant::now() };
-    let mut embeds = VecDeque::<Embed>::new();
     // Whether there is something to do without another command.
     let mut busy = false;
     'life: loop {
         let mut next = if busy {
             inbox.try_recv().ok()
-        } else if scheduler.idle() && embeds.is_empty() {
+        } else if scheduler.idle() {
             match inbox.recv() {
                 Ok(command) => Some(command),
                 Err(_) => break 'life,
@@ -249,39 +240,22 @@ fn work(shared: &Shared, inbox: &Receiver<Command>, mut step: impl Step, errands
                     taken.waiting += 1;
                     scheduler.add(*request);
                 }
-                Command::Embed(embed) => embeds.push_back(embed),
                 Command::Uses(adapter, answer) => {
                     scheduler.drop_cancelled();
-                    let embedded = embeds.iter().any(|embed| embed.adapter == adapter);
-                    let _ = answer.send(embedded || scheduler.uses(adapter));
+                    let _ = answer.send(scheduler.uses(adapter));
                 }
                 Command::Know(adapter) => scheduler.residency().know(adapter),
                 Command::Forget(adapter) => scheduler.residency().forget(adapter),
-                Command::Fetched(adapter, outcome) => {
-                    if let Err(error) = &outcome {
-                        for embed in take_all(&mut embeds, adapter) {
-                            (embed.take)(Err(error.clone()));
-                        }
-                    }
-                    scheduler.fetched(adapter, outcome);
-                }
+                Command::Fetched(adapter, outcome) => scheduler.fetched(adapter, outcome),
                 Command::Stop => break 'life,
             }
             next = inbox.try_recv().ok();
         }
         scheduler.drop_cancelled();
         scheduler.drop_late(Instant::now());
-        // One at a time, so that answers under way go on.
-        let lent = embeds.iter().position(|embed| scheduler.borrow(embed.adapter));
-        let lent = lent.and_then(|index| embeds.remove(index));
-        let wanted: Vec<i32> = embeds.iter().map(|embed| embed.adapter).collect();
-        let batch = scheduler.plan_with(&wanted);
+        let batch = scheduler.plan();
         let moved = arrange(&mut scheduler, &mut step, errands);
-        busy = lent.is_some() || batch.is_some();
-        if let Some(Embed { tokens, adapter, take }) = lent {
-            take(step.embed(&tokens, adapter));
-            scheduler.give_back(adapter);
-        }
+        busy = batch.is_some();
         if let Some(batch) = batch.filter(|_| moved) {
             // Before the step: who waits now waits for it.
             publish(shared, &mut scheduler, &mut taken);
@@ -357,12 +331,6 @@ fn arrange(scheduler: &mut Scheduler, step: &mut impl Step, errands: &Sender<Err
     good
 }
 
-fn take_all(embeds: &mut VecDeque<Embed>, adapter: i32) -> Vec<Embed> {
-    let (taken, kept) = embeds.drain(..).partition::<VecDeque<_>, _>(|embed| embed.adapter == adapter);
-    *embeds = kept;
-    taken.into()
-}
-
 /// Requests that the scheduler was given and that wait.
 struct Taken {
     waiting: usize,
@@ -401,7 +369,7 @@ fn publish(shared: &Shared, scheduler: &mut Scheduler, taken: &mut Taken) {
 #[cfg(test)]
 mod tests {
     use super::super::Sampling;
-    use super::super::fake::{FakeShelf, FakeStep, Listener, VOCABULARY, request};
+    use super::super::fake::{FakeShelf, FakeStep, Listener, VOCABULARY, embedding, request};
     use super::*;
 
     fn engine(waiting: usize, pause: u64) -> Engine {
@@ -468,23 +436,22 @@ mod tests {
     }
 
     #[test]
-    fn embeddings_come_between_steps_and_fail_alone() {
-        let engine = engine(10, 1);
-        let listener = Listener::default();
-        engine.submit(vec![request(&[1, 2], sampling(20), -1, &listener)]).unwrap();
-        let (sender, receiver) = channel();
-        for number in 1..4 {
-            let sender = sender.clone();
-            engine.embed(vec![number, 7], 3, Box::new(move |outcome| sender.send(outcome).unwrap())).unwrap();
+    fn more_of_who_was_let_in_is_not_refused() {
+        let engine = engine(1, 5);
+        let listeners: Vec<Listener> = (0..6).map(|_| Listener::default()).collect();
+        for listener in &listeners[..2] {
+            engine.submit(vec![request(&[1, 2], sampling(50), -1, listener)]).unwrap();
+            until(|| engine.0.queued.load(Ordering::Relaxed) == 0);
         }
-        let found: Vec<Vec<f32>> = receiver.iter().take(3).map(|outcome| outcome.unwrap()).collect();
-        assert_eq!(found, [[8.0, 3.0], [9.0, 3.0], [10.0, 3.0]]);
-        until(|| listener.ending().starts_with("length"));
-        until(|| !engine.uses(3));
+        engine.submit(vec![embedding(&[1, 2], -1, &listeners[2])]).unwrap();
+        for listener in &listeners[3..5] {
+            engine.submit_more(embedding(&[1, 2], -1, listener)).unwrap();
+        }
+        let refused = engine.submit(vec![embedding(&[1, 2], -1, &listeners[5])]);
+        assert!(matches!(refused, Err(Refused::Full { waiting: 3, .. })), "{refused:?}");
+        until(|| listeners[2..5].iter().all(|listener| listener.mean().len() == 2));
+        until(|| engine.0.queued.load(Ordering::Relaxed) == 0 && engine.metrics().blocks_used.get() == 0);
         engine.stop();
-        let (sender, receiver) = channel::<Result<Vec<f32>>>();
-        assert!(engine.embed(vec![1], 3, Box::new(move |outcome| drop(sender.send(outcome)))).is_err());
-        assert!(receiver.recv().is_err());
     }
 
     #[test]

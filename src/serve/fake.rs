@@ -99,6 +99,10 @@ impl Step for FakeStep {
                 let position = batch.positions[index] as usize;
                 self.memory[slot(position)] = mix(mix(weights, batch.tokens[index] as u64), position as u64);
                 self.tokens[slot(position)] = batch.tokens[index];
+                if batch.embeds {
+                    let hash = (0..=position).fold(weights, |hash, before| mix(hash, self.memory[slot(before)]));
+                    logits.extend([(hash >> 40) as f32 / (1u64 << 24) as f32, adapter as f32]);
+                }
                 if rows.next_if(|&&row| row as usize == index).is_some() {
                     let mut hash = (0..=position).fold(weights, |hash, before| mix(hash, self.memory[slot(before)]));
                     for _ in 0..VOCABULARY {
@@ -118,16 +122,6 @@ impl Step for FakeStep {
     fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
         assert!(batch.adapter.iter().all(|&adapter| adapter == -1));
         self.draft.as_mut().ok_or_else(|| Error::failure("no draft model"))?.run(batch, logits)
-    }
-
-    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {
-        if std::mem::take(&mut self.fail) {
-            return Err(Error::failure("told to"));
-        }
-        if adapter >= PAGED {
-            self.weights_of(adapter);
-        }
-        Ok(vec![tokens.iter().sum::<u32>() as f32, adapter as f32])
     }
 
     fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()> {
@@ -177,7 +171,7 @@ impl Decoder for Letters {
 
 /// Remembers its events.
 #[derive(Clone, Default)]
-pub(crate) struct Listener(Arc<Mutex<(Vec<Event>, bool)>>);
+pub(crate) struct Listener(Arc<Mutex<(Vec<Event>, bool)>>, Arc<Mutex<Vec<f32>>>);
 
 impl Listener {
     pub fn close(&self) {
@@ -190,6 +184,11 @@ impl Listener {
 
     pub fn tokens(&self) -> Vec<u32> {
         self.each(|delta| delta.tokens.iter().map(|token| token.id).collect::<Vec<_>>()).concat()
+    }
+
+    /// What its prompt was embedded as.
+    pub fn mean(&self) -> Vec<f32> {
+        self.1.lock().unwrap().clone()
     }
 
     /// How it ended.
@@ -230,6 +229,14 @@ impl Sink for Listener {
     fn closed(&self) -> bool {
         self.0.lock().unwrap().1
     }
+    fn embedded(&mut self, mean: Vec<f32>) {
+        *self.1.lock().unwrap() = mean;
+    }
+}
+
+/// The same for an embedding of the prompt.
+pub(crate) fn embedding(prompt: &[u32], adapter: i32, listener: &Listener) -> Request {
+    Request { embeds: true, ..request(prompt, Sampling::default(), adapter, listener) }
 }
 
 pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener: &Listener) -> Request {
@@ -246,5 +253,6 @@ pub(crate) fn request(prompt: &[u32], sampling: Sampling, adapter: i32, listener
         priority: 0,
         deadline: None,
         urgent: false,
+        embeds: false,
     }
 }

@@ -21,6 +21,8 @@ pub trait Sink: Send {
     fn send(&mut self, event: Event) -> bool;
     /// Whether nobody listens any more.
     fn closed(&self) -> bool;
+    /// Takes what a request that [embeds](Request::embeds) came to, `[hidden]`, and ends it; others never have it.
+    fn embedded(&mut self, _mean: Vec<f32>) {}
 }
 
 /// One answer to generate.
@@ -49,6 +51,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Served before the queue, and never refused: for health checks.
     pub urgent: bool,
+    /// Wants no answer, but the last hidden states of the prompt, averaged over its tokens.
+    pub embeds: bool,
 }
 
 /// One token of an answer.

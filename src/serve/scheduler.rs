@@ -6,7 +6,8 @@
 //! that no bound was given for may come to need more than was expected: when pages run out, the youngest sequence gives
 //! its pages up and goes back to the head of the queue with its tokens; its keys and values are computed again later, and
 //! its answer goes on where it was. A prompt whose beginning the pool still holds, from another request or an earlier
-//! turn, starts after it; one whose beginning is being computed for another lets others pass until that is done.
+//! turn, starts after it; one whose beginning is being computed for another lets others pass until that is done. Texts to
+//! embed are such requests, too, with chunks in steps of their own, in turn with the others.
 //! Everything here is plain bookkeeping: no clock, no thread, no randomness, so the tests drive it by hand.
 
 mod begin;
@@ -35,6 +36,8 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     /// The batch that is being computed: (index in `running`, tokens, of how many of the last logits are wanted).
     planned: Vec<(usize, usize, usize)>,
+    /// Whether it is one of texts to embed.
+    embeds: bool,
     counters: Counters,
     /// Seconds that a token took in the last steps.
     pace: f64,
@@ -53,6 +56,7 @@ impl Scheduler {
             queue: Queue::default(),
             running: Vec::new(),
             planned: Vec::new(),
+            embeds: false,
             counters: Counters::default(),
             pace: 0.0,
             begun: Vec::new(),
@@ -153,17 +157,6 @@ impl Scheduler {
         self.residency.lost(adapter, &mut self.pool);
     }
 
-    /// Holds the adapter in the pool for something else than a sequence; `false` when it is not there yet.
-    pub fn borrow(&mut self, adapter: i32) -> bool {
-        self.residency.sync(&mut self.pool);
-        self.residency.ready(adapter) && self.residency.enter(adapter, &mut self.pool)
-    }
-
-    /// Ends what [`Scheduler::borrow`] began.
-    pub fn give_back(&mut self, adapter: i32) {
-        self.residency.leave(adapter, &mut self.pool);
-    }
-
     /// Whether a waiting or running request uses the adapter.
     pub fn uses(&self, adapter: i32) -> bool {
         self.queue.iter().chain(&self.running).any(|sequence| sequence.adapter == adapter)
@@ -198,11 +191,6 @@ impl Scheduler {
         self.retire();
     }
 
-    /// [`Scheduler::plan_with`] where only requests want adapters.
-    pub fn plan(&mut self) -> Option<Batch> {
-        self.plan_with(&[])
-    }
-
     /// A step of so many tokens took so long.
     pub fn took(&mut self, tokens: usize, time: Duration) {
         let pace = time.as_secs_f64() / tokens.max(1) as f64;
@@ -210,46 +198,72 @@ impl Scheduler {
         self.pace = if self.pace == 0.0 { pace } else { 0.7 * self.pace + 0.3 * pace };
     }
 
-    /// The next batch, or none when there is nothing to compute. `wanted`: adapters that others than requests wait for.
-    pub fn plan_with(&mut self, wanted: &[i32]) -> Option<Batch> {
+    /// The next batch, or none when there is nothing to compute.
+    pub fn plan(&mut self) -> Option<Batch> {
         self.planned.clear();
         self.running.iter_mut().for_each(Sequence::undraft);
-        let wanted: Vec<i32> =
-            self.queue.iter().map(|sequence| sequence.adapter).chain(wanted.iter().copied()).collect();
+        let wanted: Vec<i32> = self.queue.iter().map(|sequence| sequence.adapter).collect();
         self.residency.wish(&wanted);
         if self.residency.doomed() {
             self.residency.bury(&mut self.pool, |adapter| wanted.contains(&adapter));
         }
-        let mut budget = self.limits.batch_tokens;
-        // Sequences that generate.
-        let mut index = 0;
-        while index < self.running.len() && budget > 0 {
-            if self.running[index].left() == 1 && self.reserve(index) {
-                self.planned.push((index, 1, 1));
-                budget -= 1;
-            }
-            index += 1;
+        // In turn; and at once where there is nothing else to do, for one that has just begun, too.
+        if !self.embeds {
+            self.embed();
         }
-        // Prompts under way; their pages were reserved when they were admitted.
-        for (index, sequence) in self.running.iter().enumerate() {
-            let left = sequence.left();
-            let count = left.min(budget);
-            if left > 1 && count > 0 {
-                self.planned.push((index, count, usize::from(count == left)));
-                budget -= count;
-            }
+        if self.planned.is_empty() {
+            self.answer();
         }
-        budget = self.begin(budget);
-        self.draft(budget);
+        if self.planned.is_empty() {
+            self.embed();
+        }
         // Rows under one adapter side by side, so that its matrices are read once.
         let running = &self.running;
         self.planned.sort_unstable_by_key(|&(index, _, _)| (running[index].adapter, index));
         (!self.planned.is_empty()).then(|| self.batch())
     }
 
+    /// Plans a batch of answers and prompts.
+    fn answer(&mut self) {
+        self.embeds = false;
+        let mut budget = self.limits.batch_tokens;
+        // Sequences that generate.
+        let mut index = 0;
+        while index < self.running.len() && budget > 0 {
+            if self.running[index].generates() && self.reserve(index) {
+                self.planned.push((index, 1, 1));
+                budget -= 1;
+            }
+            index += 1;
+        }
+        budget = self.prompts(budget, false);
+        budget = self.begin(budget);
+        self.draft(budget);
+    }
+
+    /// Plans a batch of texts to embed, if there are any.
+    fn embed(&mut self) {
+        self.prompts(self.limits.batch_tokens, true);
+        self.embeds = !self.planned.is_empty();
+    }
+
+    /// Plans tokens of prompts under way, at most so many; how many more there may be. Their pages were reserved when
+    /// they were admitted.
+    fn prompts(&mut self, mut budget: usize, embeds: bool) -> usize {
+        for (index, sequence) in self.running.iter().enumerate() {
+            let left = sequence.left();
+            let count = left.min(budget);
+            if sequence.embeds() == embeds && !sequence.generates() && count > 0 {
+                self.planned.push((index, count, usize::from(count == left && !embeds)));
+                budget -= count;
+            }
+        }
+        budget
+    }
+
     /// The batch that is planned, with the drafts that there are.
     pub fn batch(&self) -> Batch {
-        let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
+        let mut batch = Batch { cu_seqlens: vec![0], embeds: self.embeds, ..Batch::default() };
         // Pages that a sequence needs for what it has and gets now.
         let pages =
             |&(index, count, _): &(usize, usize, usize)| self.pool.pages_for(self.running[index].computed + count);
@@ -273,8 +287,11 @@ impl Scheduler {
         batch
     }
 
-    /// Takes the logits of the planned batch: chooses tokens, sends events, retires what ended.
+    /// Takes the logits of the planned batch, or its hidden states: chooses tokens, sends events, retires what ended.
     pub fn apply(&mut self, logits: &[f32]) {
+        if self.embeds {
+            return self.pooled(logits);
+        }
         let wanted: usize = self.planned.iter().map(|planned| planned.2).sum();
         if logits.len() != wanted * self.limits.vocabulary {
             let expected = wanted * self.limits.vocabulary;
@@ -305,6 +322,23 @@ impl Scheduler {
                 }
             }
             sequence.learn(&mut self.pool);
+        }
+        self.retire();
+    }
+
+    /// Takes the hidden states of the planned batch, `[tokens, hidden]`.
+    fn pooled(&mut self, hidden: &[f32]) {
+        let tokens: usize = self.planned.iter().map(|planned| planned.1).sum();
+        let width = hidden.len() / tokens.max(1);
+        if width == 0 || hidden.len() != tokens * width {
+            let message =
+                format!("the step: expected the hidden states of {tokens} tokens, got {} numbers", hidden.len());
+            return self.fail(&Error::failure(message));
+        }
+        let mut rows = hidden.chunks_exact(width);
+        for (index, count, _) in std::mem::take(&mut self.planned) {
+            self.running[index].pool(rows.by_ref().take(count));
+            self.counters.prefilled_tokens += count as u64;
         }
         self.retire();
     }

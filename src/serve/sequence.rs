@@ -39,6 +39,8 @@ pub(super) struct Sequence {
     chain: Chain,
     sampler: Sampler,
     answer: Answer,
+    /// Of one that embeds, the sum of the hidden states that were computed, `[hidden]` once there are any.
+    sums: Option<Vec<f64>>,
     /// The adapter's id, -1 for none.
     pub adapter: i32,
     /// Whom serving it is charged to.
@@ -77,10 +79,11 @@ impl Sequence {
     /// A request that has passed [`Limits::check`].
     pub fn new(request: Request, limits: &Limits) -> Self {
         let Request { prompt, answered, sampling, constraint, adapter, root, decoder, sink, .. } = request;
-        let Request { client, priority, deadline, urgent, .. } = request;
+        let Request { client, priority, deadline, urgent, embeds, .. } = request;
         let answer = Answer::new(decoder, &sampling.stop);
-        let room = limits.longest() - prompt.len();
-        let mut chain = Chain::new(root);
+        let room = if embeds { 0 } else { limits.longest() - prompt.len() };
+        // What others computed of an embedded text has no hidden states any more: it takes and leaves no pages.
+        let mut chain = Chain::new(root.filter(|_| !embeds));
         chain.extend(&prompt, limits.block_tokens);
         Self {
             draft: Vec::new(),
@@ -96,6 +99,7 @@ impl Sequence {
             chain,
             sampler: Sampler::going_on(sampling, prompt.split_at(prompt.len().saturating_sub(answered)), constraint),
             answer,
+            sums: embeds.then(Vec::new),
             adapter,
             flow: Flow { client, adapter, priority: priority.clamp(-MAX_PRIORITY, MAX_PRIORITY) },
             came: Instant::now(),
@@ -111,13 +115,23 @@ impl Sequence {
 
     /// It is known where its keys begin, before it runs.
     pub fn rooted(&mut self, root: Key, block_tokens: usize) {
-        self.chain = Chain::new(Some(root));
+        self.chain = Chain::new(Some(root).filter(|_| !self.embeds()));
         self.chain.extend(&self.tokens, block_tokens);
     }
 
     /// Tokens that are not computed yet.
     pub fn left(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// Whether hidden states are wanted of it, and no answer.
+    pub fn embeds(&self) -> bool {
+        self.sums.is_some()
+    }
+
+    /// Whether its next token is one that only generates the one after.
+    pub fn generates(&self) -> bool {
+        self.left() == 1 && !self.embeds()
     }
 
     /// Whether it has no token of its answer yet.
@@ -255,6 +269,9 @@ impl Sequence {
         self.chain.extend(&self.tokens, pool.block_tokens());
         self.table.release(pool);
         self.computed = 0;
+        if let Some(sums) = &mut self.sums {
+            sums.clear();
+        }
     }
 
     fn usage(&self) -> Usage {
@@ -269,6 +286,22 @@ impl Sequence {
     pub fn fail(&mut self, error: Error) {
         self.ended = Some(Outcome::Failed);
         self.sink.send(Event::Failed(error));
+    }
+
+    /// Takes the hidden states of its next tokens, `[hidden]` each; after the last, it has ended. They are added one by one
+    /// in the order of the tokens, so that the mean is the same whatever chunks they came in.
+    pub fn pool<'a>(&mut self, rows: impl ExactSizeIterator<Item = &'a [f32]>) {
+        let Some(sums) = &mut self.sums else { return };
+        self.computed += rows.len();
+        for row in rows {
+            sums.resize(row.len(), 0.0);
+            sums.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
+        }
+        if self.computed == self.tokens.len() {
+            let mean = sums.iter().map(|sum| (sum / self.computed as f64) as f32).collect();
+            self.sink.embedded(mean);
+            self.ended = Some(Outcome::Finished);
+        }
     }
 
     /// Takes the next token of the answer.

@@ -20,6 +20,8 @@ pub struct Batch {
     pub blocks: usize,
     /// The tokens of the stream whose logits are wanted, rising.
     pub rows: Vec<i32>,
+    /// Whether the hidden states of all tokens are wanted, and no logits.
+    pub embeds: bool,
 }
 
 impl Batch {
@@ -31,14 +33,12 @@ impl Batch {
 
 /// A model that can take a step. It writes keys and values of the new tokens to the pages of their sequences.
 pub trait Step: Send {
-    /// Computes the batch and writes `[rows, vocabulary]` logits, cleared before.
-    /// An error fails the requests of this batch and no others.
+    /// Computes the batch and writes `[rows, vocabulary]` logits, cleared before; of one that embeds, the hidden states
+    /// after the last norm, `[tokens, hidden]`. An error fails the requests of this batch and no others.
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
     /// The same by the smaller model that makes drafts, under no adapter; its keys and values have the same pages, and
     /// `run` writes them for all that it computes. Called only where [`super::Limits::draft_model`] says so.
     fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()>;
-    /// The last hidden state of a text, averaged over its tokens `[hidden]`; the pages stay as they are.
-    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>>;
     /// Writes the weights of an adapter that was fetched to these pages of the pool; batches under it may follow.
     fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()>;
     /// The adapter's pages are another's from now on.

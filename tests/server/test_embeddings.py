@@ -1,6 +1,7 @@
 """`/v1/embeddings` by the official client, against transformers' hidden states of the same files."""
 
 import base64
+import concurrent.futures
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from speakers import speaker
 
 pytestmark = pytest.mark.server
 
+NO_END = {"ignore_eos": True}
 TEXTS = ["Ulm", "a longer text, é, of many bytes " * 30, "x"]
 
 
@@ -83,6 +85,23 @@ def test_formats_and_tokens_are_the_same(speaking: openai.OpenAI) -> None:
     letters = speaking.embeddings.create(model="speaker", input=[[1, 2], [1, 2], [2, 1]], encoding_format="float").data
     assert letters[0].embedding == letters[1].embedding != letters[2].embedding
     assert speaking.embeddings.create(model="speaker", input=[1, 2]).data[0].embedding == letters[0].embedding
+
+
+def test_long_texts_in_chunks_among_others_are_the_same_to_the_bit(speaking: openai.OpenAI) -> None:
+    """Each takes several steps, and what a step has left for it depends on the others."""
+
+    def embed(pair: tuple[str, str]) -> list[float]:
+        name, text = pair
+        return speaking.embeddings.create(model=name, input=text, encoding_format="float").data[0].embedding
+
+    texts = [f"{number} is a long text. " * 80 for number in ("one", "twenty-two", "three")]
+    pairs = [(name, text) for text in texts for name in ("speaker", "tuned")]
+    alone = [embed(pair) for pair in pairs]
+    answer = speaking.completions.create(model="tuned", prompt="x", max_tokens=500, stream=True, extra_body=NO_END)
+    with concurrent.futures.ThreadPoolExecutor(len(pairs)) as callers:
+        assert list(callers.map(embed, pairs)) == alone
+    answer.close()
+    assert len({str(vector) for vector in alone}) == len(pairs)
 
 
 def test_fewer_dimensions_are_the_first_ones_of_length_1(speaking: openai.OpenAI) -> None:

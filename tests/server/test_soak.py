@@ -57,14 +57,17 @@ class Load:
         return str(choice["message"]["content"] if path == CHAT else choice["text"])
 
     def leave(self, dice: random.Random) -> None:
-        """Asks for a long answer, and does not wait for it."""
-        streams = dice.random() < 0.5
-        body = json.dumps({"prompt": "x", "max_tokens": 2000, "stream": streams, "ignore_eos": True}).encode()
-        where = urllib.parse.urlsplit(self.server.url)
-        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
+        """Asks for a long answer, or a long text's embedding, and does not wait for it."""
+        streams, embeds = dice.random() < 0.5, dice.random() < 0.3
+        asked: dict[str, Any] = {"prompt": "x", "max_tokens": 2000, "stream": streams, "ignore_eos": True}
+        if embeds:
+            asked = {"model": "fixed", "input": "x" * 3000}
+        body = json.dumps(asked).encode()
+        where, path = urllib.parse.urlsplit(self.server.url), EMBEDDINGS if embeds else TEXT
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
         with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
             connection.sendall(f"{head}\r\n\r\n".encode() + body)
-            if streams and dice.random() < 0.5:
+            if streams and not embeds and dice.random() < 0.5:
                 connection.recv(100)
 
     def one(self, number: int) -> None:

@@ -59,6 +59,16 @@ class ModelStep:
             batch, wanted = self._batch(tokens, blocks, rows, lengths, adapters)
             return next_logits(batch, wanted, self.cache, self.model).float().cpu().contiguous()
 
+    def hidden(
+        self, tokens: int, blocks: int, rows: int, lengths: tuple[int, ...], adapters: tuple[int, ...]
+    ) -> Tensor:
+        """The hidden states after the final norm of all tokens, float32 [tokens, d] on the CPU."""
+        with self.lock, torch.inference_mode():
+            self.shelf.wear(adapters)
+            batch, _ = self._batch(tokens, blocks, rows, lengths, adapters)
+            hidden: Tensor = self.model(batch, self.cache)
+            return hidden.float().cpu().contiguous()
+
     def draft(self, tokens: int, blocks: int, rows: int, lengths: tuple[int, ...], adapters: tuple[int, ...]) -> Tensor:
         """The same by the model that makes drafts."""
         assert self._drafter is not None  # or the core would not ask
@@ -105,11 +115,3 @@ class ModelStep:
     def forget(self, adapter: int) -> None:
         """`Shelf.forget`, on another thread."""
         self.shelf.forget(adapter)
-
-    def embed(self, tokens: list[int], adapter: int) -> Tensor:
-        """The hidden states after the final norm, averaged over the tokens, float32 [d] on the CPU; without a cache."""
-        with self.lock, torch.inference_mode():
-            self.shelf.wear([adapter])
-            batch = RaggedBatch.pack([tokens], adapter=adapter, device=self.model.device)
-            hidden: Tensor = self.model(batch)  # [tokens, d]
-            return hidden.float().mean(0).cpu().contiguous()

@@ -169,6 +169,7 @@ impl Engine {
             priority,
             deadline,
             urgent: false,
+            embeds: false,
         };
         self.engine.submit(vec![request]).map_err(Error::from)?;
         Ok(stream)

@@ -23,6 +23,9 @@ pub(super) struct PythonStep {
 
 impl Step for PythonStep {
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
+        if batch.embeds {
+            return Python::attach(|py| self.call(py, "hidden", batch, logits)).map_err(|error| failed(&error));
+        }
         self.compute(("whole", "__call__"), batch, logits)?;
         if !self.drafts {
             return Ok(());
@@ -33,16 +36,6 @@ impl Step for PythonStep {
 
     fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<()> {
         self.compute(("whole_draft", "draft"), batch, logits)
-    }
-
-    fn embed(&mut self, tokens: &[u32], adapter: i32) -> Result<Vec<f32>> {
-        let embed = |py: Python<'_>| -> PyResult<Vec<f32>> {
-            let result = self.step.call_method1(py, "embed", (tokens.to_vec(), adapter))?;
-            let memory = Memory::<f32>::of("hidden", result.bind(py))?;
-            // SAFETY: `result` keeps the tensor alive, and nobody else has it.
-            Ok(unsafe { memory.slice() }.to_vec())
-        };
-        Python::attach(embed).map_err(|error| failed(&error))
     }
 
     fn install(&mut self, adapter: i32, pages: &[u32]) -> Result<()> {
@@ -109,7 +102,7 @@ impl PythonStep {
         let adapters = PyTuple::new(py, &batch.adapter)?;
         let sizes = (batch.tokens.len(), batch.blocks, batch.rows.len(), lengths, adapters);
         let result = self.step.call_method1(py, method, sizes)?;
-        let memory = Memory::<f32>::of("logits", result.bind(py))?;
+        let memory = Memory::<f32>::of("result", result.bind(py))?;
         // SAFETY: `result` keeps the tensor alive, and nobody else has it.
         let values = unsafe { memory.slice() };
         py.detach(|| logits.extend_from_slice(values));

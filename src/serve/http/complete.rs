@@ -166,6 +166,7 @@ fn submit(
                 priority: asked.priority,
                 deadline,
                 urgent: false,
+                embeds: false,
             });
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use serde_json::{Value, json};
+use tokio::sync::oneshot::{Sender, channel};
 
 use super::App;
 use super::complete::tokens_left;
@@ -13,8 +14,9 @@ use super::fields::{Fields, kind};
 use super::keys::Key;
 use super::meter::Caller;
 use super::parse::{Prompt, prompts};
-use crate::serve::Sampling;
+use crate::Result as Outcome;
 use crate::serve::models::Model;
+use crate::serve::{Event, Request, Sampling, Sink};
 
 /// Most texts of one request.
 const MAX_TEXTS: usize = 2048;
@@ -26,7 +28,33 @@ struct Wanted {
     dimensions: Option<usize>,
 }
 
-/// Answers a request. Texts are computed one after the other, between the steps of answers under way.
+/// Who waits for a text's embedding.
+struct Waiting(Option<Sender<Outcome<Vec<f32>>>>);
+
+impl Waiting {
+    fn tell(&mut self, outcome: Outcome<Vec<f32>>) -> bool {
+        self.0.take().is_some_and(|sender| sender.send(outcome).is_ok())
+    }
+}
+
+impl Sink for Waiting {
+    fn send(&mut self, event: Event) -> bool {
+        match event {
+            Event::Failed(error) => self.tell(Err(error)),
+            Event::Delta(_) | Event::Finished { .. } => true,
+        }
+    }
+
+    fn closed(&self) -> bool {
+        self.0.as_ref().is_none_or(Sender::is_closed)
+    }
+
+    fn embedded(&mut self, mean: Vec<f32>) {
+        self.tell(Ok(mean));
+    }
+}
+
+/// Answers a request. Texts are computed one after the other, in chunks between the steps of answers under way.
 pub(super) async fn embeddings(app: Arc<App>, caller: Caller, body: Bytes) -> Result<Json<Value>, ApiError> {
     tokens_left(&app, &caller)?;
     let (shared, key) = (Arc::clone(&app), Arc::clone(&caller.key));
@@ -39,9 +67,27 @@ pub(super) async fn embeddings(app: Arc<App>, caller: Caller, body: Bytes) -> Re
     app.traffic.of(&caller.key.name, &wanted.model.name).prompt_tokens.add(tokens as u64);
     let mut data = Vec::with_capacity(wanted.texts.len());
     for (index, text) in wanted.texts.into_iter().enumerate() {
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let take = move |outcome| drop(sender.send(outcome));
-        app.engine.embed(text, wanted.model.adapter, Box::new(take))?;
+        let (sender, receiver) = channel();
+        let request = Request {
+            prompt: text,
+            answered: 0,
+            sampling: Sampling::default(),
+            constraint: None,
+            adapter: wanted.model.adapter,
+            root: None,
+            decoder: app.language.decoder(false),
+            sink: Box::new(Waiting(Some(sender))),
+            client: caller.key.client(),
+            priority: 0,
+            deadline: None,
+            urgent: false,
+            embeds: true,
+        };
+        if index == 0 {
+            app.engine.submit(vec![request])?;
+        } else {
+            app.engine.submit_more(request)?;
+        }
         let hidden = receiver.await.map_err(|_| ApiError::unavailable("the server is shutting down"))??;
         let values = normalised(hidden, wanted.dimensions)?;
         let embedding = if wanted.base64 {

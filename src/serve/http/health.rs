@@ -100,6 +100,7 @@ async fn decodes(engine: &Engine, language: &Arc<dyn Language>) -> bool {
         priority: 0,
         deadline: None,
         urgent: true,
+        embeds: false,
     };
     engine.submit(vec![request]).is_ok() && receiver.await.unwrap_or(false)
 }

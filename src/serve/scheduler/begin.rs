@@ -30,10 +30,12 @@ impl Scheduler {
                     continue;
                 }
             };
-            let left = sequence.left();
-            let chunk = left.min(budget);
-            self.planned.push((self.running.len(), chunk, usize::from(chunk == left)));
-            budget -= chunk;
+            if !sequence.embeds() {
+                let left = sequence.left();
+                let chunk = left.min(budget);
+                self.planned.push((self.running.len(), chunk, usize::from(chunk == left)));
+                budget -= chunk;
+            }
             self.running.push(sequence);
         }
         budget

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::super::Sampling;
 use super::super::engine::drafts;
-use super::super::fake::{FakeShelf, FakeStep, Listener, PAGED, VOCABULARY, request};
+use super::super::fake::{FakeShelf, FakeStep, Listener, PAGED, VOCABULARY, embedding, request};
 use super::super::prefix::root;
 use super::super::step::{Shelf, Step};
 use super::*;
@@ -71,6 +71,18 @@ fn alone_with(habit: f32, prompt: &[u32], sampling: &Sampling, adapter: i32) -> 
     listener
 }
 
+/// What a prompt is embedded as in one step.
+fn embedded(prompt: &[u32], adapter: i32) -> Vec<f32> {
+    let mut scheduler = Scheduler::new(Limits { context_tokens: 300, ..limits(110, 300, 1) });
+    let listener = Listener::default();
+    scheduler.residency().know(PAGED);
+    scheduler.add(embedding(prompt, adapter, &listener));
+    finish(&mut scheduler, &mut FakeStep::new(110, 3));
+    assert_eq!(scheduler.counters().prefilled_tokens, prompt.len() as u64);
+    assert_eq!((scheduler.pool().used(), scheduler.pool().idle()), (0, 0), "it leaves nothing for others");
+    listener.mean()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -124,6 +136,36 @@ proptest! {
         prop_assert_eq!(scheduler.counters().finished, requests.len() as u64);
         // They said how long they may become: none was admitted that couldn't stay.
         prop_assert_eq!(scheduler.counters().preempted, 0);
+    }
+
+    /// A text's embedding is the same to the bit in one step and in chunks among answers, which stay what they are.
+    #[test]
+    fn a_text_is_embedded_in_chunks_as_at_once(
+        texts in prop::collection::vec(
+            (1usize..50, 1u32..VOCABULARY as u32, prop_oneof![-1i32..1, Just(PAGED)], 0usize..6), 1..6),
+        pages in 40usize..70,
+        batch_tokens in 4usize..20,
+        sequences in 1usize..4,
+    ) {
+        let mut scheduler = Scheduler::new(limits(pages, batch_tokens, sequences));
+        let mut step = FakeStep::new(pages, 3);
+        scheduler.residency().know(PAGED);
+        let mut listeners = Vec::new();
+        for &(length, first, adapter, count) in &texts {
+            // others have computed the same, for an answer
+            let text: Vec<u32> = (0..length as u32).map(|at| 1 + (first + at) % 30).collect();
+            let pair = [Listener::default(), Listener::default()];
+            scheduler.add(request(&text, sampling(3, 8), adapter, &pair[0]));
+            scheduler.add(embedding(&text, adapter, &pair[1]));
+            listeners.push((text, pair));
+            steps(&mut scheduler, &mut step, count);
+        }
+        finish(&mut scheduler, &mut step);
+        for ((text, [answer, mean]), &(_, _, adapter, _)) in listeners.iter().zip(&texts) {
+            prop_assert_eq!(mean.mean(), embedded(text, adapter));
+            prop_assert_eq!(answer.tokens(), alone(text, &sampling(3, 8), adapter).tokens());
+        }
+        prop_assert_eq!((scheduler.pool().used(), scheduler.counters().failed), (0, 0));
     }
 
     #[test]
@@ -348,6 +390,71 @@ fn a_long_prompt_does_not_stall_a_running_answer() {
         scheduler.apply(&logits);
         assert_eq!(short.tokens().len(), expected, "every step brings a token");
     }
+}
+
+#[test]
+fn a_long_text_to_embed_does_not_stall_a_running_answer() {
+    let (mut scheduler, mut step) = (Scheduler::new(limits(40, 6, 4)), FakeStep::new(40, 3));
+    let (short, long) = (Listener::default(), Listener::default());
+    scheduler.add(request(&[5], Sampling { ignore_end: true, ..sampling(3, 12) }, -1, &short));
+    scheduler.add(embedding(&[6; 50], -1, &long));
+    let mut logits = Vec::new();
+    for number in 1..=17 {
+        let batch = scheduler.plan().unwrap();
+        assert!(batch.tokens.len() <= 6, "{} tokens", batch.tokens.len());
+        assert_eq!(batch.embeds, number % 2 == 0, "they take turns");
+        logits.clear();
+        step.run(&batch, &mut logits).unwrap();
+        scheduler.apply(&logits);
+        assert_eq!(short.tokens().len(), (number as usize).div_ceil(2));
+    }
+    finish(&mut scheduler, &mut step);
+    assert_eq!(long.mean(), embedded(&[6; 50], -1));
+}
+
+#[test]
+fn a_text_to_embed_gives_its_pages_back_when_its_caller_leaves_or_a_chunk_fails() {
+    for leaves in [true, false] {
+        let (mut scheduler, mut step) = (Scheduler::new(limits(40, 6, 4)), FakeStep::new(40, 3));
+        scheduler.residency().know(PAGED);
+        let (answer, gone, other) = (Listener::default(), Listener::default(), Listener::default());
+        scheduler.add(embedding(&[6; 50], PAGED, &gone));
+        steps(&mut scheduler, &mut step, 3);
+        assert_eq!(scheduler.pool().used(), 18, "those of the text, and the adapter's");
+        scheduler.add(request(&[5], sampling(3, 12), -1, &answer));
+        if leaves {
+            gone.close();
+            scheduler.drop_cancelled();
+        } else {
+            steps(&mut scheduler, &mut step, 1); // the answer's turn
+            step.fail_next();
+        }
+        scheduler.add(embedding(&[6; 50], PAGED, &other));
+        finish(&mut scheduler, &mut step);
+        assert_eq!(answer.text(), alone(&[5], &sampling(3, 12), -1).text());
+        assert_eq!((gone.mean(), other.mean()), (vec![], embedded(&[6; 50], PAGED)));
+        assert_eq!(gone.ending(), if leaves { "not" } else { "failed: told to" });
+        let counters = scheduler.counters();
+        assert_eq!((counters.cancelled, counters.failed), (u64::from(leaves), u64::from(!leaves)));
+        assert_eq!(scheduler.pool().used(), 0);
+    }
+}
+
+#[test]
+fn a_text_that_had_to_give_way_is_embedded_from_its_beginning() {
+    // The text takes 140 turns and 94 pages. Of the answer 128 tokens are expected, which is why both begin; in as many
+    // turns it needs more than the 44 pages that are left.
+    let mut scheduler = Scheduler::new(Limits { context_tokens: 300, ..limits(138, 2, 2) });
+    let mut step = FakeStep::new(138, 3);
+    let open = Sampling { ignore_end: true, max_tokens: None, ..sampling(3, 1) };
+    let (answer, text) = (Listener::default(), Listener::default());
+    scheduler.add(request(&[5], open, -1, &answer));
+    scheduler.add(embedding(&[6; 280], -1, &text));
+    steps(&mut scheduler, &mut step, 100);
+    assert_eq!(scheduler.running(), 2);
+    finish(&mut scheduler, &mut step);
+    assert!(scheduler.counters().preempted > 0);
+    assert_eq!(text.mean(), embedded(&[6; 280], -1));
 }
 
 #[test]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import step_calls
 from families import saved
 from ftkit import adapters, kernels, models
 from ftkit.engine import Completion, Engine, Sampling
@@ -163,9 +164,13 @@ def test_an_embedding_is_computed_under_what_the_pages_hold_now(loaded: LoadedMo
             engine.add_adapter(str(number), folder)
         for number in (0, 1, 0, 1):
             assert engine.generate(PROMPT, GREEDY, model=str(number)).logprobs == answers[number]
-            (adapter,) = shelf._in_pages
-            torch.testing.assert_close(engine._step.embed(tokens, adapter), hidden[number], atol=1e-6, rtol=1e-6)
-            torch.testing.assert_close(engine._step.embed(tokens, NO_ADAPTER), plain, atol=1e-6, rtol=1e-6)
+            ((adapter, (_, pages)),) = shelf._in_pages.items()
+            free = sorted({*range(engine._step.cache.page_count)} - {*pages})
+            pool = engine._step.cache.pool.clone()
+            for number_now, expected in ((adapter, hidden[number]), (NO_ADAPTER, plain)):
+                found = step_calls.hidden(engine._step, tokens, 0, free, number_now).mean(0)
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            engine._step.cache.pool.copy_(pool)  # the pages are known to hold what they held
             assert list(loaded.model.attached) == [adapter]
             # what is on the modules for that changes no answer
             assert engine.generate(PROMPT, GREEDY, model=str(number)).logprobs == answers[number]
