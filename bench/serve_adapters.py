@@ -5,6 +5,8 @@
                                     it computes one for all rows of a call; and eight together without any, which is
                                     the most that it could reach if it mixed them
     8 adapters, none                tokens a second with, against without
+    one adapter, alone              tokens a second beside the weights, against merged into them: in blocks of the same
+                                    4 bits, which do not hold them well, and as dense matrices
     1,000 on disk, Zipf             tokens a second with a pool for about 50, against 5 that stay in it; and the time to
                                     the first token of the 5 that are asked for most, 99 of 100 requests within it
     shared prefix of 1,000 tokens   time to the first token of the first request, against the second's
@@ -34,11 +36,13 @@ from ftkit import adapters, models
 from ftkit.engine import Engine, Sampling
 from ftkit.export import Material, gguf_lora
 from ftkit.models import LoadedModel
+from ftkit.nn.linear import DenseWeight
 from ftkit.quant._packed import round_activations
 
 PROMPT = "The history of the city begins with"
 TOKENS = 32
 ROUNDS = 3
+LONE_ROUNDS = 100  # short ones: the difference is smaller than what else a machine does
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BATCHES = (8, 32)
 MANY, REQUESTS, HELD = 1000, 200, 50
@@ -55,6 +59,7 @@ def run() -> list[dict[str, Any]]:
             *_against_peft(loaded, rounded, kept),
             *_against_llama(loaded, rounded, kept),
             _cost(loaded, kept),
+            *_alone(loaded, kept[0]),
             *_thousand(loaded, small),
             _prefix(loaded),
         ]
@@ -193,6 +198,39 @@ def _cost(loaded: LoadedModel, folders: Sequence[Path]) -> dict[str, Any]:
         pairs = [(_rate(engine, names), _rate(engine, [None] * len(names))) for _ in range(ROUNDS)]
     unit = "tokens/s without adapters"
     return line("8 adapters of rank 16", unit, [ours for ours, _ in pairs], [none for _, none in pairs])
+
+
+def _decoding(engine: Engine, name: str | None) -> float:
+    """Tokens a second of an answer after its first."""
+    stream = engine.stream(PROMPT, Sampling(temperature=0.0, max_tokens=TOKENS, ignore_end=True), model=name)
+    left = TOKENS - len(next(stream).tokens)
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    return left / (time.perf_counter() - start)
+
+
+def _alone(loaded: LoadedModel, folder: Path) -> list[dict[str, Any]]:
+    adapters.load(loaded.model, folder, 0)
+    merged = adapters.merged(loaded.model, 0)
+    adapters.detach(loaded.model, 0)
+    blocks, dense = (models.load(smollm2(), quant="gguf") for _ in range(2))
+    for peer in (blocks, dense):
+        for name, linear in peer.model.linears().items():
+            if name.endswith(TARGETS):
+                weight = merged[f"{name}.weight"]
+                linear.weight = DenseWeight(weight) if peer is dense else linear.weight.replace_dense(weight)
+    rates: list[list[float]] = []
+    with _engine(loaded, [folder]) as ours, _engine(blocks, []) as same, _engine(dense, []) as plain:
+        for number in range(1 + LONE_ROUNDS):
+            found = [_decoding(ours, folder.name), _decoding(same, None), _decoding(plain, None)]
+            if number:  # the first is to get warm
+                rates.append(found)
+    beside, *peers = (list(column) for column in zip(*rates, strict=True))
+    units = ("tokens/s merged into blocks of 4 bits", "tokens/s merged into dense matrices")
+    return [
+        line("one adapter of rank 16, alone", unit, beside, theirs) for unit, theirs in zip(units, peers, strict=True)
+    ]
 
 
 def _first_tokens(engine: Engine, names: Sequence[str], hot: set[str]) -> float:

@@ -7,9 +7,10 @@
 //! columns, `[rank, out]`, as adapters in the pool are, a row of y is the sum of `rank` of them, with no lanes left to
 //! add up; stored by rows, it is turned around first, with the same result to the bit.
 //!
-//! An adapter that is alone is not merged into the weights for as long: of a token's time it takes one to six parts of a
-//! hundred (rank 16 on attention's layers of SmolLM2 in Q4_1). Blocks of few bits cannot hold the merged weights, dense ones
-//! take twice the time a token, and what is subtracted again when others come leaves other bits than there were.
+//! An adapter that is alone is not merged into the weights for as long: of a token's time it takes three to six parts of a
+//! hundred (rank 16 on attention's layers of SmolLM2 in Q4_1, `bench serve_adapters`). Blocks of few bits cannot hold the
+//! merged weights, with dense ones a token takes longer than with the adapter beside the blocks, and what is subtracted
+//! again when others come leaves other bits than there were.
 //!
 //! Source: Chen et al., Punica: Multi-Tenant LoRA Serving, 2023, arXiv 2310.18547.
 
