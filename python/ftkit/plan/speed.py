@@ -126,7 +126,7 @@ def measured() -> Speeds:
 
     a, blocks = torch.randn(_ROWS, _INNER), torch.empty(_OUTER * _INNER // 32 * 34, dtype=torch.uint8)
     _core.quantize("q8_0", torch.randn(_OUTER * _INNER), blocks)
-    by_blocks = _seconds(lambda: block_matmul(a, "q8_0", blocks.view(_OUTER, -1)))
+    by_blocks = _seconds(lambda: block_matmul(a, "q8_0", blocks.view(_OUTER, -1), training=True))
     large, small = torch.zeros(_BYTES // 4), torch.ones(4, requires_grad=True)
 
     def calls() -> None:
