@@ -40,6 +40,8 @@ const W_SETS: usize = (1 << 20) / (64 * SET);
 /// Sets of a row that are multiplied before others are: as many of W's stay in the second cache that making x's terms for
 /// them takes little of the time.
 const DEEP: usize = 18;
+/// Sets of W's terms that a thread has room for: of very long rows it takes fewer at once.
+const W_ROOM: usize = 8 * W_SETS;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
@@ -69,7 +71,8 @@ fn lines(buffer: &mut Vec<Line>, count: usize) -> &mut [Line] {
 pub(super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[f32], y: &mut [f32]) {
     let (rows, columns) = (matrix.rows, matrix.columns);
     let size = columns.div_ceil(DEPTH) * SET;
-    let band = W_SETS / (PAIR * DEEP.min(size / SET)) * PAIR * SIDE;
+    let chunks = size / SET;
+    let band = (W_SETS / (PAIR * DEEP.min(chunks))).min(W_ROOM / (PAIR * chunks)).max(1) * PAIR * SIDE;
     let run = rows.div_ceil(team.tasks(x.len() * rows, TASK)).next_multiple_of(PAIR * SIDE);
     let y = Shared::new(y);
     team.each(rows.div_ceil(run), &|task| {
@@ -324,23 +327,24 @@ mod tests {
         if !usable() {
             return;
         }
-        // more columns, and rows, than terms fit into the second cache; more rows of x than are made at once
-        let (rows, columns, count) = (6000, 1600, 900);
-        let (w, x, dy) = (noise(rows * columns, 1), noise(count * columns, 2), noise(count * rows, 3));
-        let matrix = Matrix::new(Kind::F32, bytemuck::cast_slice(&w), rows, columns).unwrap();
-        let (mut y, mut dx) = (vec![0.0; count * rows], vec![1.0; count * columns]);
-        Team::run(|team| {
-            super::super::matmul_in_training(team, matrix, &x, &mut y).unwrap();
-            super::super::matmul_transposed(team, matrix, &dy, &mut dx).unwrap();
-        });
-        for index in (0..y.len()).step_by(99_991) {
-            let (t, r) = (index / rows, index % rows);
-            assert!(right(y[index], &x[t * columns..][..columns], &w[r * columns..][..columns]), "{t} {r}");
-        }
-        for index in (0..dx.len()).step_by(29_989) {
-            let (t, k) = (index / columns, index % columns);
-            let column: Vec<f32> = w.iter().skip(k).step_by(columns).copied().collect();
-            assert!(right(dx[index], &dy[t * rows..][..rows], &column), "{t} {k}");
+        // more columns, and rows, than have terms in the second cache; and more columns than there is room for
+        for (rows, columns, count) in [(6000, 1600, 100), (200, 12_000, 40)] {
+            let (w, x, dy) = (noise(rows * columns, 1), noise(count * columns, 2), noise(count * rows, 3));
+            let matrix = Matrix::new(Kind::F32, bytemuck::cast_slice(&w), rows, columns).unwrap();
+            let (mut y, mut dx) = (vec![0.0; count * rows], vec![1.0; count * columns]);
+            Team::run(|team| {
+                super::super::matmul_in_training(team, matrix, &x, &mut y).unwrap();
+                super::super::matmul_transposed(team, matrix, &dy, &mut dx).unwrap();
+            });
+            for index in (0..y.len()).step_by(2999) {
+                let (t, r) = (index / rows, index % rows);
+                assert!(right(y[index], &x[t * columns..][..columns], &w[r * columns..][..columns]), "{t} {r}");
+            }
+            for index in (0..dx.len()).step_by(9973) {
+                let (t, k) = (index / columns, index % columns);
+                let column: Vec<f32> = w.iter().skip(k).step_by(columns).copied().collect();
+                assert!(right(dx[index], &dy[t * rows..][..rows], &column), "{t} {k}");
+            }
         }
     }
 
@@ -352,7 +356,8 @@ mod tests {
         let (rows, columns, count) = (40, 70, 33);
         let tiny = |values: &mut [f32]| values.iter_mut().step_by(3).for_each(|value| *value *= 1e-37);
         let (mut w, mut x) = (noise(rows * columns, 1), noise(count * columns, 2));
-        (tiny(&mut w), tiny(&mut x));
+        tiny(&mut w);
+        tiny(&mut x);
         let matrix = Matrix::new(Kind::F32, bytemuck::cast_slice(&w), rows, columns).unwrap();
         let mut y = vec![0.0; count * rows];
         Team::run(|team| super::super::matmul_in_training(team, matrix, &x, &mut y)).unwrap();
