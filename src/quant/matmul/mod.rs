@@ -3,6 +3,9 @@
 //! Every number of a product is a dot product over K in 16 lanes, added up as a tree, so it depends on its own two rows
 //! and on K alone: not on the rows beside it, not on the threads, and not on the machine, which decides only how fast
 //! it goes. Multiplications and additions are fused; activations stay in float32.
+//!
+//! Products of training, forward ([`matmul_in_training`]) and back ([`matmul_transposed`]), depend on the machine, too: on
+//! AMX they are summed as [`tiles`] says.
 
 mod micro;
 #[cfg(target_arch = "x86_64")]
