@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ pytestmark = [pytest.mark.unit, needs_nvrtc]
 
 BUDGETS = tomllib.loads((source.FOLDER / "budgets.toml").read_text(encoding="utf-8"))
 ARCHITECTURES = tuple(_sass.MULTIPROCESSORS)
+UNSTEADY = {("attention_dq", "sm_100"): (0.1, 0.01), ("attention_dq", "sm_120"): (0.1, 0.01)}
+"""Where NVRTC 13.2 makes other code of the same text now and then, and how far issued and integer may be off for it.
+
+It goes by what lies in its heap: of 16 compilations under different settings of malloc, 12 issued 588 for sm_100 and 11
+issued 583 for sm_120, the others 562 or 533 and 554 or 529, with one less integer. No other kernel had two answers.
+"""
 needs_nvdisasm = pytest.mark.skipif(_sass.disassembler() is None, reason="needs nvdisasm (nvidia-cuda-nvdisasm)")
 
 
@@ -48,8 +55,11 @@ def test_machine_code_is_as_budgeted_and_counted(name: str, architecture: str) -
             assert code.loop.shared_clocks <= budget["shared_clocks"] * code.loop.products, kernel
             assert code.loop.ldmatrix <= 0.5 * code.loop.products, kernel
     for kernel in (kernel for kernel, (found, _) in _kernels.ROUNDS.items() if found.name == name):
-        now = _kernels.counted(kernel, architecture)
-        assert counts()[kernel][architecture] == now, f"{kernel}: counts.toml is not up to date: just kernels"
+        known, now = counts()[kernel][architecture], _kernels.counted(kernel, architecture)
+        issued, integer = UNSTEADY.get((kernel, architecture), (0, 0))
+        if abs(now.issued / known.issued - 1) <= issued and abs(now.integer / known.integer - 1) <= integer:
+            now = replace(now, issued=known.issued, integer=known.integer)
+        assert known == now, f"{kernel}: counts.toml is not up to date: just kernels"
 
 
 @pytest.mark.parametrize("one", VARIANTS, ids=lambda one: "-".join([one.name, *(value for _, value in one.macros)]))
