@@ -1,8 +1,9 @@
-//! Bindings of the `training` room.
+//! Bindings of the `training` room. Tensors are float32, or bfloat16 where all but those that are named are.
 
+use half::bf16;
 use pyo3::prelude::*;
 
-use super::tensor::Memory;
+use super::tensor::{Element, Memory};
 use crate::error::Error;
 use crate::quant::matmul::Path;
 use crate::team::Team;
@@ -38,6 +39,19 @@ fn inputs(x: &Memory<f32>) -> PyResult<usize> {
         &[_, inputs] => Ok(inputs),
         shape => Err(Error::failure(format!("x: expected a matrix, got {shape:?}")).into()),
     }
+}
+
+/// The block with `$T` as what the tensor's numbers are: bf16, or else float32.
+macro_rules! of_numbers {
+    ($tensor:expr, $T:ident, $block:block) => {
+        if $tensor.getattr("dtype")?.is(bf16::dtype($tensor.py())?) {
+            type $T = bf16;
+            $block
+        } else {
+            type $T = f32;
+            $block
+        }
+    };
 }
 
 /// The matrices of several layers.
@@ -139,14 +153,14 @@ fn lora_backward(
 }
 
 /// Heads of q and of k, and their width.
-fn heads(q: &Memory<f32>, k: &Memory<f32>) -> PyResult<(usize, usize, usize)> {
+fn heads<T>(q: &Memory<T>, k: &Memory<T>) -> PyResult<(usize, usize, usize)> {
     match (q.shape.as_slice(), k.shape.as_slice()) {
         (&[_, heads, head_dim], &[_, key_value_heads, _]) => Ok((heads, key_value_heads, head_dim)),
         (q, k) => Err(Error::failure(format!("expected q and k of three axes, got {q:?} and {k:?}")).into()),
     }
 }
 
-/// Writes attention inside sequences to `y` float32 [T, heads, head_dim], and each row's log-sum-exp to `m` [T, heads].
+/// Writes attention inside sequences to `y`, like q [T, heads, head_dim], and each row's log-sum-exp to `m` [T, heads].
 #[pyfunction]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
 fn attention_forward(
@@ -161,16 +175,18 @@ fn attention_forward(
     y: &Bound<'_, PyAny>,
     m: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (q, k, v) = (Memory::<f32>::of("q", q)?, Memory::<f32>::of("k", k)?, Memory::<f32>::of("v", v)?);
-    let (y, m) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("m", m)?);
-    let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
-    let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
-    // SAFETY: the caller's tensors live during the call; `y` and `m` are given to be written, the rest to be read.
-    let (q, k, v, y, m) = unsafe { (q.slice(), k.slice(), v.slice(), y.slice_mut(), m.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| attention::forward(Path::best(), team, shape, q, k, v, y, m)))?)
+    of_numbers!(q, T, {
+        let (q, k, v) = (Memory::<T>::of("q", q)?, Memory::<T>::of("k", k)?, Memory::<T>::of("v", v)?);
+        let (y, m) = (Memory::<T>::of("y", y)?, Memory::<f32>::of("m", m)?);
+        let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
+        let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
+        // SAFETY: the caller's tensors live during the call; `y` and `m` are given to be written, the rest to be read.
+        let (q, k, v, y, m) = unsafe { (q.slice(), k.slice(), v.slice(), y.slice_mut(), m.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| attention::forward(Path::best(), team, shape, q, k, v, y, m)))?)
+    })
 }
 
-/// Writes the gradients of `attention_forward` to `dq`, `dk` and `dv`.
+/// Writes the gradients of `attention_forward` to `dq`, `dk` and `dv`, which are float32.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
 fn attention_backward(
@@ -189,19 +205,23 @@ fn attention_backward(
     dk: &Bound<'_, PyAny>,
     dv: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (q, k, v) = (Memory::<f32>::of("q", q)?, Memory::<f32>::of("k", k)?, Memory::<f32>::of("v", v)?);
-    let (y, m, dy) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("m", m)?, Memory::<f32>::of("dy", dy)?);
-    let (dq, dk, dv) = (Memory::<f32>::of("dq", dq)?, Memory::<f32>::of("dk", dk)?, Memory::<f32>::of("dv", dv)?);
-    let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
-    let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
-    // SAFETY: the caller's tensors live during the call; `dq`, `dk` and `dv` are given to be written, the rest to be read.
-    let kept = unsafe { Kept { q: q.slice(), k: k.slice(), v: v.slice(), y: y.slice(), m: m.slice(), dy: dy.slice() } };
-    // SAFETY: as above.
-    let (dq, dk, dv) = unsafe { (dq.slice_mut(), dk.slice_mut(), dv.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| attention::backward(Path::best(), team, shape, kept, dq, dk, dv)))?)
+    of_numbers!(q, T, {
+        let (q, k, v) = (Memory::<T>::of("q", q)?, Memory::<T>::of("k", k)?, Memory::<T>::of("v", v)?);
+        let (y, m, dy) = (Memory::<T>::of("y", y)?, Memory::<f32>::of("m", m)?, Memory::<T>::of("dy", dy)?);
+        let (dq, dk, dv) = (Memory::<f32>::of("dq", dq)?, Memory::<f32>::of("dk", dk)?, Memory::<f32>::of("dv", dv)?);
+        let (heads, key_value_heads, head_dim) = heads(&q, &k)?;
+        let shape = Shape { lengths: &lengths, shared: &shared, heads, key_value_heads, head_dim, window, scale };
+        // SAFETY: the caller's tensors live during the call; `dq`, `dk` and `dv` are given to be written, the rest to be read.
+        let kept =
+            unsafe { Kept { q: q.slice(), k: k.slice(), v: v.slice(), y: y.slice(), m: m.slice(), dy: dy.slice() } };
+        // SAFETY: as above.
+        let (dq, dk, dv) = unsafe { (dq.slice_mut(), dk.slice_mut(), dv.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| attention::backward(Path::best(), team, shape, kept, dq, dk, dv)))?)
+    })
 }
 
-/// Writes weight ⊙ x r to `y` and r = 1 / √(mean(x²) + ε) to `roots`: x float32 [..., d], weight [d], roots [...].
+/// Writes weight ⊙ x r to `y` and r = 1 / √(mean(x²) + ε) to `roots`: x [..., d], weight [d], roots float32
+/// [...].
 #[pyfunction]
 fn rms_norm_forward(
     py: Python<'_>,
@@ -211,11 +231,13 @@ fn rms_norm_forward(
     y: &Bound<'_, PyAny>,
     roots: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (x, weight) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("weight", weight)?);
-    let (y, roots) = (Memory::<f32>::of("y", y)?, Memory::<f32>::of("roots", roots)?);
-    // SAFETY: the caller's tensors live during the call; `y` and `roots` are given to be written, the rest to be read.
-    let (x, weight, y, roots) = unsafe { (x.slice(), weight.slice(), y.slice_mut(), roots.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| passes::rms_norm(team, x, weight, epsilon, y, roots)))?)
+    of_numbers!(x, T, {
+        let (x, weight) = (Memory::<T>::of("x", x)?, Memory::<T>::of("weight", weight)?);
+        let (y, roots) = (Memory::<T>::of("y", y)?, Memory::<f32>::of("roots", roots)?);
+        // SAFETY: the caller's tensors live during the call; `y` and `roots` are given to be written, the rest to be read.
+        let (x, weight, y, roots) = unsafe { (x.slice(), weight.slice(), y.slice_mut(), roots.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| passes::rms_norm(team, x, weight, epsilon, y, roots)))?)
+    })
 }
 
 /// Writes the gradient of `rms_norm_forward` in x to `dx`.
@@ -228,14 +250,18 @@ fn rms_norm_backward(
     roots: &Bound<'_, PyAny>,
     dx: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (dy, x, weight) = (Memory::<f32>::of("dy", dy)?, Memory::of("x", x)?, Memory::of("weight", weight)?);
-    let (roots, dx) = (Memory::<f32>::of("roots", roots)?, Memory::<f32>::of("dx", dx)?);
-    // SAFETY: the caller's tensors live during the call; `dx` is given to be written, the rest to be read.
-    let (dy, x, weight, roots, dx) = unsafe { (dy.slice(), x.slice(), weight.slice(), roots.slice(), dx.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| passes::rms_norm_back(team, dy, x, weight, roots, dx)))?)
+    of_numbers!(x, T, {
+        let (dy, x, weight) =
+            (Memory::<T>::of("dy", dy)?, Memory::<T>::of("x", x)?, Memory::<T>::of("weight", weight)?);
+        let (roots, dx) = (Memory::<f32>::of("roots", roots)?, Memory::<T>::of("dx", dx)?);
+        // SAFETY: the caller's tensors live during the call; `dx` is given to be written, the rest to be read.
+        let (dy, x, weight, roots, dx) =
+            unsafe { (dy.slice(), x.slice(), weight.slice(), roots.slice(), dx.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| passes::rms_norm_back(team, dy, x, weight, roots, dx)))?)
+    })
 }
 
-/// Writes silu(gate) ⊙ up to `y`, all float32 of one shape.
+/// Writes silu(gate) ⊙ up to `y`, all of one shape.
 #[pyfunction]
 fn swiglu_forward(
     py: Python<'_>,
@@ -243,10 +269,12 @@ fn swiglu_forward(
     up: &Bound<'_, PyAny>,
     y: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (gate, up, y) = (Memory::<f32>::of("gate", gate)?, Memory::<f32>::of("up", up)?, Memory::<f32>::of("y", y)?);
-    // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
-    let (gate, up, y) = unsafe { (gate.slice(), up.slice(), y.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| passes::swiglu(team, gate, up, y)))?)
+    of_numbers!(gate, T, {
+        let (gate, up, y) = (Memory::<T>::of("gate", gate)?, Memory::<T>::of("up", up)?, Memory::<T>::of("y", y)?);
+        // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
+        let (gate, up, y) = unsafe { (gate.slice(), up.slice(), y.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| passes::swiglu(team, gate, up, y)))?)
+    })
 }
 
 /// Writes the gradients of `swiglu_forward` to `dgate` and `dup`.
@@ -259,15 +287,17 @@ fn swiglu_backward(
     dgate: &Bound<'_, PyAny>,
     dup: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (dy, gate, up) = (Memory::<f32>::of("dy", dy)?, Memory::of("gate", gate)?, Memory::of("up", up)?);
-    let (dgate, dup) = (Memory::<f32>::of("dgate", dgate)?, Memory::<f32>::of("dup", dup)?);
-    // SAFETY: the caller's tensors live during the call; gradients are given to be written, the rest to be read.
-    let (dy, gate, up, dgate, dup) =
-        unsafe { (dy.slice(), gate.slice(), up.slice(), dgate.slice_mut(), dup.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| passes::swiglu_back(team, dy, gate, up, dgate, dup)))?)
+    of_numbers!(gate, T, {
+        let (dy, gate, up) = (Memory::<T>::of("dy", dy)?, Memory::<T>::of("gate", gate)?, Memory::<T>::of("up", up)?);
+        let (dgate, dup) = (Memory::<T>::of("dgate", dgate)?, Memory::<T>::of("dup", dup)?);
+        // SAFETY: the caller's tensors live during the call; gradients are given to be written, the rest to be read.
+        let (dy, gate, up, dgate, dup) =
+            unsafe { (dy.slice(), gate.slice(), up.slice(), dgate.slice_mut(), dup.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| passes::swiglu_back(team, dy, gate, up, dgate, dup)))?)
+    })
 }
 
-/// Writes each head of x float32 [T, heads, head_dim], turned by cos and sin [T, head_dim / 2], or back, to `y`.
+/// Writes each head of x [T, heads, head_dim], turned by cos and sin [T, head_dim / 2], or back, to `y`.
 #[pyfunction]
 fn rotate(
     py: Python<'_>,
@@ -277,12 +307,14 @@ fn rotate(
     back: bool,
     y: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let (x, y) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("y", y)?);
-    let (cos, sin) = (Memory::<f32>::of("cos", cos)?, Memory::<f32>::of("sin", sin)?);
-    let &[tokens, heads, _] = x.shape.as_slice() else {
-        return Err(Error::failure(format!("x: expected three axes, got {:?}", x.shape)).into());
-    };
-    // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
-    let (x, cos, sin, y) = unsafe { (x.slice(), cos.slice(), sin.slice(), y.slice_mut()) };
-    Ok(py.detach(|| Team::run(|team| passes::rotate(team, x, (tokens, heads), cos, sin, back, y)))?)
+    of_numbers!(x, T, {
+        let (x, y) = (Memory::<T>::of("x", x)?, Memory::<T>::of("y", y)?);
+        let (cos, sin) = (Memory::<T>::of("cos", cos)?, Memory::<T>::of("sin", sin)?);
+        let &[tokens, heads, _] = x.shape.as_slice() else {
+            return Err(Error::failure(format!("x: expected three axes, got {:?}", x.shape)).into());
+        };
+        // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
+        let (x, cos, sin, y) = unsafe { (x.slice(), cos.slice(), sin.slice(), y.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| passes::rotate(team, x, (tokens, heads), cos, sin, back, y)))?)
+    })
 }

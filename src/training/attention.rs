@@ -15,6 +15,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::number::Number;
 use super::rows::{shares, slopes, weigh};
 use super::tile::{COLUMNS as KEYS, Line, Out, Strides, accumulate};
 use crate::error::{Error, Result};
@@ -125,21 +126,30 @@ impl Shape<'_> {
 }
 
 /// Keys or values of a sequence and a head, in blocks of [`KEYS`]: `[blocks, head_dim, KEYS]`, times a factor.
-fn pack(values: &[f32], shape: &Shape<'_>, sequence: &Sequence, head: usize, end: usize, factor: f32, out: &mut [f32]) {
+fn pack<T: Number>(
+    values: &[T],
+    shape: &Shape<'_>,
+    sequence: &Sequence,
+    head: usize,
+    end: usize,
+    factor: f32,
+    out: &mut [f32],
+) {
     let dim = shape.head_dim;
     for position in 0..end {
         let row = &values[sequence.row(position) * shape.keys() + head * dim..][..dim];
         let block = &mut out[position / KEYS * KEYS * dim..][..KEYS * dim];
         for (column, value) in block[position % KEYS..].iter_mut().step_by(KEYS).zip(row) {
-            *column = factor * value;
+            *column = factor * value.wide();
         }
     }
 }
 
 /// The same in rows `[positions, head_dim]`.
-fn gather(values: &[f32], shape: &Shape<'_>, sequence: &Sequence, head: usize, end: usize, out: &mut [f32]) {
+fn gather<T: Number>(values: &[T], shape: &Shape<'_>, sequence: &Sequence, head: usize, end: usize, out: &mut [f32]) {
     for (position, out) in out.chunks_exact_mut(shape.head_dim).take(end).enumerate() {
-        out.copy_from_slice(&values[sequence.row(position) * shape.keys() + head * shape.head_dim..][..shape.head_dim]);
+        let row = &values[sequence.row(position) * shape.keys() + head * shape.head_dim..][..shape.head_dim];
+        out.iter_mut().zip(row).for_each(|(out, value)| *out = value.wide());
     }
 }
 
@@ -192,14 +202,14 @@ fn runs(
 /// # Errors
 /// Sizes that don't agree.
 #[allow(clippy::too_many_arguments)]
-pub fn forward(
+pub fn forward<T: Number>(
     path: Path,
     team: &Team,
     shape: Shape<'_>,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    y: &mut [f32],
+    q: &[T],
+    k: &[T],
+    v: &[T],
+    y: &mut [T],
     m: &mut [f32],
 ) -> Result<()> {
     let (wide, narrow) = (shape.queries(), shape.keys());
@@ -219,8 +229,8 @@ pub fn forward(
         let blocks = end.div_ceil(KEYS);
         let packed = blocks * KEYS * dim;
         with_room(
-            [packed, end * dim, QUERIES * KEYS, QUERIES * dim, 2 * QUERIES],
-            |[columns, values, p, sums, kept]| {
+            [packed, end * dim, QUERIES * KEYS, QUERIES * dim, QUERIES * dim, 2 * QUERIES],
+            |[columns, values, p, sums, queries, kept]| {
                 pack(k, &shape, sequence, *head, end, shape.scale, columns);
                 gather(v, &shape, sequence, *head, end, values);
                 let (largest, totals) = kept.split_at_mut(QUERIES);
@@ -229,11 +239,11 @@ pub fn forward(
                         largest.fill(f32::NEG_INFINITY);
                         totals.fill(0.0);
                         sums.fill(0.0);
+                        let (q, q_row) = T::rows(&q[row * wide + query * dim..], wide, dim, positions.len(), queries);
                         for block in 0..positions.end.div_ceil(KEYS) {
                             for (first, last, seen) in runs(&shape, &positions, block) {
-                                let at = (row + first) * wide + query * dim;
                                 let p = &mut p[first * KEYS..last * KEYS];
-                                let strides = Strides { a_row: wide, a_step: 1, b_step: KEYS, c_row: KEYS };
+                                let strides = Strides { a_row: q_row, a_step: 1, b_step: KEYS, c_row: KEYS };
                                 let columns = &columns[block * KEYS * dim..];
                                 // SAFETY: these queries are inside q, a block is KEYS columns wide, and so are rows of p.
                                 unsafe {
@@ -242,7 +252,7 @@ pub fn forward(
                                         path,
                                         sizes,
                                         strides,
-                                        q[at..].as_ptr(),
+                                        q.add(first * q_row),
                                         columns.as_ptr(),
                                         p.as_mut_ptr(),
                                         true,
@@ -272,7 +282,8 @@ pub fn forward(
                             weigh(sums, 1.0 / totals[i]);
                             // SAFETY: inside; each query of each head is one task's.
                             unsafe {
-                                std::ptr::copy_nonoverlapping(sums.as_ptr(), y.at(at), dim);
+                                let y = std::slice::from_raw_parts_mut(y.at(at), dim);
+                                T::write(y, p, |y| y.copy_from_slice(sums));
                                 *m.at((row + i) * shape.heads + query) = largest[i] + totals[i].ln();
                             }
                         }
@@ -286,30 +297,30 @@ pub fn forward(
 
 /// What the forward pass read and kept, and the gradient of its result.
 #[derive(Clone, Copy, Debug)]
-pub struct Kept<'a> {
+pub struct Kept<'a, T> {
     /// As in [`forward`].
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// As in [`forward`].
-    pub k: &'a [f32],
+    pub k: &'a [T],
     /// As in [`forward`].
-    pub v: &'a [f32],
+    pub v: &'a [T],
     /// As in [`forward`].
-    pub y: &'a [f32],
+    pub y: &'a [T],
     /// As in [`forward`].
     pub m: &'a [f32],
     /// Like y.
-    pub dy: &'a [f32],
+    pub dy: &'a [T],
 }
 
 /// Writes dq, dk and dv.
 ///
 /// # Errors
 /// Sizes that don't agree.
-pub fn backward(
+pub fn backward<T: Number>(
     path: Path,
     team: &Team,
     shape: Shape<'_>,
-    kept: Kept<'_>,
+    kept: Kept<'_, T>,
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
@@ -335,22 +346,31 @@ pub fn backward(
 }
 
 /// Adds one sequence's gradients of one head of keys and values, and of the query heads that read it.
-fn back_through(path: Path, shape: &Shape<'_>, kept: &Kept<'_>, sequence: &Sequence, head: usize, out: [Out<'_>; 3]) {
+fn back_through<T: Number>(
+    path: Path,
+    shape: &Shape<'_>,
+    kept: &Kept<'_, T>,
+    sequence: &Sequence,
+    head: usize,
+    out: [Out<'_>; 3],
+) {
     let (dim, wide, end) = (shape.head_dim, shape.queries(), sequence.seen());
     let [dq, dk, dv] = out;
     let blocks = end.div_ceil(KEYS);
     let packed = blocks * KEYS * dim;
     let tile = QUERIES * KEYS;
     let deltas = sequence.length * shape.group();
-    let room = [packed, packed, end * dim, tile, tile, KEYS * dim, KEYS * dim, deltas];
-    with_room(room, |[keys, values, rows, p, e, dks, dvs, deltas]| {
+    let queries = QUERIES * dim;
+    let room = [packed, packed, end * dim, tile, tile, KEYS * dim, KEYS * dim, deltas, queries, queries];
+    with_room(room, |[keys, values, rows, p, e, dks, dvs, deltas, q_room, dy_room]| {
         pack(kept.k, shape, sequence, head, end, shape.scale, keys);
         pack(kept.v, shape, sequence, head, end, 1.0, values);
         gather(kept.k, shape, sequence, head, end, rows);
         for (i, deltas) in deltas.chunks_exact_mut(shape.group()).enumerate() {
             for (query, delta) in (head * shape.group()..).zip(deltas) {
                 let at = (sequence.start + i) * wide + query * dim;
-                *delta = kept.y[at..][..dim].iter().zip(&kept.dy[at..][..dim]).map(|(y, dy)| y * dy).sum();
+                *delta =
+                    kept.y[at..][..dim].iter().zip(&kept.dy[at..][..dim]).map(|(y, dy)| y.wide() * dy.wide()).sum();
             }
         }
         for block in 0..blocks {
@@ -366,19 +386,23 @@ fn back_through(path: Path, shape: &Shape<'_>, kept: &Kept<'_>, sequence: &Seque
                     p.fill(0.0);
                     e.fill(0.0);
                     let at = row * wide + query * dim;
+                    let (q, q_row) = T::rows(&kept.q[at..], wide, dim, positions.len(), q_room);
+                    let (dy, dy_row) = T::rows(&kept.dy[at..], wide, dim, positions.len(), dy_room);
                     for (first, last, seen) in runs(shape, &positions, block) {
                         let sizes = (last - first, dim, seen.end.next_multiple_of(16));
-                        let strides = Strides { a_row: wide, a_step: 1, b_step: KEYS, c_row: KEYS };
                         let (p, e) = (&mut p[first * KEYS..last * KEYS], &mut e[first * KEYS..last * KEYS]);
-                        for (left, right, found) in [(kept.q, &*keys, &mut *p), (kept.dy, &*values, &mut *e)] {
-                            let (left, right) = (&left[at + first * wide..], &right[block * KEYS * dim..]);
+                        for (left, a_row, right, found) in
+                            [(q, q_row, &*keys, &mut *p), (dy, dy_row, &*values, &mut *e)]
+                        {
+                            let strides = Strides { a_row, a_step: 1, b_step: KEYS, c_row: KEYS };
+                            let right = &right[block * KEYS * dim..];
                             // SAFETY: these queries are inside, a block is KEYS columns wide, and so are p and e.
                             unsafe {
                                 accumulate(
                                     path,
                                     sizes,
                                     strides,
-                                    left.as_ptr(),
+                                    left.add(first * a_row),
                                     right.as_ptr(),
                                     found.as_mut_ptr(),
                                     true,
@@ -397,14 +421,13 @@ fn back_through(path: Path, shape: &Shape<'_>, kept: &Kept<'_>, sequence: &Seque
                     }
                     let count = positions.len();
                     let across = Strides { a_row: KEYS, a_step: 1, b_step: dim, c_row: wide };
-                    let down = Strides { a_row: 1, a_step: KEYS, b_step: wide, c_row: dim };
+                    let down = |b_step| Strides { a_row: 1, a_step: KEYS, b_step, c_row: dim };
                     // SAFETY: queries and keys are inside, and this task's alone.
                     unsafe {
-                        let (q, dy) = (kept.q[at..].as_ptr(), kept.dy[at..].as_ptr());
                         let rows = rows[block * KEYS * dim..].as_ptr();
                         accumulate(path, (count, width, dim), across, e.as_ptr(), rows, dq.at(at), false);
-                        accumulate(path, (width, count, dim), down, e.as_ptr(), q, dks.as_mut_ptr(), false);
-                        accumulate(path, (width, count, dim), down, p.as_ptr(), dy, dvs.as_mut_ptr(), false);
+                        accumulate(path, (width, count, dim), down(q_row), e.as_ptr(), q, dks.as_mut_ptr(), false);
+                        accumulate(path, (width, count, dim), down(dy_row), p.as_ptr(), dy, dvs.as_mut_ptr(), false);
                     }
                 }
             }

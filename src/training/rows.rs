@@ -62,14 +62,22 @@ dispatched! {
 }
 
 dispatched! {
-    /// y = weight ⊙ x r,  r = 1 / √(mean(x²) + ε), for each row of x `[rows, d]`; r is kept.
-    rms_norm(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], roots: &mut [f32]) {
-        let width = weight.len().max(1);
-        for ((x, y), root) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(roots) {
+    /// n = x r,  r = 1 / √(mean(x²) + ε), for each row of x `[rows, width]`; r is kept.
+    normalize(x: &[f32], width: usize, epsilon: f32, n: &mut [f32], roots: &mut [f32]) {
+        for ((x, n), root) in x.chunks_exact(width.max(1)).zip(n.chunks_exact_mut(width.max(1))).zip(roots) {
             *root = inverse_root(x, epsilon);
-            for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
-                *y = weight * (x * *root);
+            for (n, x) in n.iter_mut().zip(x) {
+                *n = x * *root;
             }
+        }
+    }
+}
+
+dispatched! {
+    /// weight ⊙ x for each row of x.
+    weigh_rows(weight: &[f32], x: &mut [f32]) {
+        for x in x.chunks_exact_mut(weight.len().max(1)) {
+            x.iter_mut().zip(weight).for_each(|(x, weight)| *x *= weight);
         }
     }
 }

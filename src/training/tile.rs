@@ -27,19 +27,19 @@ pub struct Line([f32; 16]);
 
 /// Memory that tasks write to at places of their own.
 #[derive(Clone, Copy)]
-pub struct Out<'a> {
-    start: *mut f32,
-    _slice: PhantomData<&'a mut [f32]>,
+pub struct Out<'a, T = f32> {
+    start: *mut T,
+    _slice: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: who asks for a place promises that nobody else uses it meanwhile.
-unsafe impl Sync for Out<'_> {}
+unsafe impl<T> Sync for Out<'_, T> {}
 // SAFETY: as above.
-unsafe impl Send for Out<'_> {}
+unsafe impl<T> Send for Out<'_, T> {}
 
-impl<'a> Out<'a> {
+impl<'a, T> Out<'a, T> {
     /// Borrows the slice for as long as tasks write.
-    pub fn new(slice: &'a mut [f32]) -> Self {
+    pub fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), _slice: PhantomData }
     }
 
@@ -47,7 +47,7 @@ impl<'a> Out<'a> {
     ///
     /// # Safety
     /// It is inside the slice.
-    pub unsafe fn at(self, index: usize) -> *mut f32 {
+    pub unsafe fn at(&self, index: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.start.add(index) }
     }

@@ -7,6 +7,8 @@ from ftkit import _core
 
 Tensors = list[Tensor]
 Maybe = list[Tensor | None]
+NUMBERS = (torch.float32, torch.bfloat16)
+"""What the core reads and writes; it computes in float32, and rounds once."""
 
 _library = torch.library.Library("ftkit", "FRAGMENT")
 _LAYERS = "Tensor x, Tensor[] a, Tensor[] b, float[] scales"
@@ -14,8 +16,9 @@ _HEADS = "int[] lengths, int[] shared, float scale, int window"
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the core computes with these: float32 on the CPU."""
-    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    """Whether the core computes with these: all float32 or all bfloat16, on the CPU."""
+    dtype = tensors[0].dtype
+    return dtype in NUMBERS and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _lora_forward(x: Tensor, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors) -> None:

@@ -170,9 +170,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, m = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        # the core adds up over blocks of keys in float32
+        dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+        dq, dk, dv = (torch.empty_like(one, dtype=dtype) for one in (q, k, v))
         torch.ops.ftkit.attention_backward(q, k, v, *ctx.shape, y, m, dy.contiguous(), dq, dk, dv)
-        return dq, dk, dv, None, None, None, None
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None, None
 
 
 def visible(count: int, seen: int, window: int | None, device: torch.device) -> Tensor:

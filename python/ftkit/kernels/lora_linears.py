@@ -59,8 +59,8 @@ def _one(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tenso
 
 
 def in_core(x: Tensor, *parts: Tensor) -> bool:
-    """Whether the core multiplies these."""
-    return x.ndim == 2 and _training.takes(x, *parts)
+    """Whether the core multiplies these: in bfloat16 torch's products are as fast."""
+    return x.ndim == 2 and x.dtype == torch.float32 and _training.takes(x, *parts)
 
 
 class _LoraLinears(torch.autograd.Function):

@@ -70,7 +70,7 @@ class _CpuRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
-        y, roots = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        y, roots = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
         torch.ops.ftkit.rms_norm_forward(x, weight, epsilon, y, roots)
         ctx.save_for_backward(x, weight, roots)
         return y
@@ -83,7 +83,7 @@ class _CpuRmsNorm(torch.autograd.Function):
         torch.ops.ftkit.rms_norm_backward(dy.contiguous(), x, weight, roots, dx)
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (x * roots.unsqueeze(-1)).mul_(dy).flatten(0, -2).sum(0)
+            dweight = (x * roots.unsqueeze(-1)).mul_(dy).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dweight, None
 
 
