@@ -1,9 +1,9 @@
 """Training over quantized weights: a LoRA step of SmolLM2-135M against the step over dense weights, and over nf4
 against transformers with peft and bitsandbytes on the CPU; and the products of a layer over nf4 alone.
 
-Rank 16 on all linear layers, AdamW, rows of 256 tokens; sides take turns in one process. Over nf4 both compute in
-float32 and in bfloat16. The products are those of one decoder layer's seven
-matrices for 1,024 tokens, forward and backward; bitsandbytes' are made in bfloat16 whatever x is.
+Rank 16 on all linear layers, AdamW, rows of 256 tokens; sides take turns, each in a process of its own. Over nf4 both
+compute in float32 and in bfloat16. The products, which take turns in one process, are those of one decoder layer's
+seven matrices for 1,024 tokens, forward and backward; bitsandbytes' are made in bfloat16 whatever x is.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench._figures import line, smollm2
+from bench._side import Side
 from ftkit import adapters, models
 from ftkit.nn.batch import RaggedBatch
 from ftkit.objectives import sft
@@ -32,18 +33,19 @@ TOKENS = 1024
 
 def run() -> list[dict[str, Any]]:
     """Tokens a second of a step over each scheme, and of a layer's products."""
-    sides = {name: _step(name, torch.float32) for name in ("none", *SCHEMES)}
-    sides["nf4, bfloat16"] = _step("nf4", torch.bfloat16)
+    sides = {name: Side(_step, name, torch.float32) for name in ("none", *SCHEMES)}
+    sides["nf4, bfloat16"] = Side(_step, "nf4", torch.bfloat16)
     peer = importlib.util.find_spec("bitsandbytes") is not None
     if peer:
-        sides |= {f"bitsandbytes, {dtype}": _theirs(getattr(torch, dtype)) for dtype in PRECISIONS}
+        sides |= {f"bitsandbytes, {dtype}": Side(_theirs, getattr(torch, dtype), peer=True) for dtype in PRECISIONS}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(ROUNDS + 1):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step(number)
+        for name, side in sides.items():
+            seconds, _ = side.step(number)
             if number:  # the first warms up
-                rates[name].append(ROWS * LENGTH / (time.perf_counter() - start))
+                rates[name].append(ROWS * LENGTH / seconds)
+    for side in sides.values():
+        side.close()
     found = [line(f"train step, {name}", "tokens/s of dense", rates[name], rates["none"]) for name in SCHEMES]
     if not peer:
         print("quantized_step: bitsandbytes left out, it is not installed (uv sync --group test)", file=sys.stderr)

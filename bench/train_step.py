@@ -12,14 +12,12 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from bench._figures import line, openmp_as_it_comes, smollm2
-from ftkit.train.memory import peak_rss_bytes
+from bench._figures import line, smollm2
+from bench._side import Side
 
 ROUNDS = 3
 RANK = 16
@@ -32,12 +30,12 @@ def run() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     roof = _roof() / _flops_a_token()
     for shape in SHAPES:
-        sides = {name: _Side(name, shape) for name in ("ours", "peer")}
+        sides = {"ours": Side(_ours, shape), "peer": Side(_peer, shape, peer=True)}
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         for number in range(ROUNDS + 1):
             losses = []
             for name, side in sides.items():
-                tokens, seconds, loss = side.step()
+                seconds, (tokens, loss) = side.step(number)
                 losses.append(loss)
                 if number:  # the first warms up
                     rates[name].append(tokens / seconds)
@@ -51,16 +49,16 @@ def run() -> list[dict[str, Any]]:
 
 def _beside_a_neighbour() -> dict[str, Any]:
     """Steps beside a busy process, against steps alone."""
-    side = _Side("ours", SHAPES[0])
+    side = Side(_ours, SHAPES[0])
     rates: dict[str, list[float]] = {"alone": [], "beside": []}
-    side.step()
-    for _ in range(ROUNDS):
+    side.step(0)
+    for number in range(1, ROUNDS + 1):
         for name, found in rates.items():
             neighbour = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
             if name == "beside":
                 neighbour.start()
                 time.sleep(1.0)  # until it spins
-            tokens, seconds, _ = side.step()
+            seconds, (tokens, _) = side.step(number)
             found.append(tokens / seconds)
             if name == "beside":
                 neighbour.kill()
@@ -76,50 +74,12 @@ def _spin() -> None:
 
 def profile() -> str:
     """Where the time of a step of ours goes, by operation."""
-    step, shape = _ours(SHAPES[0]), SHAPES[0]
-    step(_rows(0, shape))
+    step = _ours(SHAPES[0])
+    step(0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        step(_rows(0, shape))
+        step(0)
     table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=48)
     return table
-
-
-class _Side:
-    """A process that makes a step when it is told to."""
-
-    def __init__(self, name: str, shape: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_work, args=(name, shape, other), daemon=True)
-        with openmp_as_it_comes() if name == "peer" else nullcontext():
-            self._process.start()
-        self._pipe.recv()  # ready
-
-    def step(self) -> tuple[int, float, float]:
-        """(real tokens, seconds, loss)"""
-        self._pipe.send("step")
-        tokens, seconds, loss = self._pipe.recv()
-        return tokens, seconds, loss
-
-    def close(self) -> float:
-        """The process' peak memory in MiB."""
-        self._pipe.send("close")
-        peak: float = self._pipe.recv()
-        self._process.join()
-        return peak
-
-
-def _work(name: str, shape: str, pipe: Connection) -> None:
-    step = {"ours": _ours, "peer": _peer}[name](shape)
-    number = 0
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        rows = _rows(number, shape)
-        start = time.perf_counter()
-        loss = step(rows)
-        pipe.send((sum(map(len, rows)), time.perf_counter() - start, loss))
-        number += 1
-    pipe.send(peak_rss_bytes() / 2**20)
 
 
 def _rows(number: int, shape: str) -> Batch:
@@ -132,15 +92,13 @@ def _rows(number: int, shape: str) -> Batch:
     return [torch.randint(17, 49152, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _ours(shape: str) -> Callable[[Batch], float]:
+def _ours(shape: str) -> Callable[[int], tuple[int, float]]:
     from ftkit import adapters, models, optim
     from ftkit.config import Choice
     from ftkit.nn.batch import RaggedBatch
     from ftkit.nn.eight_bits import in_eight_bits
     from ftkit.objectives import sft
-    from ftkit.train import heap
 
-    heap.settle()  # as `ftkit train` does
     model = models.load(smollm2()).model.train()
     adapters.attach(model, "lora", {"rank": RANK}, seed=0)
     if shape.endswith("int8"):
@@ -148,19 +106,20 @@ def _ours(shape: str) -> Callable[[Batch], float]:
         model.train()
     optimizer = optim.build(Choice(name="adamw"), adapters.trainable(model))
 
-    def step(rows: Batch) -> float:
+    def step(number: int) -> tuple[int, float]:
+        rows = _rows(number, shape)
         batch = RaggedBatch.pack(rows, targets=[[*row[1:], -100] for row in rows], adapter=0)
         parts = sft.loss(model, batch)
         loss = (parts.sum / parts.count).sum()
         loss.backward()
         optimizer.step(1.0)
         model.zero_grad()
-        return float(loss.detach())
+        return sum(map(len, rows)), float(loss.detach())
 
     return step
 
 
-def _peer(shape: str) -> Callable[[Batch], float]:
+def _peer(shape: str) -> Callable[[int], tuple[int, float]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -181,12 +140,13 @@ def _peer(shape: str) -> Callable[[Batch], float]:
         positions = torch.tensor([[position for row in rows for position in range(len(row))]])
         return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
 
-    def step(rows: Batch) -> float:
+    def step(number: int) -> tuple[int, float]:
+        rows = _rows(number, shape)
         loss = model(**(packed(rows) if "packs" in shape else padded(rows)), use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return sum(map(len, rows)), float(loss.detach())
 
     return step
 
