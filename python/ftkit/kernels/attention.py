@@ -170,8 +170,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, m = ctx.saved_tensors
-        # the core adds up over blocks of keys in float32
-        dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+        # the core adds up over blocks of keys in float32, the GPU's kernels in registers
+        dtype = q.dtype if q.device.type == _gpu.device_type else torch.float32
         dq, dk, dv = (torch.empty_like(one, dtype=dtype) for one in (q, k, v))
         torch.ops.ftkit.attention_backward(q, k, v, *ctx.shape, y, m, dy.contiguous(), dq, dk, dv)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None, None

@@ -34,12 +34,17 @@ def run(kit: Kit, schedule: int, tensors: list[Tensor], lengths: tuple[int, ...]
 
 
 def near(found: list[Tensor], tensors: list[Tensor], lengths: tuple[int, ...], window: int | None) -> None:
-    """Weights and their slopes are rounded to bfloat16 before sums of values of about 1, and so is the result."""
+    """Weights and their slopes are rounded to bfloat16 before sums of values of about 1, and so is the result.
+
+    Where a gradient is 0, as q's by a window of 1, the kernel subtracts two sums of 64 products in float32: an ulp or two
+    of about 8, times the scale and a key, are 1e-6 to 2e-6 of a row's length (1.0e-5 was seen of 624 rows).
+    """
     *leaves, dy = (one.double().requires_grad_() for one in tensors)
     y = attention.reference(*leaves, lengths, scale=leaves[0].shape[2] ** -0.5, window=window)
     for one, expected in zip(found, (y, *torch.autograd.grad(y, leaves, dy)), strict=True):
         torch.testing.assert_close(one.double(), expected.detach(), rtol=2e-2, atol=2e-2)
-        assert (one.double() - expected).norm() <= 6e-3 * expected.norm() + 1e-5  # float32's rounding, where it is 0
+        rounding = max(1e-5, 2e-6 * expected[..., 0].numel() ** 0.5)
+        assert (one.double() - expected).norm() <= 6e-3 * expected.norm() + rounding
 
 
 def trial(
