@@ -36,8 +36,8 @@ def run(kit: Kit, schedule: int, tensors: list[Tensor], lengths: tuple[int, ...]
 def near(found: list[Tensor], tensors: list[Tensor], lengths: tuple[int, ...], window: int | None) -> None:
     """Weights and their slopes are rounded to bfloat16 before sums of values of about 1, and so is the result.
 
-    Where a gradient is 0, as q's by a window of 1, the kernel subtracts two sums of 64 products in float32: an ulp or two
-    of about 8, times the scale and a key, are 1e-6 to 2e-6 of a row's length (1.0e-5 was seen of 624 rows).
+    Where a gradient is 0, as q's by a window of 1, the kernel subtracts two sums of 64 products in float32: an ulp or
+    two of about 8, times the scale and a key, are 1e-6 to 2e-6 of a row's length (1.0e-5 was seen of 624 rows).
     """
     *leaves, dy = (one.double().requires_grad_() for one in tensors)
     y = attention.reference(*leaves, lengths, scale=leaves[0].shape[2] ** -0.5, window=window)
