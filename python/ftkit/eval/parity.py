@@ -6,7 +6,7 @@ A type that keeps the weights must keep the answers; one with few bits may move 
 was measured on small models (large ones move less): the bounds are there to catch what is wrong, not what is coarse.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from ftkit import adapters
 from ftkit._core import Tokenizer
 from ftkit.errors import InputError
+from ftkit.kernels.next_logits import next_logits
 from ftkit.models import LoadedModel
 from ftkit.nn.batch import NO_ADAPTER, RaggedBatch
+from ftkit.nn.paged_cache import PagedCache
 
 TEXTS = (
     "The river rises in the mountains, crosses three valleys, and reaches the sea after nine hundred kilometres.",
@@ -114,7 +116,7 @@ def answers(loaded: LoadedModel, tokenizer: Tokenizer, *, adapted: bool = True) 
     adapter = 0 if adapted and 0 in loaded.model.attached else NO_ADAPTER
     texts, prompts = ([tokenizer.encode_prompt(text) for text in asked] for asked in (TEXTS, PROMPTS))
     return Answers(
-        log_probabilities=_logits(loaded, texts, adapter)[0].double().log_softmax(-1),
+        log_probabilities=_logits(loaded, texts, adapter).double().log_softmax(-1),
         continuations=_greedy(loaded, prompts, adapter),
     )
 
@@ -135,19 +137,35 @@ def figures(live: Answers, other: Answers, allowed: Bounds) -> Parity:
     )
 
 
-def _logits(loaded: LoadedModel, texts: list[list[int]], adapter: int) -> tuple[Tensor, Tensor]:
-    """Logits [T, vocabulary] with the texts side by side in one batch, and the row of each text's last token."""
+def _logits(loaded: LoadedModel, texts: list[list[int]], adapter: int) -> Tensor:
+    """Logits [T, vocabulary] with the texts side by side in one batch."""
     batch = RaggedBatch.pack(texts, adapter=adapter, device=loaded.model.device)
     with torch.inference_mode():
-        logits = loaded.model.head(loaded.model(batch), batch.routes)
-    return logits, batch.cu_seqlens[1:].long() - 1
+        logits: Tensor = loaded.model.head(loaded.model(batch), batch.routes)
+    return logits
 
 
 def _greedy(loaded: LoadedModel, prompts: list[list[int]], adapter: int) -> list[list[int]]:
     """Each prompt with the likeliest tokens after it."""
-    rows = [list(prompt) for prompt in prompts]
+    model, config = loaded.model, loaded.config
+    tokens = max(map(len, prompts)) + _GREEDY_TOKENS
+    cache = PagedCache(
+        layers=config.layers,
+        key_value_heads=config.key_value_heads,
+        head_dim=config.head_dim,
+        page_count=len(prompts),
+        block_tokens=tokens,  # a sequence has a page of its own
+        dtype=model.dtype,
+        device=model.device,
+    )
+    pages = torch.arange(len(prompts), dtype=torch.int32, device=model.device)[:, None]
+    rows, new, starts = [list(prompt) for prompt in prompts], prompts, [0] * len(prompts)
     for _ in range(_GREEDY_TOKENS):
-        logits, last = _logits(loaded, rows, adapter)
-        for row, token in zip(rows, logits[last].argmax(-1).tolist(), strict=True):
-            row.append(token)
+        packed = RaggedBatch.pack(new, adapter=adapter, starts=starts, device=model.device)
+        batch = replace(packed, block_table=pages)
+        with torch.inference_mode():
+            logits = next_logits(batch, batch.last.cpu().int(), cache, model)
+        starts, new = [len(row) for row in rows], [[token] for token in logits.argmax(-1).tolist()]
+        for row, token in zip(rows, new, strict=True):
+            row += token
     return rows
