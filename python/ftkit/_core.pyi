@@ -98,11 +98,15 @@ def set_threads(count: int) -> None:
     """Bounds the threads of the products and steps to come."""
 
 def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor, training: bool) -> None:
-    """Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`; in training, in
-    whatever order is fastest here."""
+    """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], W uint8 [out, bytes of a row] in blocks of `kind`;
+    in training, in whatever order is fastest here. Raises where bfloat16 isn't multiplied (`multiplies_bfloat16`)."""
 
 def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) -> None:
-    """Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in]."""
+    """Writes dy W to `out`: dy [T, out] and `out` [T, in] float32, or dy bfloat16 and `out` either; W uint8
+    [out, bytes of a row] in blocks of `kind`."""
+
+def multiplies_bfloat16() -> bool:
+    """Whether the core multiplies bfloat16 on this machine: its tiles do."""
 
 def lora_forward(
     x: Tensor,
@@ -173,6 +177,10 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Te
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool, y: Tensor) -> None:
     """Writes each head, turned by its token's angles, or back."""
 
+def cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, slopes: Tensor | None) -> None:
+    """Writes log Σ exp(z) − z[target] of each row of z [rows, V] to `losses` float32 [rows], and its gradient to `slopes`
+    where it is asked for; targets int64 [rows]. Raises for targets that aren't below V."""
+
 @final
 class PackedMatrix:
     """A matrix packed for products with activations rounded to 8 bits."""
@@ -206,9 +214,10 @@ class CodedMatrix:
         into the map: map[code] · greatest + mean.
         """
     def matmul(self, x: Tensor, out: Tensor, training: bool) -> None:
-        """Writes x Wᵀ to `out`: x float32 [T, in], out float32 [T, out]; in training, in whatever order is fastest."""
+        """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], out [T, out]; in training, in whatever order is
+        fastest."""
     def matmul_transposed(self, dy: Tensor, out: Tensor) -> None:
-        """Writes dy W to `out`: dy float32 [T, out], out float32 [T, in]."""
+        """Writes dy W to `out`: dy [T, out] and out [T, in] float32, or dy bfloat16 and `out` either."""
     def dequantize(self, out: Tensor) -> None:
         """Writes W to `out`, float32 [out, in]."""
 

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 
 use super::form::LoraForm;
 use super::quant::kind_called;
-use super::tensor::{Element, Memory};
+use super::tensor::{Element, Memory, of_numbers};
 use crate::decoder::attention::{self, Layout, Rows, Value};
 use crate::decoder::kept::Kept;
 use crate::decoder::lora::Lora;
@@ -17,6 +17,7 @@ use crate::decoder::{Batch, Head, Layer, Layers, Linear, Weight};
 use crate::error::Error;
 use crate::quant::coded::{Numbers, Table};
 use crate::quant::int8::{self, Packed};
+use crate::quant::matmul::halves::{self, Sums};
 use crate::quant::matmul::{self, Matrix};
 use crate::team::{self, Team};
 
@@ -27,6 +28,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CodedMatrix>()?;
     module.add_function(wrap_pyfunction!(paged_attention, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(multiplies_bfloat16, module)?)?;
     module.add_function(wrap_pyfunction!(block_matmul, module)?)?;
     module.add_function(wrap_pyfunction!(block_matmul_transposed, module)?)
 }
@@ -37,8 +39,14 @@ fn set_threads(count: usize) {
     team::set_threads(count);
 }
 
-/// Writes x Wᵀ to `out`: x float32 [T, in], W uint8 [out, bytes of a row] in blocks of `kind`; in training, in whatever
-/// order is fastest here.
+/// Whether products in bfloat16 are ours.
+#[pyfunction]
+fn multiplies_bfloat16() -> bool {
+    halves::usable()
+}
+
+/// Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], W uint8 [out, bytes of a row] in blocks of `kind`; in
+/// training, in whatever order is fastest here.
 #[pyfunction]
 fn block_matmul(
     py: Python<'_>,
@@ -48,23 +56,14 @@ fn block_matmul(
     out: &Bound<'_, PyAny>,
     training: bool,
 ) -> PyResult<()> {
-    let kind = kind_called(kind)?;
     let blocks = Memory::<u8>::of("blocks", blocks)?;
-    let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
-    let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), x.shape.as_slice()) else {
-        return Err(Error::failure(format!("expected two matrices, got {:?} and {:?}", blocks.shape, x.shape)).into());
-    };
-    // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, the rest to be read.
-    let (blocks, x, out) = unsafe { (blocks.slice(), x.slice(), out.slice_mut()) };
-    let matrix = Matrix::new(kind, blocks, rows, columns)?;
-    Ok(py.detach(|| Team::run(|team| product(team, matrix, x, out, training)))?)
+    // SAFETY: the caller's tensor lives during the call and is given to be read.
+    let matrix = unsafe { matrix_of(kind, &blocks, x)? };
+    product(py, matrix, x, out, training)
 }
 
-fn product(team: &Team, matrix: Matrix<'_>, x: &[f32], out: &mut [f32], training: bool) -> Result<(), Error> {
-    if training { matmul::matmul_in_training(team, matrix, x, out) } else { matmul::matmul(team, &[matrix], x, out) }
-}
-
-/// Writes dy W to `out`: dy float32 [T, out], W uint8 [out, bytes of a row] in blocks of `kind`, `out` [T, in].
+/// Writes dy W to `out`: dy [T, out] and `out` [T, in] float32, or dy bfloat16 and `out` either; W uint8
+/// [out, bytes of a row] in blocks of `kind`.
 #[pyfunction]
 fn block_matmul_transposed(
     py: Python<'_>,
@@ -73,16 +72,83 @@ fn block_matmul_transposed(
     dy: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let kind = kind_called(kind)?;
     let blocks = Memory::<u8>::of("blocks", blocks)?;
-    let (dy, out) = (Memory::<f32>::of("dy", dy)?, Memory::<f32>::of("out", out)?);
-    let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), out.shape.as_slice()) else {
-        return Err(Error::failure(format!("expected two matrices, got {:?} and {:?}", blocks.shape, out.shape)).into());
+    // SAFETY: the caller's tensor lives during the call and is given to be read.
+    let matrix = unsafe { matrix_of(kind, &blocks, out)? };
+    product_transposed(py, matrix, dy, out)
+}
+
+/// W of as many columns as `inputs` has.
+///
+/// # Safety
+/// As of [`Memory::slice`].
+unsafe fn matrix_of<'a>(kind: &str, blocks: &'a Memory<u8>, inputs: &Bound<'_, PyAny>) -> PyResult<Matrix<'a>> {
+    let shape: Vec<usize> = inputs.getattr("shape")?.extract()?;
+    let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), shape.as_slice()) else {
+        return Err(Error::failure(format!("expected two matrices, got {:?} and {shape:?}", blocks.shape)).into());
     };
-    // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, the rest to be read.
-    let (blocks, dy, out) = unsafe { (blocks.slice(), dy.slice(), out.slice_mut()) };
-    let matrix = Matrix::new(kind, blocks, rows, columns)?;
-    Ok(py.detach(|| Team::run(|team| matmul::matmul_transposed(team, matrix, dy, out)))?)
+    // SAFETY: the caller's promise.
+    Ok(Matrix::new(kind_called(kind)?, unsafe { blocks.slice() }, rows, columns)?)
+}
+
+fn product(
+    py: Python<'_>,
+    matrix: Matrix<'_>,
+    x: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    training: bool,
+) -> PyResult<()> {
+    of_numbers!(x, T, {
+        let (x, out) = (Memory::<T>::of("x", x)?, Memory::<T>::of("out", out)?);
+        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
+        let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| T::multiply(team, matrix, x, out, training)))?)
+    })
+}
+
+fn product_transposed(
+    py: Python<'_>,
+    matrix: Matrix<'_>,
+    dy: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    if !dy.getattr("dtype")?.is(bf16::dtype(py)?) {
+        let (dy, out) = (Memory::<f32>::of("dy", dy)?, Memory::<f32>::of("out", out)?);
+        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, dy to be read.
+        let (dy, out) = unsafe { (dy.slice(), out.slice_mut()) };
+        return Ok(py.detach(|| Team::run(|team| matmul::matmul_transposed(team, matrix, dy, out)))?);
+    }
+    let dy = Memory::<bf16>::of("dy", dy)?;
+    of_numbers!(out, T, {
+        let out = Memory::<T>::of("out", out)?;
+        // SAFETY: as above.
+        let (dy, out) = unsafe { (dy.slice(), out.slice_mut()) };
+        Ok(py.detach(|| Team::run(|team| halves::matmul_transposed(team, matrix, dy, T::sums(out))))?)
+    })
+}
+
+/// What products are made of.
+trait Factor: Sized {
+    fn multiply(team: &Team, matrix: Matrix<'_>, x: &[Self], y: &mut [Self], training: bool) -> Result<(), Error>;
+    fn sums(out: &mut [Self]) -> Sums<'_>;
+}
+
+impl Factor for f32 {
+    fn multiply(team: &Team, matrix: Matrix<'_>, x: &[Self], y: &mut [Self], training: bool) -> Result<(), Error> {
+        if training { matmul::matmul_in_training(team, matrix, x, y) } else { matmul::matmul(team, &[matrix], x, y) }
+    }
+    fn sums(out: &mut [Self]) -> Sums<'_> {
+        Sums::Whole(out)
+    }
+}
+
+impl Factor for bf16 {
+    fn multiply(team: &Team, matrix: Matrix<'_>, x: &[Self], y: &mut [Self], _training: bool) -> Result<(), Error> {
+        halves::matmul(team, matrix, x, y)
+    }
+    fn sums(out: &mut [Self]) -> Sums<'_> {
+        Sums::Rounded(out)
+    }
 }
 
 /// A matrix packed for products with activations in 8 bits.
@@ -169,20 +235,15 @@ impl CodedMatrix {
         Ok(Self { matrix, _tensors: keep.0 })
     }
 
-    /// Writes x Wᵀ to `out`: x float32 [T, in], out [T, out]; in training, in whatever order is fastest here.
+    /// Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], out [T, out]; in training, in whatever order is
+    /// fastest here.
     fn matmul(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, training: bool) -> PyResult<()> {
-        let (x, out) = (Memory::<f32>::of("x", x)?, Memory::<f32>::of("out", out)?);
-        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, x to be read.
-        let (x, out) = unsafe { (x.slice(), out.slice_mut()) };
-        Ok(py.detach(|| Team::run(|team| product(team, self.matrix, x, out, training)))?)
+        product(py, self.matrix, x, out, training)
     }
 
-    /// Writes dy W to `out`: dy float32 [T, out], out [T, in].
+    /// Writes dy W to `out`: dy [T, out] and out [T, in] float32, or dy bfloat16 and `out` either.
     fn matmul_transposed(&self, py: Python<'_>, dy: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (dy, out) = (Memory::<f32>::of("dy", dy)?, Memory::<f32>::of("out", out)?);
-        // SAFETY: the caller's tensors live during the call; `out` is new and given to be written, dy to be read.
-        let (dy, out) = unsafe { (dy.slice(), out.slice_mut()) };
-        Ok(py.detach(|| Team::run(|team| matmul::matmul_transposed(team, self.matrix, dy, out)))?)
+        product_transposed(py, self.matrix, dy, out)
     }
 
     /// Writes W to `out`, float32 [out, in].

@@ -33,6 +33,20 @@ elements! {
     u8 => "uint8", i32 => "int32", i64 => "int64", f32 => "float32", half::bf16 => "bfloat16", half::f16 => "float16",
 }
 
+/// The block with `$T` as what the tensor's numbers are: bf16, or else float32.
+macro_rules! of_numbers {
+    ($tensor:expr, $T:ident, $block:block) => {
+        if $tensor.getattr("dtype")?.is(<half::bf16 as crate::py::tensor::Element>::dtype($tensor.py())?) {
+            type $T = half::bf16;
+            $block
+        } else {
+            type $T = f32;
+            $block
+        }
+    };
+}
+pub(super) use of_numbers;
+
 /// A contiguous CPU tensor's memory. Holds no reference: the caller keeps the tensor alive during the call.
 pub(super) struct Memory<T> {
     pointer: *mut T,

@@ -1,9 +1,8 @@
 //! Bindings of the `training` room. Tensors are float32, or bfloat16 where all but those that are named are.
 
-use half::bf16;
 use pyo3::prelude::*;
 
-use super::tensor::{Element, Memory};
+use super::tensor::{Memory, of_numbers};
 use crate::error::Error;
 use crate::quant::matmul::Path;
 use crate::team::Team;
@@ -20,7 +19,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(rms_norm_backward, module)?)?;
     module.add_function(wrap_pyfunction!(swiglu_forward, module)?)?;
     module.add_function(wrap_pyfunction!(swiglu_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(rotate, module)?)
+    module.add_function(wrap_pyfunction!(rotate, module)?)?;
+    module.add_function(wrap_pyfunction!(cross_entropy, module)?)
 }
 
 type Tensors<'py> = Vec<Bound<'py, PyAny>>;
@@ -39,19 +39,6 @@ fn inputs(x: &Memory<f32>) -> PyResult<usize> {
         &[_, inputs] => Ok(inputs),
         shape => Err(Error::failure(format!("x: expected a matrix, got {shape:?}")).into()),
     }
-}
-
-/// The block with `$T` as what the tensor's numbers are: bf16, or else float32.
-macro_rules! of_numbers {
-    ($tensor:expr, $T:ident, $block:block) => {
-        if $tensor.getattr("dtype")?.is(bf16::dtype($tensor.py())?) {
-            type $T = bf16;
-            $block
-        } else {
-            type $T = f32;
-            $block
-        }
-    };
 }
 
 /// The matrices of several layers.
@@ -316,5 +303,28 @@ fn rotate(
         // SAFETY: the caller's tensors live during the call; `y` is given to be written, the rest to be read.
         let (x, cos, sin, y) = unsafe { (x.slice(), cos.slice(), sin.slice(), y.slice_mut()) };
         Ok(py.detach(|| Team::run(|team| passes::rotate(team, x, (tokens, heads), cos, sin, back, y)))?)
+    })
+}
+
+/// Writes log Σ exp(z) − z[target] of each row of z [rows, V] to `losses` float32 [rows], and its gradient to `slopes`
+/// [rows, V] where it is asked for; targets int64 [rows].
+#[pyfunction]
+fn cross_entropy(
+    py: Python<'_>,
+    z: &Bound<'_, PyAny>,
+    targets: &Bound<'_, PyAny>,
+    losses: &Bound<'_, PyAny>,
+    slopes: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    of_numbers!(z, T, {
+        let (z, targets) = (Memory::<T>::of("z", z)?, Memory::<i64>::of("targets", targets)?);
+        let losses = Memory::<f32>::of("losses", losses)?;
+        let slopes = slopes.as_ref().map(|slopes| Memory::<T>::of("slopes", slopes)).transpose()?;
+        // SAFETY: the caller's tensors live during the call; `losses` and `slopes` are given to be written, the rest to
+        // be read.
+        let (z, targets, losses) = unsafe { (z.slice(), targets.slice(), losses.slice_mut()) };
+        // SAFETY: as above.
+        let slopes = slopes.as_ref().map(|slopes| unsafe { slopes.slice_mut() });
+        Ok(py.detach(|| Team::run(|team| passes::cross_entropy(team, z, targets, losses, slopes)))?)
     })
 }

@@ -1,4 +1,5 @@
-//! One pass over all rows, in parallel: norms, gated activations, rotations, forward and back (see [`super::rows`]).
+//! One pass over all rows, in parallel: norms, gated activations, rotations, forward and back, and the loss of scores
+//! with its gradient (see [`super::rows`]).
 
 use std::ops::Range;
 
@@ -188,6 +189,47 @@ pub fn rotate<T: Number>(
         let x = T::read(some(x, &run, width), x_room);
         let (cos, sin) = (T::read(some(cos, &run, half), cos_room), T::read(some(sin, &run, half), sin_room));
         T::write(y, y_room, |y| rows::rotate(x, heads, cos, sin, back, half, y));
+    });
+    Ok(())
+}
+
+/// loss = log Σ exp(z) − z[target] of each row of scores z `[rows, V]`, and softmax(z) − [v = target] where it is wanted.
+///
+/// # Errors
+/// Sizes that don't agree, or a target that isn't one of the V.
+pub fn cross_entropy<T: Number>(
+    team: &Team,
+    scores: &[T],
+    targets: &[i64],
+    losses: &mut [f32],
+    slopes: Option<&mut [T]>,
+) -> Result<()> {
+    let (rows, width) = (targets.len(), scores.len().checked_div(targets.len()).unwrap_or(0));
+    same("cross_entropy", &[scores.len(), rows * width, slopes.as_ref().map_or(scores.len(), |slopes| slopes.len())])?;
+    same("cross_entropy", &[rows, losses.len()])?;
+    if let Some(target) = targets.iter().find(|target| !(0..width as i64).contains(target)) {
+        return Err(Error::failure(format!("cross_entropy: expected targets below {width}, got {target}")));
+    }
+    let (losses, slopes) = (Out::new(losses), slopes.map(Out::new));
+    in_strips::<T>(team, rows, width, 2, &|run, room| {
+        let [scores_room, slopes_room] = parts(room, run.len() * width);
+        let all = T::read(some(scores, &run, width), scores_room);
+        // SAFETY: lengths were checked, and the rows are this task's.
+        let losses = unsafe { of(&losses, &run, 1) };
+        let each = || run.clone().zip(all.chunks_exact(width)).map(|(row, scores)| (scores, targets[row] as usize));
+        let mut totals = vec![0.0; run.len()];
+        for (((scores, target), total), loss) in each().zip(&mut totals).zip(losses) {
+            rows::log_total(scores, total);
+            *loss = *total - scores[target];
+        }
+        let Some(slopes) = &slopes else { return };
+        // SAFETY: as above.
+        T::write(unsafe { of(slopes, &run, width) }, slopes_room, |slopes| {
+            for (((scores, target), total), slopes) in each().zip(&totals).zip(slopes.chunks_exact_mut(width)) {
+                rows::softmax(scores, *total, slopes);
+                slopes[target] -= 1.0;
+            }
+        });
     });
     Ok(())
 }

@@ -145,3 +145,35 @@ dispatched! {
         }
     }
 }
+
+dispatched! {
+    /// log Σ exp(x) of a row: sums of 1,024 in float32, those in float64.
+    log_total(x: &[f32], found: &mut f32) {
+        let mut most = [f32::NEG_INFINITY; 16];
+        let (whole, rest) = x.as_chunks::<16>();
+        for x in whole {
+            for lane in 0..16 {
+                most[lane] = if x[lane] > most[lane] { x[lane] } else { most[lane] };
+            }
+        }
+        let most = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut total: f64 = rest.iter().map(|x| f64::from(exp(x - most))).sum();
+        for part in whole.chunks(64) {
+            let mut lanes = [0.0f32; 16];
+            for x in part {
+                for lane in 0..16 {
+                    lanes[lane] += exp(x[lane] - most);
+                }
+            }
+            total += f64::from(lanes.iter().sum::<f32>());
+        }
+        *found = (f64::from(most) + total.ln()) as f32;
+    }
+}
+
+dispatched! {
+    /// exp(x − log_total), the shares of a row.
+    softmax(x: &[f32], log_total: f32, y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = exp(x - log_total));
+    }
+}

@@ -21,6 +21,16 @@ def takes(*tensors: Tensor) -> bool:
     return dtype in NUMBERS and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
 
 
+def gradient_dtype(dy: Tensor, cells: int) -> torch.dtype:
+    """What dy W is summed up in, W of so many values: for bfloat16 that itself only where all of W is multiplied at
+    once."""
+    return dy.dtype if cells <= _AT_ONCE else torch.float32
+
+
+_AT_ONCE = 1 << 21
+"""Values of W that the core makes to tiles of bfloat16 at once."""
+
+
 def _lora_forward(x: Tensor, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors) -> None:
     _core.lora_forward(x, a, b, scales, y, low)
 
@@ -107,6 +117,11 @@ _define(
     "swiglu_backward",
     "Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup",
     _core.swiglu_backward,
+)
+_define(
+    "cross_entropy",
+    "Tensor z, Tensor targets, Tensor(a!) losses, Tensor(b!)? slopes",
+    _core.cross_entropy,
 )
 _define("rotate", "Tensor x, Tensor cos, Tensor sin, bool back, Tensor(a!) y", _core.rotate)
 

@@ -5,7 +5,7 @@
 The `cpu` backends (in the core) dequantize a few rows of W at a time into the processor's cache and never have W whole.
 A number of a product depends on its row of x or dy and on W alone: neither the rows beside it nor the threads change a
 bit of it. In training it is added up in whatever order is fastest on the processor, else in the same one on all. Plain
-float32 is one of the formats.
+float32 and bfloat16 are among the formats.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ftkit import _core
 from ftkit.cuda import launches
-from ftkit.kernels import _gpu, allows, operation
+from ftkit.kernels import _gpu, _training, allows, operation
 
 _FORMATS = {name: (size, nbytes) for name, size, nbytes in _core.quant_formats()}
 
@@ -25,11 +25,18 @@ def block_matmul(x: Tensor, kind: str, blocks: Tensor, training: bool = False) -
     return functional.linear(x, dequantize(kind, blocks).to(x.dtype))
 
 
-def _multiplies(x: Tensor, blocks: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.device == blocks.device
+def multiplies(x: Tensor, training: bool) -> bool:
+    """Whether the core multiplies this with matrices: float32 always; bfloat16 in training, where it has tiles for it."""
+    if x.device.type != "cpu":
+        return False
+    return x.dtype == torch.float32 or (training and x.dtype == torch.bfloat16 and _core.multiplies_bfloat16())
 
 
-@block_matmul.backend("cpu", lambda x, kind, blocks, training=False: _multiplies(x, blocks))  # noqa: ARG005
+def _multiplies(x: Tensor, blocks: Tensor, training: bool) -> bool:
+    return x.device == blocks.device and multiplies(x, training)
+
+
+@block_matmul.backend("cpu", lambda x, kind, blocks, training=False: _multiplies(x, blocks, training))  # noqa: ARG005
 def _cpu(x: Tensor, kind: str, blocks: Tensor, training: bool = False) -> Tensor:
     y: Tensor = torch.ops.ftkit.block_matmul(x, kind, blocks, training)
     return y
@@ -43,11 +50,12 @@ def block_matmul_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
 
 @block_matmul_transposed.backend(
     "cpu",
-    lambda dy, kind, blocks: _multiplies(dy, blocks),  # noqa: ARG005
+    lambda dy, kind, blocks: _multiplies(dy, blocks, True),  # noqa: ARG005
 )
 def _cpu_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
-    dx: Tensor = torch.ops.ftkit.block_matmul_transposed(dy, kind, blocks)
-    return dx
+    dtype = _training.gradient_dtype(dy, blocks.shape[0] * columns_of(kind, blocks))
+    dx: Tensor = torch.ops.ftkit.block_matmul_transposed(dy, kind, blocks, dtype)
+    return dx.to(dy.dtype)
 
 
 def dequantize(kind: str, blocks: Tensor) -> Tensor:
@@ -65,7 +73,7 @@ def columns_of(kind: str, blocks: Tensor) -> int:
 # What `torch.library.custom_op` does, in parts: the decorator's first call imports the compiler, which takes seconds.
 _library = torch.library.Library("ftkit", "FRAGMENT")
 _library.define("block_matmul(Tensor x, str kind, Tensor blocks, bool training) -> Tensor")
-_library.define("block_matmul_transposed(Tensor dy, str kind, Tensor blocks) -> Tensor")
+_library.define("block_matmul_transposed(Tensor dy, str kind, Tensor blocks, ScalarType dtype) -> Tensor")
 _library.define("dequantize(str kind, Tensor blocks) -> Tensor")
 
 
@@ -75,8 +83,8 @@ def _multiply(x: Tensor, kind: str, blocks: Tensor, training: bool) -> Tensor:
     return out
 
 
-def _multiply_transposed(dy: Tensor, kind: str, blocks: Tensor) -> Tensor:
-    out = dy.new_empty(dy.shape[0], columns_of(kind, blocks))
+def _multiply_transposed(dy: Tensor, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    out = dy.new_empty(dy.shape[0], columns_of(kind, blocks), dtype=dtype)
     _core.block_matmul_transposed(kind, blocks, dy.contiguous(), out)
     return out
 
@@ -103,7 +111,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "ftkit::block_matmul_transposed",
-    lambda dy, kind, blocks: dy.new_empty(dy.shape[0], columns_of(kind, blocks)),
+    lambda dy, kind, blocks, dtype: dy.new_empty(dy.shape[0], columns_of(kind, blocks), dtype=dtype),
     lib=_library,
 )
 torch.library.register_fake(

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ftkit import _core
 from ftkit.cuda import launches
-from ftkit.kernels import _gpu, operation
+from ftkit.kernels import _gpu, _training, operation
+from ftkit.kernels.block_matmul import multiplies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,8 @@ def _dense(coded: Coded) -> Tensor:
     return out
 
 
-def _multiplies(x: Tensor, coded: Coded) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _takes(coded)
+def _multiplies(x: Tensor, coded: Coded, training: bool) -> bool:
+    return _takes(coded) and multiplies(x, training)
 
 
 def _takes_transposed(dy: Tensor, coded: Coded) -> bool:
@@ -122,10 +123,11 @@ def _takes_transposed(dy: Tensor, coded: Coded) -> bool:
 
 
 @coded_matmul_transposed.backend("cuda", _takes_transposed)
-@coded_matmul_transposed.backend("cpu", lambda dy, coded: _multiplies(dy, coded))
+@coded_matmul_transposed.backend("cpu", lambda dy, coded: _multiplies(dy, coded, True))
 def _transposed(dy: Tensor, coded: Coded) -> Tensor:
-    dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, *arguments(coded))
-    return dx
+    dtype = dy.dtype if _on_gpu(coded) else _training.gradient_dtype(dy, coded.shape[0] * coded.shape[1])
+    dx: Tensor = torch.ops.ftkit.coded_matmul_transposed(dy, dtype, *arguments(coded))
+    return dx.to(dy.dtype)
 
 
 def _takes_matmul(x: Tensor, coded: Coded, training: bool = False) -> bool:  # noqa: ARG001
@@ -133,7 +135,7 @@ def _takes_matmul(x: Tensor, coded: Coded, training: bool = False) -> bool:  # n
 
 
 @coded_matmul.backend("cuda", _takes_matmul)
-@coded_matmul.backend("cpu", lambda x, coded, training=False: _multiplies(x, coded))  # noqa: ARG005
+@coded_matmul.backend("cpu", lambda x, coded, training=False: _multiplies(x, coded, training))
 def _product(x: Tensor, coded: Coded, training: bool = False) -> Tensor:
     y: Tensor = torch.ops.ftkit.coded_matmul(x, training, *arguments(coded))
     return y
@@ -153,7 +155,7 @@ _SIGNATURE = (
 )
 _library.define(f"coded_dense({_SIGNATURE}) -> Tensor")
 _library.define(f"coded_matmul(Tensor x, bool training, {_SIGNATURE}) -> Tensor")
-_library.define(f"coded_matmul_transposed(Tensor dy, {_SIGNATURE}) -> Tensor")
+_library.define(f"coded_matmul_transposed(Tensor dy, ScalarType dtype, {_SIGNATURE}) -> Tensor")
 
 
 def _matrix(
@@ -212,7 +214,8 @@ _gpu.implement("coded_dense", lambda *rest: launches.dense(_gpu.launch, _coded(*
 
 _gpu.implement("coded_matmul", lambda x, _training, *rest: launches.matmul(_gpu.launch, x.contiguous(), _coded(*rest)))
 _gpu.implement(
-    "coded_matmul_transposed", lambda dy, *rest: launches.matmul_transposed(_gpu.launch, dy.contiguous(), _coded(*rest))
+    "coded_matmul_transposed",
+    lambda dy, _dtype, *rest: launches.matmul_transposed(_gpu.launch, dy.contiguous(), _coded(*rest)),
 )
 
 
@@ -228,8 +231,8 @@ def _run_matmul(x: Tensor, training: bool, rows: int, *rest: Any) -> Tensor:
     return out
 
 
-def _run_transposed(dy: Tensor, rows: int, columns: int, *rest: Any) -> Tensor:
-    out = dy.new_empty(dy.shape[0], columns)
+def _run_transposed(dy: Tensor, dtype: torch.dtype, rows: int, columns: int, *rest: Any) -> Tensor:
+    out = dy.new_empty(dy.shape[0], columns, dtype=dtype)
     _matrix(rows, columns, *rest).matmul_transposed(dy.contiguous(), out)
     return out
 
@@ -246,5 +249,7 @@ torch.library.register_fake(
     "ftkit::coded_matmul", lambda x, _training, rows, *_: x.new_empty(x.shape[0], rows), lib=_library
 )
 torch.library.register_fake(
-    "ftkit::coded_matmul_transposed", lambda dy, _rows, columns, *_: dy.new_empty(dy.shape[0], columns), lib=_library
+    "ftkit::coded_matmul_transposed",
+    lambda dy, dtype, _rows, columns, *_: dy.new_empty(dy.shape[0], columns, dtype=dtype),
+    lib=_library,
 )

@@ -8,7 +8,7 @@ Computed in float32 (float64 for float64).
 import torch
 from torch import Tensor
 
-from ftkit.kernels import _gpu, operation
+from ftkit.kernels import _gpu, _training, operation
 
 
 @operation
@@ -34,4 +34,18 @@ def _takes(logits: Tensor, targets: Tensor, gradient: bool = False) -> bool:
 @cross_entropy.backend("cuda", _takes)
 def _cuda(logits: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor | None]:  # noqa: ARG001
     losses, slope = _gpu.cross_entropy(logits, targets)
+    return losses, slope
+
+
+def _in_core(logits: Tensor, targets: Tensor, gradient: bool = False) -> bool:
+    plain = gradient or not (torch.is_grad_enabled() and logits.requires_grad)
+    return plain and _training.takes(logits) and targets.dtype == torch.int64
+
+
+@cross_entropy.backend("cpu", _in_core)
+def _cpu(logits: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """A row after the other, while it is in the processor's cache; no copy of all in float32."""
+    losses = torch.empty(len(targets), dtype=torch.float32)
+    slope = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
+    torch.ops.ftkit.cross_entropy(logits.detach().contiguous(), targets.contiguous(), losses, slope)
     return losses, slope

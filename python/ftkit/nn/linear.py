@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftkit._core import CodedMatrix, PackedMatrix
-from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed
+from ftkit.kernels.block_matmul import block_matmul, block_matmul_transposed, multiplies
 from ftkit.kernels.lora_linears import Origin, lora_linears
 from ftkit.kernels.lora_rows import lora_rows
 from ftkit.nn.routes import Routes
@@ -94,15 +94,15 @@ class DenseWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        stored = None if self.tensor.requires_grad else self.stored()
-        if stored is None:
+        blocks = None if self.tensor.requires_grad else self._blocks(x, self.training)
+        if blocks is None:
             return functional.linear(x, self.tensor)
-        return frozen_matmul(x, self, lambda x: block_matmul(x, *stored, self.training))
+        return frozen_matmul(x, self, lambda x: block_matmul(x, *blocks, self.training))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        stored = self.stored()
-        return dy @ self.tensor.detach() if stored is None else block_matmul_transposed(dy, *stored)
+        blocks = self._blocks(dy, True)
+        return dy @ self.tensor.detach() if blocks is None else block_matmul_transposed(dy, *blocks)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """i32 or i64 [T] to [T, in]."""
@@ -118,6 +118,13 @@ class DenseWeight(nn.Module):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return None
         return "f32", tensor.view(torch.uint8)
+
+    def _blocks(self, x: Tensor, training: bool) -> tuple[str, Tensor] | None:
+        """What the core multiplies x with: bfloat16, too, where it takes that."""
+        tensor = self.tensor.detach()
+        if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or not multiplies(x, training):
+            return self.stored()
+        return "bf16", tensor.view(torch.uint8)
 
     def blocks_of_file(self) -> tuple[str, Tensor] | None:
         """None: floats have no codes."""

@@ -7,6 +7,7 @@
 //! Products of training, forward ([`matmul_in_training`]) and back ([`matmul_transposed`]), depend on the machine, too: on
 //! AMX they are summed as [`tiles`] says.
 
+pub mod halves;
 mod micro;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -106,6 +107,15 @@ impl<'a> Matrix<'a> {
     fn floats(&self, first: usize, end: usize) -> Option<&'a [f32]> {
         match self.stored {
             Stored::Blocks(Kind::F32, _) => bytemuck::try_cast_slice(self.bytes(first, end)).ok(),
+            _ => None,
+        }
+    }
+
+    /// Those rows where they are stored as bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    fn halves(&self, rows: std::ops::Range<usize>) -> Option<&'a [half::bf16]> {
+        match self.stored {
+            Stored::Blocks(Kind::Bf16, _) => bytemuck::try_cast_slice(self.bytes(rows.start, rows.end)).ok(),
             _ => None,
         }
     }

@@ -13,6 +13,7 @@
 //! this is for training, where all rows are many; answers are computed in one way on every machine. Infinite numbers
 //! become NaN; what is below 2⁻¹²⁶ counts as zero, and so do bits of a number below 2⁻¹³³.
 
+pub(super) mod halves;
 mod x86;
 
 use std::cell::RefCell;
@@ -45,9 +46,12 @@ const W_ROOM: usize = 8 * W_SETS;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
+/// Rows of x, and of W, whose products are computed together.
+const BOTH: usize = PAIR * SIDE;
+
 /// What 32 rows of x give with 32 of W.
 #[repr(C, align(64))]
-struct Square([[f32; PAIR * SIDE]; PAIR * SIDE]);
+pub(super) struct Square([[f32; BOTH]; BOTH]);
 
 thread_local! {
     /// Terms of some rows of x.
@@ -73,19 +77,19 @@ pub(super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[f32], y: &mut
     let size = columns.div_ceil(DEPTH) * SET;
     let chunks = size / SET;
     let band = (W_SETS / (PAIR * DEEP.min(chunks))).min(W_ROOM / (PAIR * chunks)).max(1) * PAIR * SIDE;
-    let run = rows.div_ceil(team.tasks(x.len() * rows, TASK)).next_multiple_of(PAIR * SIDE);
+    let run = rows.div_ceil(team.tasks(x.len() * rows, TASK)).next_multiple_of(BOTH);
     let y = Shared::new(y);
     team.each(rows.div_ceil(run), &|task| {
         W.with_borrow_mut(|buffer| {
             let end = rows.min((task + 1) * run);
             for start in (task * run..end).step_by(band) {
                 let width = band.min(end - start);
-                let terms = lines(buffer, width.div_ceil(PAIR * SIDE) * PAIR * size);
+                let terms = lines(buffer, width.div_ceil(BOTH) * PAIR * size);
                 let needed: Vec<usize> = (start..start + width)
-                    .step_by(PAIR * SIDE)
+                    .step_by(BOTH)
                     .zip(terms.chunks_exact_mut(PAIR * size))
                     .map(|(first, terms)| {
-                        with_values(matrix, first..end.min(first + PAIR * SIDE), |values| {
+                        with_values(matrix, first..end.min(first + BOTH), |values| {
                             let blocks = values.chunks(SIDE * columns).zip(terms.chunks_exact_mut(size));
                             // SAFETY: the caller's promise.
                             let needed = blocks.map(|(values, terms)| unsafe { x86::turned(values, columns, terms) });
@@ -97,14 +101,14 @@ pub(super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[f32], y: &mut
                 unsafe {
                     x86::configure();
                     for (depth, first) in (0..columns).step_by(DEEP * DEPTH).enumerate() {
-                        for (t, x) in x.chunks(PAIR * SIDE * columns).enumerate() {
+                        for (t, x) in x.chunks(BOTH * columns).enumerate() {
                             let x = Rows {
                                 values: &x[first..],
                                 stride: columns,
                                 columns: (columns - first).min(DEEP * DEPTH),
                             };
                             let out = Out {
-                                start: y.at(t * PAIR * SIDE * rows + start),
+                                start: y.at(t * BOTH * rows + start),
                                 stride: rows,
                                 width,
                                 add: depth > 0,
@@ -126,7 +130,7 @@ pub(super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[f32], y: &mut
 /// As of [`matmul`].
 pub(super) unsafe fn matmul_transposed(team: &Team, matrix: &Matrix<'_>, dy: &[f32], dx: &mut [f32]) {
     let (rows, columns) = (matrix.rows, matrix.columns);
-    let panels = columns.div_ceil(PAIR * SIDE) * PAIR;
+    let panels = columns.div_ceil(BOTH) * PAIR;
     let count = dx.len() / columns;
     let tile = (W_SETS / panels).max(1) * DEPTH;
     let dx = Shared::new(dx);
@@ -150,13 +154,13 @@ pub(super) unsafe fn matmul_transposed(team: &Team, matrix: &Matrix<'_>, dy: &[f
             });
         });
         let (terms, needed) = (&*terms, needed.into_inner());
-        let run = count.div_ceil(team.tasks(count * here * columns, TASK)).next_multiple_of(PAIR * SIDE);
+        let run = count.div_ceil(team.tasks(count * here * columns, TASK)).next_multiple_of(BOTH);
         team.each(count.div_ceil(run), &|task| {
             // SAFETY: the caller's promise; these rows of dx are this task's alone.
             unsafe {
                 x86::configure();
-                for t in (task * run..count.min((task + 1) * run)).step_by(PAIR * SIDE) {
-                    let dy = &dy[t * rows..count.min(t + PAIR * SIDE) * rows];
+                for t in (task * run..count.min((task + 1) * run)).step_by(BOTH) {
+                    let dy = &dy[t * rows..count.min(t + BOTH) * rows];
                     let dy = Rows { values: &dy[first..], stride: rows, columns: here };
                     let out = Out { start: dx.at(t * columns), stride: columns, width: columns, add: first > 0 };
                     stripe(&dy, terms, size, |_| needed, &out);
@@ -190,7 +194,6 @@ struct Out {
 /// As of [`matmul`]; the tiles are configured, the terms are of as many columns as x has, and `out` is there and nobody
 /// else's.
 unsafe fn stripe(x: &Rows<'_>, w: &[Line], size: usize, needed: impl Fn(usize) -> usize, out: &Out) {
-    const BOTH: usize = PAIR * SIDE;
     let (count, chunks) = (x.values.len().div_ceil(x.stride), x.columns.div_ceil(DEPTH));
     X.with_borrow_mut(|buffer| {
         let terms = lines(buffer, PAIR * chunks * SET);
@@ -198,7 +201,8 @@ unsafe fn stripe(x: &Rows<'_>, w: &[Line], size: usize, needed: impl Fn(usize) -
         // SAFETY: the caller's promise.
         blocks.for_each(|(values, terms)| unsafe { x86::rows(values, x.stride, x.columns, terms) });
         for (pair, at) in (0..out.width).step_by(BOTH).enumerate() {
-            let both = x86::Both { x: terms, w: &w[pair * PAIR * size..], w_size: size, chunks, needed: needed(pair) };
+            let w = &w[pair * PAIR * size..];
+            let both = x86::Both { x: terms, w, w_size: size, chunks, terms: TERMS, needed: needed(pair) };
             let width = BOTH.min(out.width - at);
             // SAFETY: the caller's promise; rows of 32 numbers are there, or else the square has them.
             unsafe {

@@ -1,12 +1,14 @@
-//! Terms by AVX-512, their products by AMX.
+//! Terms, and numbers of 16 bits, by AVX-512; their products by AMX.
 
 #[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::sync::OnceLock;
 
+use half::bf16;
+
 use super::super::{Line, Path};
-use super::{DEPTH, PAIR, SET, SIDE, TERMS};
+use super::{DEPTH, PAIR, SET, SIDE, Square, TERMS};
 use crate::quant::amx;
 pub(super) use crate::quant::amx::release;
 
@@ -203,12 +205,13 @@ macro_rules! w_term {
 }
 
 /// Two blocks of 16 rows of x, and two of W: `chunks` sets each, one block of x right behind the other, those of W
-/// `w_size` lines apart; of W's terms the first `needed`.
+/// `w_size` lines apart. Numbers of `terms` terms, 1 or 3; of W's the first `needed`.
 pub(super) struct Both<'a> {
     pub x: &'a [Line],
     pub w: &'a [Line],
     pub w_size: usize,
     pub chunks: usize,
+    pub terms: usize,
     pub needed: usize,
 }
 
@@ -218,12 +221,12 @@ impl Both<'_> {
     /// # Safety
     /// The machine is [`usable`] and configured; the sums are there.
     pub(super) unsafe fn multiply(&self, sums: *mut f32, stride: usize, add: bool) {
-        let &Self { x, w, w_size, chunks, needed } = self;
-        let size = chunks * SET;
+        let &Self { x, w, w_size, chunks, terms, needed } = self;
+        let size = chunks * terms * SIDE;
         assert!(chunks > 0 && x.len() >= PAIR * size && w.len() >= (PAIR - 1) * w_size + size);
         /// The products of a chunk of 32 columns after another.
         macro_rules! chunks {
-            ($($term:expr),*) => {
+            ($set:literal: $($term:expr),*) => {
                 std::arch::asm!(
                     "test {add}, {add}",
                     "jz 2f",
@@ -241,10 +244,10 @@ impl Both<'_> {
                     "tileloadd tmm6, [{w0} + {line}]",
                     "tileloadd tmm7, [{w1} + {line}]",
                     $($term),*,
-                    "add {x0}, 3072",
-                    "add {x1}, 3072",
-                    "add {w0}, 3072",
-                    "add {w1}, 3072",
+                    concat!("add {x0}, ", $set),
+                    concat!("add {x1}, ", $set),
+                    concat!("add {w0}, ", $set),
+                    concat!("add {w1}, ", $set),
                     "dec {chunks}",
                     "jnz 3b",
                     "tilestored [{top} + {stride}], tmm0",
@@ -267,13 +270,134 @@ impl Both<'_> {
                 )
             };
         }
-        // SAFETY: the caller's promise, and the lengths above; a chunk is a set of 3,072 bytes.
+        // SAFETY: the caller's promise, and the lengths above; a chunk is a set of 1,024 bytes a term.
         unsafe {
-            match needed {
-                1 => chunks!(x_term!(2048), x_term!(1024), x_term!(0)),
-                2 => chunks!(x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(0)),
-                _ => chunks!(x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(2048), w_term!(0)),
+            match (terms, needed) {
+                (1, _) => chunks!("1024": x_term!(0)),
+                (_, 1) => chunks!("3072": x_term!(2048), x_term!(1024), x_term!(0)),
+                (_, 2) => chunks!("3072": x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(0)),
+                _ => chunks!(
+                    "3072": x_term!(2048), x_term!(1024), w_term!(1024), x_term!(0), w_term!(2048), w_term!(0)
+                ),
             }
+        }
+    }
+}
+
+/// Numbers that become the nearest bfloat16.
+pub(super) trait Nearest: Copy {
+    /// The first `left` numbers from an address on, or 32; zeros behind them.
+    ///
+    /// # Safety
+    /// The machine is [`super::halves::usable`], and they are there.
+    unsafe fn both(at: *const Self, left: usize) -> __m512i;
+    /// As [`Nearest::both`], of 16.
+    ///
+    /// # Safety
+    /// As of [`Nearest::both`].
+    unsafe fn half(at: *const Self, left: usize) -> __m256i;
+}
+
+impl Nearest for f32 {
+    #[inline(always)]
+    unsafe fn both(at: *const Self, left: usize) -> __m512i {
+        // SAFETY: the caller's promise; a vector is a vector.
+        unsafe {
+            let [low, top] = halves(at, left);
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low))
+        }
+    }
+    #[inline(always)]
+    unsafe fn half(at: *const Self, left: usize) -> __m256i {
+        // SAFETY: as above.
+        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(load(at, left))) }
+    }
+}
+
+impl Nearest for bf16 {
+    #[inline(always)]
+    unsafe fn both(at: *const Self, left: usize) -> __m512i {
+        let mask = if left < DEPTH { (1 << left) - 1 } else { !0 };
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_epi16(mask, at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn half(at: *const Self, left: usize) -> __m256i {
+        let mask = if left < SIDE { (1 << left) - 1 } else { !0 };
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_maskz_loadu_epi16(mask, at.cast()) }
+    }
+}
+
+/// Up to 16 rows of the first `columns` numbers, `stride` apart: a row of a tile is a row's, 32 columns.
+///
+/// # Safety
+/// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn copied(x: &[bf16], stride: usize, columns: usize, out: &mut [Line]) {
+    for (r, row) in x.chunks(stride).enumerate() {
+        for (set, start) in out.chunks_exact_mut(SIDE).zip((0..columns).step_by(DEPTH)) {
+            // SAFETY: the row has `columns` numbers, the set a line for it.
+            unsafe {
+                let numbers = bf16::both(row.as_ptr().add(start), columns - start);
+                _mm512_store_si512((&raw mut set[r]).cast(), numbers);
+            }
+        }
+    }
+}
+
+/// Up to 16 rows to the nearest bfloat16, turned: a column of a tile is a row's, a line two of its numbers.
+///
+/// # Safety
+/// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn turned_halves<T: Nearest>(w: &[T], columns: usize, out: &mut [Line]) {
+    for (set, start) in out.chunks_exact_mut(SIDE).zip((0..columns).step_by(DEPTH)) {
+        let mut rows = [_mm512_setzero_ps(); SIDE];
+        for (pairs, row) in rows.iter_mut().zip(w.chunks_exact(columns)) {
+            // SAFETY: the row has `columns` numbers.
+            *pairs = _mm512_castsi512_ps(unsafe { T::both(row.as_ptr().add(start), columns - start) });
+        }
+        for (line, pairs) in set.iter_mut().zip(transpose(rows)) {
+            // SAFETY: a line is a vector.
+            unsafe { _mm512_store_ps((&raw mut *line).cast(), pairs) };
+        }
+    }
+}
+
+/// The columns `at..at + 16` of up to 32 rows, to the nearest bfloat16: a row of a tile is two rows', one below the
+/// other.
+///
+/// # Safety
+/// The machine is [`super::halves::usable`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn paired_halves<T: Nearest>(w: &[T], columns: usize, at: usize, out: &mut [Line]) {
+    let (rows, left) = (w.len() / columns, columns - at);
+    for (line, out) in out.iter_mut().enumerate() {
+        let row = |r: usize| match r < rows {
+            // SAFETY: there is such a row, and it has `columns` numbers.
+            true => _mm512_cvtepu16_epi32(unsafe { T::half(w.as_ptr().add(r * columns + at), left) }),
+            false => _mm512_setzero_si512(),
+        };
+        let pairs = _mm512_or_si512(row(2 * line), _mm512_slli_epi32::<16>(row(2 * line + 1)));
+        // SAFETY: a line is a vector.
+        unsafe { _mm512_store_si512((&raw mut *out).cast(), pairs) };
+    }
+}
+
+/// The first `width` of 32 numbers of the first `count` rows to the nearest bfloat16, rows `stride` apart.
+///
+/// # Safety
+/// The machine is [`super::halves::usable`], and they have room.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn narrow(found: &Square, count: usize, width: usize, out: *mut bf16, stride: usize) {
+    let mask = if width < DEPTH { (1 << width) - 1 } else { !0 };
+    for (r, row) in found.0.iter().enumerate().take(count) {
+        // SAFETY: a row is two vectors; there is room.
+        unsafe {
+            let [low, top] = [0, SIDE].map(|at| _mm512_load_ps(row.as_ptr().add(at)));
+            let numbers = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low));
+            _mm512_mask_storeu_epi16(out.add(r * stride).cast(), mask, numbers);
         }
     }
 }
