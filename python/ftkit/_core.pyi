@@ -132,6 +132,32 @@ def lora_backward(
 ) -> None:
     """Writes the gradients of `lora_forward`, and adds to that of x."""
 
+def low_rank_forward(
+    x: Tensor,
+    frozen: Sequence[CodedMatrix | tuple[str, Tensor]],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    y: Sequence[Tensor],
+    low: Sequence[Tensor],
+) -> None:
+    """Writes x Wᵀ + s low Bᵀ to each of `y`, and low = x Aᵀ to each of `low`: A [rank, in] and B [out, rank] float32, all
+    others bfloat16. A frozen W is a `CodedMatrix` or (format, blocks uint8 [out, bytes of a row])."""
+
+def low_rank_backward(
+    x: Tensor,
+    frozen: Sequence[CodedMatrix | tuple[str, Tensor]],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    dy: Sequence[Tensor],
+    low: Sequence[Tensor],
+    da: Sequence[Tensor | None],
+    db: Sequence[Tensor | None],
+    dx: Tensor | None,
+) -> None:
+    """Writes the gradients of `low_rank_forward`: those of A and B, float32, and that of x where they are asked for."""
+
 def attention_forward(
     q: Tensor,
     k: Tensor,

@@ -82,7 +82,11 @@ fn block_matmul_transposed(
 ///
 /// # Safety
 /// As of [`Memory::slice`].
-unsafe fn matrix_of<'a>(kind: &str, blocks: &'a Memory<u8>, inputs: &Bound<'_, PyAny>) -> PyResult<Matrix<'a>> {
+pub(super) unsafe fn matrix_of<'a>(
+    kind: &str,
+    blocks: &'a Memory<u8>,
+    inputs: &Bound<'_, PyAny>,
+) -> PyResult<Matrix<'a>> {
     let shape: Vec<usize> = inputs.getattr("shape")?.extract()?;
     let (&[rows, _], &[_, columns]) = (blocks.shape.as_slice(), shape.as_slice()) else {
         return Err(Error::failure(format!("expected two matrices, got {:?} and {shape:?}", blocks.shape)).into());
@@ -189,9 +193,9 @@ impl PackedMatrix {
 
 /// A matrix of codes into a table, over the memory of tensors.
 #[pyclass(module = "ftkit._core", frozen)]
-struct CodedMatrix {
+pub(super) struct CodedMatrix {
     /// Borrows from the tensors that `_tensors` keeps.
-    matrix: Matrix<'static>,
+    pub(super) matrix: Matrix<'static>,
     _tensors: Vec<Py<PyAny>>,
 }
 

@@ -1,10 +1,13 @@
 //! Bindings of the `training` room. Tensors are float32, or bfloat16 where all but those that are named are.
 
+use half::bf16;
 use pyo3::prelude::*;
 
-use super::tensor::{Memory, of_numbers};
+use super::decoder::{CodedMatrix, matrix_of};
+use super::tensor::{Element, Memory, of_numbers};
 use crate::error::Error;
 use crate::quant::matmul::Path;
+use crate::quant::matmul::halves::{self, Forward, LowRank};
 use crate::team::Team;
 use crate::training::attention::{self, Kept, Shape};
 use crate::training::linear::{self, Back, Part};
@@ -13,6 +16,8 @@ use crate::training::passes;
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(lora_forward, module)?)?;
     module.add_function(wrap_pyfunction!(lora_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(low_rank_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(low_rank_backward, module)?)?;
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(rms_norm_forward, module)?)?;
@@ -26,7 +31,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 type Tensors<'py> = Vec<Bound<'py, PyAny>>;
 type Maybe<'py> = Vec<Option<Bound<'py, PyAny>>>;
 
-fn all(name: &str, tensors: &[Bound<'_, PyAny>]) -> PyResult<Vec<Memory<f32>>> {
+fn all<T: Element>(name: &str, tensors: &[Bound<'_, PyAny>]) -> PyResult<Vec<Memory<T>>> {
     tensors.iter().map(|tensor| Memory::of(name, tensor)).collect()
 }
 
@@ -34,7 +39,7 @@ fn some(name: &str, tensors: &[Option<Bound<'_, PyAny>>]) -> PyResult<Vec<Option
     tensors.iter().map(|tensor| tensor.as_ref().map(|tensor| Memory::of(name, tensor)).transpose()).collect()
 }
 
-fn inputs(x: &Memory<f32>) -> PyResult<usize> {
+fn inputs<T>(x: &Memory<T>) -> PyResult<usize> {
     match x.shape.as_slice() {
         &[_, inputs] => Ok(inputs),
         shape => Err(Error::failure(format!("x: expected a matrix, got {shape:?}")).into()),
@@ -137,6 +142,118 @@ fn lora_backward(
         })
         .collect();
     Ok(py.detach(|| Team::run(|team| linear::backward(Path::best(), team, x, inputs, &parts, &mut back, dx)))?)
+}
+
+/// A frozen matrix as the core multiplies with it.
+#[derive(FromPyObject)]
+enum Frozen<'py> {
+    Coded(PyRef<'py, CodedMatrix>),
+    /// (format, blocks uint8 [out, bytes of a row])
+    Blocks(String, Bound<'py, PyAny>),
+}
+
+/// Frozen matrices, and the low-rank ones beside them.
+struct LowRanks<'py> {
+    frozen: Vec<Frozen<'py>>,
+    blocks: Vec<Option<Memory<u8>>>,
+    layers: Layers,
+}
+
+impl<'py> LowRanks<'py> {
+    fn of(frozen: Vec<Frozen<'py>>, a: &Tensors<'_>, b: &Tensors<'_>, scales: Vec<f32>) -> PyResult<Self> {
+        let blocks = frozen.iter().map(|frozen| match frozen {
+            Frozen::Blocks(_, blocks) => Memory::of("blocks", blocks).map(Some),
+            Frozen::Coded(_) => Ok(None),
+        });
+        let blocks = blocks.collect::<PyResult<_>>()?;
+        Ok(Self { frozen, blocks, layers: Layers::of(a, b, scales)? })
+    }
+
+    /// # Safety
+    /// The tensors live, and nobody writes to them, while the parts are in use.
+    unsafe fn parts(&self, x: &Bound<'_, PyAny>) -> PyResult<Vec<LowRank<'_>>> {
+        // SAFETY: the caller's promise.
+        let lows = unsafe { self.layers.parts() };
+        let each = self.frozen.iter().zip(&self.blocks).zip(lows);
+        each.map(|((frozen, blocks), Part { a, b, scale })| {
+            let matrix = match (frozen, blocks) {
+                // SAFETY: as above.
+                (Frozen::Blocks(kind, _), Some(blocks)) => unsafe { matrix_of(kind, blocks, x)? },
+                (Frozen::Coded(coded), _) => coded.matrix,
+                (Frozen::Blocks(..), None) => return Err(Error::failure("expected blocks, got none").into()),
+            };
+            Ok(LowRank { matrix, a, b, scale })
+        })
+        .collect()
+    }
+}
+
+/// Writes x Wᵀ + s low Bᵀ to each of `y` bfloat16 [T, out], and low = x Aᵀ to each of `low` bfloat16 [T, rank]: x
+/// bfloat16 [T, in], A [rank, in] and B [out, rank] float32.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn low_rank_forward(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    frozen: Vec<Frozen<'_>>,
+    a: Tensors<'_>,
+    b: Tensors<'_>,
+    scales: Vec<f32>,
+    y: Tensors<'_>,
+    low: Tensors<'_>,
+) -> PyResult<()> {
+    let ranks = LowRanks::of(frozen, &a, &b, scales)?;
+    // SAFETY: the caller's tensors live during the call; `y` and `low` are given to be written, the rest to be read.
+    let parts = unsafe { ranks.parts(x)? };
+    let x = Memory::<bf16>::of("x", x)?;
+    let inputs = inputs(&x)?;
+    let (y, low) = (all("y", &y)?, all("low", &low)?);
+    let out = y.iter().zip(&low);
+    // SAFETY: as above.
+    let mut out: Vec<_> = out.map(|(y, low)| unsafe { Forward { y: y.slice_mut(), low: low.slice_mut() } }).collect();
+    // SAFETY: as above.
+    let x = unsafe { x.slice() };
+    Ok(py.detach(|| Team::run(|team| halves::low_rank(team, x, inputs, &parts, &mut out)))?)
+}
+
+/// Writes the gradients of `low_rank_forward`: those of A and B, float32, and that of x, bfloat16, where they are asked
+/// for.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn low_rank_backward(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    frozen: Vec<Frozen<'_>>,
+    a: Tensors<'_>,
+    b: Tensors<'_>,
+    scales: Vec<f32>,
+    dy: Tensors<'_>,
+    low: Tensors<'_>,
+    da: Maybe<'_>,
+    db: Maybe<'_>,
+    dx: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let ranks = LowRanks::of(frozen, &a, &b, scales)?;
+    // SAFETY: the caller's tensors live during the call; gradients are given to be written, the rest to be read.
+    let parts = unsafe { ranks.parts(x)? };
+    let x = Memory::<bf16>::of("x", x)?;
+    let inputs = inputs(&x)?;
+    let (dy, low) = (all("dy", &dy)?, all("low", &low)?);
+    let (da, db) = (some("da", &da)?, some("db", &db)?);
+    let dx = dx.as_ref().map(|dx| Memory::<bf16>::of("dx", dx)).transpose()?;
+    let each = dy.iter().zip(&low).zip(da.iter().zip(&db));
+    let mut back: Vec<_> = each
+        .map(|((dy, low), (da, db))| {
+            // SAFETY: as above.
+            unsafe {
+                let (da, db) = (da.as_ref().map(|da| da.slice_mut()), db.as_ref().map(|db| db.slice_mut()));
+                halves::Back { dy: dy.slice(), low: low.slice(), da, db }
+            }
+        })
+        .collect();
+    // SAFETY: as above.
+    let (x, dx) = unsafe { (x.slice(), dx.as_ref().map(|dx| dx.slice_mut())) };
+    Ok(py.detach(|| Team::run(|team| halves::low_rank_back(team, x, inputs, &parts, &mut back, dx)))?)
 }
 
 /// Heads of q and of k, and their width.

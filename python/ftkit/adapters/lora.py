@@ -75,11 +75,11 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.training and self.dropout:
+            a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
             low = functional.linear(functional.dropout(x, self.dropout), a)  # [rows, rank]
             return weight.matmul(x) + functional.linear(low * self.scale, b)
-        return lora_linear(x, weight, a, b, self.scale)
+        return lora_linear(x, weight, self.lora_A, self.lora_B, self.scale)
 
     def merged(self, weight: Weight) -> Tensor:
         """W + s B A, computed in float32 at least, in W's dtype."""

@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        return lora_linear(x, weight, self.a.to(x.dtype), self.b.to(x.dtype), self.scale)
+        return lora_linear(x, weight, self.a, self.b, self.scale)
 
     def merged(self, weight: Weight) -> Tensor:
         """W + s B A, in W's dtype."""

@@ -24,10 +24,10 @@ def takes(*tensors: Tensor) -> bool:
 def gradient_dtype(dy: Tensor, cells: int) -> torch.dtype:
     """What dy W is summed up in, W of so many values: for bfloat16 that itself only where all of W is multiplied at
     once."""
-    return dy.dtype if cells <= _AT_ONCE else torch.float32
+    return dy.dtype if cells <= AT_ONCE else torch.float32
 
 
-_AT_ONCE = 1 << 21
+AT_ONCE = 1 << 21
 """Values of W that the core makes to tiles of bfloat16 at once."""
 
 

@@ -52,7 +52,7 @@ class Coded:
 
     def core(self) -> _core.CodedMatrix | None:
         """The core's view of it; None for what the core doesn't take."""
-        return _matrix(*arguments(self)) if _takes(self) else None
+        return _matrix(*arguments(self)) if takes(self) else None
 
 
 @operation
@@ -99,7 +99,8 @@ def coded_matmul(x: Tensor, coded: Coded, training: bool = False) -> Tensor:  # 
     return functional.linear(x, coded_dense(coded).to(x.dtype))
 
 
-def _takes(coded: Coded) -> bool:
+def takes(coded: Coded) -> bool:
+    """Whether the core multiplies with it."""
     return coded.codes.device.type == "cpu" and not coded.shape[1] % coded.group and coded.group % 2 == 0
 
 
@@ -108,14 +109,14 @@ def _on_gpu(coded: Coded) -> bool:
 
 
 @coded_dense.backend("cuda", lambda coded: _on_gpu(coded) and launches.takes_dense(coded))
-@coded_dense.backend("cpu", _takes)
+@coded_dense.backend("cpu", takes)
 def _dense(coded: Coded) -> Tensor:
     out: Tensor = torch.ops.ftkit.coded_dense(*arguments(coded))
     return out
 
 
 def _multiplies(x: Tensor, coded: Coded, training: bool) -> bool:
-    return _takes(coded) and multiplies(x, training)
+    return takes(coded) and multiplies(x, training)
 
 
 def _takes_transposed(dy: Tensor, coded: Coded) -> bool:

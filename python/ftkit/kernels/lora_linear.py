@@ -31,14 +31,15 @@ class Frozen(Protocol):
 
 @operation
 def lora_linear(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x [tokens, in], W [out, in], A [rank, in] and B [out, rank], of one dtype, to [tokens, out]."""
-    return weight.matmul(x) + scale * functional.linear(functional.linear(x, a), b)
+    """x [tokens, in], W [out, in], A [rank, in] and B [out, rank] to [tokens, out] in x's dtype, which A and B are rounded
+    to."""
+    return weight.matmul(x) + scale * functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 @lora_linear.backend("fused", lambda x, *_: x.ndim == 2)
 def _fused(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The products added in place, forward and backward."""
-    y: Tensor = _LoraLinear.apply(x, weight, a, b, scale)
+    y: Tensor = _LoraLinear.apply(x, weight, a.to(x.dtype), b.to(x.dtype), scale)
     return y
 
 
@@ -62,22 +63,22 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, da, db, None
 
 
-def _codes_of(weight: Frozen) -> Coded | None:
+def codes_of(weight: Frozen) -> Coded | None:
     """W as codes, where it is stored so."""
     found = getattr(weight, "coded", None)
     return found if isinstance(found, Coded) else None
 
 
 def _in_one_kernel(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> bool:  # noqa: ARG001
-    coded = _codes_of(weight)
+    coded = codes_of(weight)
     known = coded is not None and launches.takes_matmul(x, coded) and launches.takes_tiles(x, coded)
-    return known and x.ndim == 2 and _gpu.fits(x, a, b)
+    return known and x.ndim == 2 and _gpu.fits(x, a.to(x.dtype), b.to(x.dtype))
 
 
 @lora_linear.backend("cuda", _in_one_kernel)
 def _cuda(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The low-rank product added where W's is summed: W dequantized in registers, y and dx written once."""
-    y: Tensor = _CudaLoraLinear.apply(x, _codes_of(weight), a, b, scale)
+    y: Tensor = _CudaLoraLinear.apply(x, codes_of(weight), a.to(x.dtype), b.to(x.dtype), scale)
     return y
 
 

@@ -94,15 +94,17 @@ class DenseWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] to [rows, out]."""
-        blocks = None if self.tensor.requires_grad else self._blocks(x, self.training)
-        if blocks is None:
+        stored = None if self.tensor.requires_grad else self.stored()
+        if stored is None or not multiplies(x, self.training):
             return functional.linear(x, self.tensor)
-        return frozen_matmul(x, self, lambda x: block_matmul(x, *blocks, self.training))
+        return frozen_matmul(x, self, lambda x: block_matmul(x, *stored, self.training))
 
     def matmul_transposed(self, dy: Tensor) -> Tensor:
         """dy [rows, out] to [rows, in]."""
-        blocks = self._blocks(dy, True)
-        return dy @ self.tensor.detach() if blocks is None else block_matmul_transposed(dy, *blocks)
+        stored = self.stored()
+        if stored is None or not multiplies(dy, True):
+            return dy @ self.tensor.detach()
+        return block_matmul_transposed(dy, *stored)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """i32 or i64 [T] to [T, in]."""
@@ -113,18 +115,12 @@ class DenseWeight(nn.Module):
         return self.tensor.detach()
 
     def stored(self) -> tuple[str, Tensor] | None:
-        """Float32 on the CPU is a format of the core's."""
+        """Float32 and bfloat16 on the CPU are formats of the core's."""
         tensor = self.tensor.detach()
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        kind = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(tensor.dtype)
+        if kind is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return None
-        return "f32", tensor.view(torch.uint8)
-
-    def _blocks(self, x: Tensor, training: bool) -> tuple[str, Tensor] | None:
-        """What the core multiplies x with: bfloat16, too, where it takes that."""
-        tensor = self.tensor.detach()
-        if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or not multiplies(x, training):
-            return self.stored()
-        return "bf16", tensor.view(torch.uint8)
+        return kind, tensor.view(torch.uint8)
 
     def blocks_of_file(self) -> tuple[str, Tensor] | None:
         """None: floats have no codes."""
@@ -249,7 +245,7 @@ def together(layers: Sequence[Linear], x: Tensor, routes: Routes, origin: Origin
     found = [] if routes.single is None else [layer.adapter(routes.single) for layer in layers]
     loras = [None if adapter is None or adapter.bias is not None else adapter.as_lora() for adapter in found]
     # a matrix that is made anew for each use has its own way forward
-    lows = [(a, b, scale) for a, b, scale in filter(None, loras) if a.is_leaf and a.dtype == x.dtype]
+    lows = [(a, b, scale) for a, b, scale in filter(None, loras) if a.is_leaf and a.dtype in (x.dtype, torch.float32)]
     if not torch.is_grad_enabled() or len(lows) < len(layers):
         return tuple(layer(x, routes) for layer in layers)
     outputs = lora_linears(x, [layer.weight for layer in layers], lows, origin)

@@ -14,6 +14,7 @@
 //! become NaN; what is below 2⁻¹²⁶ counts as zero, and so do bits of a number below 2⁻¹³³.
 
 pub(super) mod halves;
+pub(super) mod low_rank;
 mod x86;
 
 use std::cell::RefCell;
@@ -202,7 +203,8 @@ unsafe fn stripe(x: &Rows<'_>, w: &[Line], size: usize, needed: impl Fn(usize) -
         blocks.for_each(|(values, terms)| unsafe { x86::rows(values, x.stride, x.columns, terms) });
         for (pair, at) in (0..out.width).step_by(BOTH).enumerate() {
             let w = &w[pair * PAIR * size..];
-            let both = x86::Both { x: terms, w, w_size: size, chunks, terms: TERMS, needed: needed(pair) };
+            let (x, x_size) = (&*terms, chunks * SET);
+            let both = x86::Both { x, x_size, w, w_size: size, chunks, terms: TERMS, needed: needed(pair) };
             let width = BOTH.min(out.width - at);
             // SAFETY: the caller's promise; rows of 32 numbers are there, or else the square has them.
             unsafe {

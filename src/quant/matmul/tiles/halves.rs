@@ -10,6 +10,7 @@
 //! A part of W is made to tiles by all threads together, and then each has rows of x of its own.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use bytemuck::Pod;
 use half::bf16;
@@ -18,14 +19,14 @@ use super::{BOTH, DEPTH, Line, Matrix, PAIR, SIDE, Square, lines, with_values, x
 use crate::team::{Shared, Team};
 
 /// Lines of W's tiles, 4 MiB, that are made at once.
-const ROOM: usize = 1 << 16;
+pub(super) const ROOM: usize = 1 << 16;
 /// Lines of x's tiles, 768 KiB, that are multiplied with one part of W after another: they stay in the second cache.
-const GROUP: usize = 12 << 10;
+pub(super) const GROUP: usize = 12 << 10;
 /// Multiplications that are worth a task of their own.
-const TASK: usize = 1 << 22;
+pub(super) const TASK: usize = 1 << 22;
 
 thread_local! {
-    static X: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    pub(super) static X: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     static W: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -83,13 +84,9 @@ pub(in super::super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[bf1
             let shared = Shared::new(tiles);
             team.each(width.div_ceil(BOTH), &|pair| {
                 let first = start + pair * BOTH;
-                let part = first..rows.min(first + BOTH);
                 // SAFETY: these tiles are this task's alone.
                 let tiles = unsafe { shared.part(pair * PAIR * size..(pair + 1) * PAIR * size) };
-                match matrix.halves(part.clone()) {
-                    Some(values) => turned(values, columns, tiles),
-                    None => with_values(matrix, part, |values| turned(values, columns, tiles)),
-                }
+                turned_rows(matrix, first..rows.min(first + BOTH), tiles, size);
             });
             let x = Columns { values: x, stride: columns, first: 0, count: columns };
             // SAFETY: the caller's promise.
@@ -98,17 +95,25 @@ pub(in super::super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[bf1
     });
 }
 
-/// Some rows of W as tiles, 16 and 16 rows' behind each other.
-fn turned<T: x86::Nearest>(values: &[T], columns: usize, tiles: &mut [Line]) {
-    let size = columns.div_ceil(DEPTH) * SIDE;
-    for (values, tiles) in values.chunks(SIDE * columns).zip(tiles.chunks_exact_mut(size)) {
+/// Some rows of W as tiles, 16 rows' `size` lines behind the last 16's; zeros for rows that there are not.
+pub(super) fn turned<T: x86::Nearest>(values: &[T], columns: usize, tiles: &mut [Line], size: usize) {
+    let mut blocks = values.chunks(SIDE * columns);
+    for tiles in tiles.chunks_mut(size) {
         // SAFETY: only called where the machine is usable; the tiles are of all columns.
-        unsafe { x86::turned_halves(values, columns, tiles) };
+        unsafe { x86::turned_halves(blocks.next().unwrap_or(&[]), columns, &mut tiles[..columns.div_ceil(DEPTH) * SIDE]) };
     }
 }
 
-/// 32 rows of W, number `chunk` of `chunks`, as a tile for each 16 columns.
-fn paired<T: x86::Nearest>(
+/// Rows of the matrix as [`turned`].
+pub(super) fn turned_rows(matrix: &Matrix<'_>, rows: Range<usize>, tiles: &mut [Line], size: usize) {
+    match matrix.halves(rows.clone()) {
+        Some(values) => turned(values, matrix.columns, tiles, size),
+        None => with_values(matrix, rows, |values| turned(values, matrix.columns, tiles, size)),
+    }
+}
+
+/// Up to 32 rows, number `chunk` of `chunks`, as a tile for each 16 columns.
+pub(super) fn paired<T: x86::Nearest>(
     values: &[T],
     columns: usize,
     tiles: &Shared<'_, Line>,
@@ -118,6 +123,19 @@ fn paired<T: x86::Nearest>(
         let at = (panel * chunks + chunk) * SIDE;
         // SAFETY: only called where the machine is usable; the tiles of these rows are the calling task's alone.
         unsafe { x86::paired_halves(values, columns, panel * SIDE, tiles.part(at..at + SIDE)) };
+    }
+}
+
+/// Rows of the matrix as [`paired`].
+pub(super) fn paired_rows(
+    matrix: &Matrix<'_>,
+    rows: Range<usize>,
+    tiles: &Shared<'_, Line>,
+    place: (usize, usize),
+) {
+    match matrix.halves(rows.clone()) {
+        Some(values) => paired(values, matrix.columns, tiles, place),
+        None => with_values(matrix, rows, |values| paired(values, matrix.columns, tiles, place)),
     }
 }
 
@@ -139,11 +157,7 @@ pub(in super::super) unsafe fn matmul_transposed<T: Sum>(team: &Team, matrix: &M
             let shared = Shared::new(tiles);
             team.each(chunks, &|chunk| {
                 let start = first + chunk * DEPTH;
-                let part = start..rows.min(start + DEPTH);
-                match matrix.halves(part.clone()) {
-                    Some(values) => paired(values, columns, &shared, (chunk, chunks)),
-                    None => with_values(matrix, part, |values| paired(values, columns, &shared, (chunk, chunks))),
-                }
+                paired_rows(matrix, start..rows.min(start + DEPTH), &shared, (chunk, chunks));
             });
             let dy = Columns { values: dy, stride: rows, first, count: here };
             // SAFETY: the caller's promise.
@@ -153,7 +167,7 @@ pub(in super::super) unsafe fn matmul_transposed<T: Sum>(team: &Team, matrix: &M
 }
 
 /// Calls `work` with this thread's room for W's tiles; work inside it finds another.
-fn with_room(work: impl FnOnce(&mut Vec<Line>)) {
+pub(super) fn with_room(work: impl FnOnce(&mut Vec<Line>)) {
     let mut buffer = W.take();
     work(&mut buffer);
     W.set(buffer);
@@ -190,22 +204,50 @@ unsafe fn multiply<T: Sum>(
             let blocks = rows.chunks(SIDE * x.stride).zip(tiles.chunks_exact_mut(size));
             // SAFETY: the caller's promise.
             blocks.for_each(|(rows, tiles)| unsafe { x86::copied(&rows[x.first..], x.stride, x.count, tiles) });
-            let mut found = Square([[0.0; BOTH]; BOTH]);
+            let given = Tiles { x: tiles, x_size: size, w, w_size: size, chunks };
             // SAFETY: the caller's promise; these rows of y are this task's alone.
             unsafe {
                 x86::configure();
-                for (pair, w) in w.chunks_exact(PAIR * size).enumerate().take(width.div_ceil(BOTH)) {
-                    let wide = BOTH.min(width - pair * BOTH);
-                    for (stripe, rows) in rows.chunks(BOTH * x.stride).enumerate() {
-                        let x_tiles = &tiles[stripe * PAIR * size..];
-                        let both = x86::Both { x: x_tiles, w, w_size: size, chunks, terms: 1, needed: 1 };
-                        both.multiply(found.0.as_mut_ptr().cast(), BOTH, false);
-                        let out = y.at((task * run + stripe * BOTH) * stride + at + pair * BOTH);
-                        T::put(&found, rows.len() / x.stride, wide, out, stride, add);
-                    }
-                }
+                given.multiply(rows.len() / x.stride, width, |row, column, count, wide, found| {
+                    T::put(found, count, wide, y.at((task * run + row) * stride + at + column), stride, add);
+                });
                 x86::release();
             }
         });
     });
+}
+
+/// Tiles of x, 16 rows' `x_size` lines behind the last 16's, and of W, of which as many of each are multiplied.
+pub(super) struct Tiles<'a> {
+    pub x: &'a [Line],
+    pub x_size: usize,
+    pub w: &'a [Line],
+    pub w_size: usize,
+    pub chunks: usize,
+}
+
+impl Tiles<'_> {
+    /// Calls `put` with (row, column, rows, columns, products) of each 32 of `rows` rows with each 32 of `width` of W.
+    ///
+    /// # Safety
+    /// The machine is [`usable`] and configured.
+    pub(super) unsafe fn multiply(
+        &self,
+        rows: usize,
+        width: usize,
+        mut put: impl FnMut(usize, usize, usize, usize, &Square),
+    ) {
+        let &Self { x_size, w_size, chunks, .. } = self;
+        let mut found = Square([[0.0; BOTH]; BOTH]);
+        for column in (0..width).step_by(BOTH) {
+            let w = &self.w[column / SIDE * w_size..];
+            for row in (0..rows).step_by(BOTH) {
+                let x = &self.x[row / SIDE * x_size..];
+                let both = x86::Both { x, x_size, w, w_size, chunks, terms: 1, needed: 1 };
+                // SAFETY: the caller's promise; the square has room.
+                unsafe { both.multiply(found.0.as_mut_ptr().cast(), BOTH, false) };
+                put(row, column, BOTH.min(rows - row), BOTH.min(width - column), &found);
+            }
+        }
+    }
 }

@@ -204,10 +204,11 @@ macro_rules! w_term {
     };
 }
 
-/// Two blocks of 16 rows of x, and two of W: `chunks` sets each, one block of x right behind the other, those of W
-/// `w_size` lines apart. Numbers of `terms` terms, 1 or 3; of W's the first `needed`.
+/// Two blocks of 16 rows of x, and two of W: `chunks` sets each, the blocks of x `x_size` lines apart, those of W
+/// `w_size`. Numbers of `terms` terms, 1 or 3; of W's the first `needed`.
 pub(super) struct Both<'a> {
     pub x: &'a [Line],
+    pub x_size: usize,
     pub w: &'a [Line],
     pub w_size: usize,
     pub chunks: usize,
@@ -221,9 +222,9 @@ impl Both<'_> {
     /// # Safety
     /// The machine is [`usable`] and configured; the sums are there.
     pub(super) unsafe fn multiply(&self, sums: *mut f32, stride: usize, add: bool) {
-        let &Self { x, w, w_size, chunks, terms, needed } = self;
+        let &Self { x, x_size, w, w_size, chunks, terms, needed } = self;
         let size = chunks * terms * SIDE;
-        assert!(chunks > 0 && x.len() >= PAIR * size && w.len() >= (PAIR - 1) * w_size + size);
+        assert!(chunks > 0 && x.len() >= (PAIR - 1) * x_size + size && w.len() >= (PAIR - 1) * w_size + size);
         /// The products of a chunk of 32 columns after another.
         macro_rules! chunks {
             ($set:literal: $($term:expr),*) => {
@@ -255,7 +256,7 @@ impl Both<'_> {
                     "tilestored [{bottom} + {stride}], tmm2",
                     "tilestored [{bottom} + {stride} + 64], tmm3",
                     x0 = inout(reg) x.as_ptr() => _,
-                    x1 = inout(reg) x.as_ptr().add(size) => _,
+                    x1 = inout(reg) x.as_ptr().add(x_size) => _,
                     w0 = inout(reg) w.as_ptr() => _,
                     w1 = inout(reg) w.as_ptr().add(w_size) => _,
                     chunks = inout(reg) chunks => _,
