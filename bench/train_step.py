@@ -1,8 +1,9 @@
 """A LoRA training step of SmolLM2-135M: real tokens a second and peak memory, against transformers with peft.
 
-Both sides train rank 16 on all linear layers in float32 with AdamW, on the same tokens, and take turns, each in a
-process of its own. Conversations have the lengths of chats and are one ragged batch here; there they are padded to the
-longest, or packed: one row, positions starting anew with each (transformers then masks the others).
+Both sides train rank 16 on all linear layers with AdamW, on the same tokens and in the same precision, and take turns,
+each in a process of its own: in float32, and in bfloat16 where the processor has tiles for it. Conversations have the
+lengths of chats and are one ragged batch here; there they are padded to the longest, or packed: one row, positions
+starting anew with each (transformers then masks the others).
 
 Then our step with frozen matrices' products in 8 bits against that peer, and our step beside a process that keeps one
 core busy against the same step alone. Where there are as many threads as cores it may take twice as long, no more.
@@ -18,6 +19,7 @@ import torch
 
 from bench._figures import line, smollm2
 from bench._side import Side
+from ftkit import _core
 
 ROUNDS = 3
 RANK = 16
@@ -28,8 +30,9 @@ Batch = list[list[int]]
 def run() -> list[dict[str, Any]]:
     """Tokens a second, and the processes' peak memory, of each shape."""
     found: list[dict[str, Any]] = []
-    roof = _roof() / _flops_a_token()
-    for shape in SHAPES:
+    halves = [f"{shape}, bfloat16" for shape in SHAPES if "int8" not in shape]
+    for shape in (*SHAPES, *(halves if _core.multiplies_bfloat16() else [])):
+        roof = _roof(_dtype(shape)) / _flops_a_token()
         sides = {"ours": Side(_ours, shape), "peer": Side(_peer, shape, peer=True)}
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         for number in range(ROUNDS + 1):
@@ -92,6 +95,10 @@ def _rows(number: int, shape: str) -> Batch:
     return [torch.randint(17, 49152, (length,), generator=generator).tolist() for length in lengths]
 
 
+def _dtype(shape: str) -> torch.dtype:
+    return torch.bfloat16 if shape.endswith("bfloat16") else torch.float32
+
+
 def _ours(shape: str) -> Callable[[int], tuple[int, float]]:
     from ftkit import adapters, models, optim
     from ftkit.config import Choice
@@ -99,7 +106,7 @@ def _ours(shape: str) -> Callable[[int], tuple[int, float]]:
     from ftkit.nn.eight_bits import in_eight_bits
     from ftkit.objectives import sft
 
-    model = models.load(smollm2()).model.train()
+    model = models.load(smollm2(), dtype=_dtype(shape)).model.train()
     adapters.attach(model, "lora", {"rank": RANK}, seed=0)
     if shape.endswith("int8"):
         in_eight_bits(linear for linear in model.linears().values() if linear is not model.lm_head)
@@ -124,7 +131,7 @@ def _peer(shape: str) -> Callable[[int], tuple[int, float]]:
     from transformers import AutoModelForCausalLM
 
     path = smollm2()
-    base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=_dtype(shape))
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
@@ -158,9 +165,9 @@ def _flops_a_token() -> float:
     return 4.0 * matrices
 
 
-def _roof() -> float:
+def _roof(dtype: torch.dtype) -> float:
     """This machine's matmul in the step's most frequent shape, in operations a second: the best of 20."""
-    x, w = torch.randn(1024, 576), torch.randn(1536, 576)
+    x, w = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     best = math.inf
     for _ in range(20):
         start = time.perf_counter()

@@ -98,8 +98,9 @@ def set_threads(count: int) -> None:
     """Bounds the threads of the products and steps to come."""
 
 def block_matmul(kind: str, blocks: Tensor, x: Tensor, out: Tensor, training: bool) -> None:
-    """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], W uint8 [out, bytes of a row] in blocks of `kind`;
-    in training, in whatever order is fastest here. Raises where bfloat16 isn't multiplied (`multiplies_bfloat16`)."""
+    """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], W uint8 [out, bytes of a row] in blocks of
+    `kind`; in training, in whatever order is fastest here. Raises for bfloat16 where it isn't multiplied
+    (`multiplies_bfloat16`)."""
 
 def block_matmul_transposed(kind: str, blocks: Tensor, dy: Tensor, out: Tensor) -> None:
     """Writes dy W to `out`: dy [T, out] and `out` [T, in] float32, or dy bfloat16 and `out` either; W uint8
@@ -141,8 +142,8 @@ def low_rank_forward(
     y: Sequence[Tensor],
     low: Sequence[Tensor],
 ) -> None:
-    """Writes x Wᵀ + s low Bᵀ to each of `y`, and low = x Aᵀ to each of `low`: A [rank, in] and B [out, rank] float32, all
-    others bfloat16. A frozen W is a `CodedMatrix` or (format, blocks uint8 [out, bytes of a row])."""
+    """Writes x Wᵀ + s low Bᵀ to each of `y`, and low = x Aᵀ to each of `low`: A [rank, in] and B [out, rank] float32,
+    all others bfloat16. A frozen W is a `CodedMatrix` or (format, blocks uint8 [out, bytes of a row])."""
 
 def low_rank_backward(
     x: Tensor,
@@ -204,8 +205,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool, y: Tensor) -> None:
     """Writes each head, turned by its token's angles, or back."""
 
 def cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, slopes: Tensor | None) -> None:
-    """Writes log Σ exp(z) − z[target] of each row of z [rows, V] to `losses` float32 [rows], and its gradient to `slopes`
-    where it is asked for; targets int64 [rows]. Raises for targets that aren't below V."""
+    """Writes log Σ exp(z) − z[target] of each row of z [rows, V] to `losses` float32 [rows], and its gradient to
+    `slopes` where it is asked for; targets int64 [rows]. Raises for targets that aren't below V."""
 
 @final
 class PackedMatrix:
@@ -240,8 +241,8 @@ class CodedMatrix:
         into the map: map[code] · greatest + mean.
         """
     def matmul(self, x: Tensor, out: Tensor, training: bool) -> None:
-        """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], out [T, out]; in training, in whatever order is
-        fastest."""
+        """Writes x Wᵀ to `out`, both float32 or both bfloat16: x [T, in], out [T, out]; in training, in whatever order
+        is fastest."""
     def matmul_transposed(self, dy: Tensor, out: Tensor) -> None:
         """Writes dy W to `out`: dy [T, out] and out [T, in] float32, or dy bfloat16 and `out` either."""
     def dequantize(self, out: Tensor) -> None:

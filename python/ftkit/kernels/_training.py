@@ -1,5 +1,8 @@
 """The core's operations of a training step, as torch's: they write into tensors that the caller made."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,8 @@ from ftkit import _core
 
 Tensors = list[Tensor]
 Maybe = list[Tensor | None]
+Frozen = _core.CodedMatrix | tuple[str, Tensor]
+"""A matrix as the core multiplies with it: of codes, or (format, blocks uint8 [out, bytes of a row])."""
 NUMBERS = (torch.float32, torch.bfloat16)
 """What the core reads and writes; it computes in float32, and rounds once."""
 
@@ -49,6 +54,42 @@ def _lora_backward(
 ) -> None:
     none: Maybe = [None] * len(a)
     _core.lora_backward(x, a, b, scales, dy, low, dlow, da or none, db or none, dx)
+
+
+_frozen: dict[int, Callable[[], Sequence[Frozen]]] = {}
+
+
+def with_frozen(function: Callable[..., None], frozen: Callable[[], Sequence[Frozen]], *arguments: Any) -> None:
+    """Calls one of the operations that multiply with frozen matrices, whatever these are: torch passes tensors alone.
+    Where nothing is computed, as in a plan, nobody asks for the matrices."""
+    key = id(frozen)
+    _frozen[key] = frozen
+    try:
+        function(key, *arguments)
+    finally:
+        del _frozen[key]
+
+
+def _low_rank_forward(
+    frozen: int, x: Tensor, a: Tensors, b: Tensors, scales: list[float], y: Tensors, low: Tensors
+) -> None:
+    _core.low_rank_forward(x, _frozen[frozen](), a, b, scales, y, low)
+
+
+def _low_rank_backward(
+    frozen: int,
+    x: Tensor,
+    a: Tensors,
+    b: Tensors,
+    scales: list[float],
+    dy: Tensors,
+    low: Tensors,
+    da: Tensors,
+    db: Tensors,
+    dx: Tensor | None,
+) -> None:
+    none: Maybe = [None] * len(a)
+    _core.low_rank_backward(x, _frozen[frozen](), a, b, scales, dy, low, da or none, db or none, dx)
 
 
 def _attention_forward(
@@ -95,6 +136,12 @@ _define(
     f"{_LAYERS}, Tensor[] dy, Tensor[] low, Tensor(a!)[] dlow, Tensor(b!)[] da, Tensor(c!)[] db, Tensor(d!)? dx",
     _lora_backward,
 )
+_define("low_rank_forward", f"int frozen, {_LAYERS}, Tensor(a!)[] y, Tensor(b!)[] low", _low_rank_forward)
+_define(
+    "low_rank_backward",
+    f"int frozen, {_LAYERS}, Tensor[] dy, Tensor[] low, Tensor(a!)[] da, Tensor(b!)[] db, Tensor(c!)? dx",
+    _low_rank_backward,
+)
 _define("attention_forward", f"Tensor q, Tensor k, Tensor v, {_HEADS}, Tensor(a!) y, Tensor(b!) m", _attention_forward)
 _define(
     "attention_backward",
@@ -126,4 +173,5 @@ _define(
 _define("rotate", "Tensor x, Tensor cos, Tensor sin, bool back, Tensor(a!) y", _core.rotate)
 
 lora_forward, lora_backward = torch.ops.ftkit.lora_forward, torch.ops.ftkit.lora_backward
+low_rank_forward, low_rank_backward = torch.ops.ftkit.low_rank_forward, torch.ops.ftkit.low_rank_backward
 attention_forward, attention_backward = torch.ops.ftkit.attention_forward, torch.ops.ftkit.attention_backward

@@ -26,8 +26,8 @@ def block_matmul(x: Tensor, kind: str, blocks: Tensor, training: bool = False) -
 
 
 def multiplies(x: Tensor, training: bool) -> bool:
-    """Whether the core multiplies this with matrices: float32 always; bfloat16 in training, where it has tiles for it."""
-    if x.device.type != "cpu":
+    """Whether the core multiplies this: float32 always, bfloat16 in training where it has tiles for it."""
+    if x.device.type != "cpu" or not allows("cpu"):
         return False
     return x.dtype == torch.float32 or (training and x.dtype == torch.bfloat16 and _core.multiplies_bfloat16())
 

@@ -202,6 +202,8 @@ def _build(model: Any, adapter_id: int | None) -> _core.DecoderLayers | None:
     config = model.config
     layers: list[Any] = []
     merged: set[Any] = set()
+    if model.dtype != torch.float32:
+        return None
     for layer in model.layers:
         linears = []
         for module in (*layer.self_attn.linears(), *layer.mlp.linears()):

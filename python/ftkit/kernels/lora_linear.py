@@ -31,8 +31,8 @@ class Frozen(Protocol):
 
 @operation
 def lora_linear(x: Tensor, weight: Frozen, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x [tokens, in], W [out, in], A [rank, in] and B [out, rank] to [tokens, out] in x's dtype, which A and B are rounded
-    to."""
+    """x [tokens, in], W [out, in], A [rank, in] and B [out, rank] to [tokens, out] in x's dtype; A and B are rounded
+    to it."""
     return weight.matmul(x) + scale * functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 

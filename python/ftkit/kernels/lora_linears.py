@@ -4,21 +4,20 @@
 
     h_i = x A_iᵀ    d_i = s_i dy_i B_i    dA_i = d_iᵀ x    dB_i = s_i dy_iᵀ h_i    dx = Σ_i dy_i W_i + d_i A_i
 
-x is kept once for all of them, or not at all where it is cheap to make again (`Origin`). Products with W in float32 are
-the weights' own, so a row without an adapter, or under one that adds nothing, has the same bits. In bfloat16 the core has
-the low ranks as a few more columns of the same products, and rounds y and dx once.
+x is kept once for all of them, or not at all where it is cheap to make again (`Origin`). In float32 products with W
+are the weights' own, so a row without an adapter, or under one that adds nothing, has the same bits. In bfloat16 the
+core has the low ranks as a few more columns of the same products, and rounds y and dx once.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ftkit import _core
 from ftkit.kernels import _training, operation
 from ftkit.kernels.block_matmul import multiplies
 from ftkit.kernels.coded_matmul import Coded, takes
@@ -83,12 +82,10 @@ def _given(weight: Frozen) -> Coded | tuple[str, Tensor] | None:
     return stored if isinstance(stored, tuple) else None
 
 
-def _call(function: Callable[..., None], x: Tensor, weights: Sequence[Frozen], *rest: Any) -> None:
-    """Has the core write; on fake tensors, whose memory a plan asks for, nothing is."""
-    if isinstance(x, FakeTensor):
-        return
-    given = [_given(weight) for weight in weights]
-    function(x, [one.core() if isinstance(one, Coded) else one for one in given], *rest)
+def _frozen(weights: Sequence[Frozen]) -> list[_training.Frozen]:
+    """All of them, of which `_given` says something."""
+    found = [one.core() if isinstance(one, Coded) else one for one in map(_given, weights)]
+    return [one for one in found if one is not None]
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -104,7 +101,7 @@ class _LoraLinears(torch.autograd.Function):
             torch.ops.ftkit.lora_forward(x, a, b, scales, y, low)
         else:
             y = [x.new_empty(x.shape[0], part.shape[0]) for part in b]
-            _call(_core.low_rank_forward, x, weights, a, b, scales, y, low)
+            _training.with_frozen(_training.low_rank_forward, partial(_frozen, weights), x, a, b, scales, y, low)
         ctx.save_for_backward(*a, *b, *low, *([x] if origin is None else origin.of))
         ctx.make = None if origin is None else origin.make
         ctx.weights, ctx.scales = weights, scales
@@ -131,8 +128,8 @@ class _LoraLinears(torch.autograd.Function):
         da = [torch.empty_like(one) for one in a] if trained else []
         db = [torch.empty_like(one) for one in b] if trained else []
         if halves:
-            none: list[Tensor | None] = [None] * count
-            _call(_core.low_rank_backward, x, ctx.weights, a, b, ctx.scales, dy, low, da or none, db or none, dx)
+            frozen = partial(_frozen, ctx.weights)
+            _training.with_frozen(_training.low_rank_backward, frozen, x, a, b, ctx.scales, dy, low, da, db, dx)
         else:
             dlow = [torch.empty_like(one) for one in low]
             torch.ops.ftkit.lora_backward(x, a, b, ctx.scales, dy, low, dlow, da, db, dx)

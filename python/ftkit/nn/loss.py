@@ -21,8 +21,8 @@ Measure = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 None); the losses are differentiable where none is asked for."""
 Chunks = list[tuple[slice, Routes | None]]
 
-CHUNK_VALUES = 2**23
-"""Logits of a chunk: 32 MiB in float32, near a processor's caches and enough rows for a fast matmul."""
+CHUNK_BYTES = 2**25
+"""A chunk's logits: few beside a model's activations, and enough rows for a fast matmul."""
 
 
 def token_losses(head: Head, hidden: Tensor, targets: Tensor, vocab_size: int, **options: Any) -> Tensor:
@@ -42,13 +42,13 @@ def row_losses(
     *,
     routes: Routes | None = None,
     head_is_trained: bool = False,
-    chunk_values: int = CHUNK_VALUES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """hidden [rows, d] to what `measure` makes of their logits [rows], in float32 at least; differentiable.
 
     `routes` are those of the rows, where an adapter changes the head. `head_is_trained`: gradients are to reach it.
     """
-    size = max(16, chunk_values // vocab_size)
+    size = max(16, chunk_bytes // (vocab_size * hidden.itemsize))
     chunks: Chunks = []
     for begin in range(0, hidden.shape[0], size):
         end = min(begin + size, hidden.shape[0])

@@ -9,7 +9,7 @@ What an operation allocates and frees inside itself (a kernel's scratch space) i
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,13 @@ PRODUCTS = {
     for way in ("", "_transposed")
 }
 """Matrix products of the core: x [rows, k] to [rows, n]."""
-LOW_RANKS = {
+LOW_RANKS: dict[Any, Callable[..., int]] = {
     _training.lora_forward: lambda x, a, b, *_: _low_ranks(x, a, b),
     _training.lora_backward: lambda x, a, b, *_: _low_ranks(x, a, b, back=True),
+    _training.low_rank_forward: lambda _, x, a, b, *__: _frozen(x, a, b) + _low_ranks(x, a, b),
+    _training.low_rank_backward: lambda _, x, a, b, *__: _frozen(x, a, b) + _low_ranks(x, a, b, back=True),
 }
-"""Low-rank matrices beside the core's layers, to their floating-point operations."""
+"""Low-rank matrices beside the core's layers, perhaps with those, to their floating-point operations."""
 MATRICES = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
 """torch's products, to the place of the first factor. Formulas are here since torch's counter of operations imports
 triton: 120 MiB in every process that trains."""
@@ -170,21 +172,33 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     packet = func.overloadpacket
     size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
     if packet in PRODUCTS:
-        return "blocks", 2 * args[0].numel() * result.shape[1], size
+        return _kind(args[0], "blocks"), 2 * args[0].numel() * result.shape[1], size
     if packet in LOW_RANKS:
-        return "blocks", LOW_RANKS[packet](*args), size
+        x = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        return _kind(x, "blocks"), LOW_RANKS[packet](*args), size
     if packet in ATTENTION:
         tokens, lengths = args[0].shape[0], args[3]
         numbers = args[0].numel() // max(1, tokens)
         return "attention", ATTENTION[packet] * numbers * sum(length * length for length in lengths), size
     if packet in MATRICES:
         inner = args[MATRICES[packet]].shape[-1]
-        return "bfloat16" if result.dtype == torch.bfloat16 else "float32", 2 * result.numel() * inner, size
+        return _kind(result, "float32"), 2 * result.numel() * inner, size
     if "_scaled_dot_product" in str(packet):
         back = "backward" in str(packet)  # whose first argument is the output's gradient
         q, k = args[back], args[back + 1]
         return "attention", (10 if back else 4) * q.numel() * k.shape[-2], size
     return "", 0, size
+
+
+def _kind(factor: torch.Tensor, single: str) -> str:
+    """Whose speed a product has."""
+    return "bfloat16" if factor.dtype == torch.bfloat16 else single
+
+
+def _frozen(x: Any, a: Any, b: Any) -> int:
+    """Operations of products with the matrices beside low-rank ones."""
+    operations: int = 2 * x.shape[0] * sum(one.shape[1] * other.shape[0] for one, other in zip(a, b, strict=True))
+    return operations
 
 
 def _low_ranks(x: Any, a: Any, b: Any, *, back: bool = False) -> int:

@@ -119,13 +119,7 @@ pub struct Back<'a> {
 ///
 /// # Errors
 /// As of [`matmul`].
-pub fn low_rank(
-    team: &Team,
-    x: &[bf16],
-    inputs: usize,
-    parts: &[LowRank<'_>],
-    out: &mut [Forward<'_>],
-) -> Result<()> {
+pub fn low_rank(team: &Team, x: &[bf16], inputs: usize, parts: &[LowRank<'_>], out: &mut [Forward<'_>]) -> Result<()> {
     needed()?;
     let lengths = out.iter().map(|out| [out.y.len(), out.low.len()]);
     if check(x, inputs, parts, lengths)? {
@@ -156,7 +150,8 @@ pub fn low_rank_back(
     let lengths = back.iter().map(|back| [back.dy.len(), back.low.len()]);
     let some = check(x, inputs, parts, lengths)?;
     for (part, back) in parts.iter().zip(&*back) {
-        let agree = |gradient: &Option<&mut [f32]>, of: &[f32]| gradient.as_ref().is_none_or(|own| own.len() == of.len());
+        let agree =
+            |gradient: &Option<&mut [f32]>, of: &[f32]| gradient.as_ref().is_none_or(|own| own.len() == of.len());
         if !agree(&back.da, part.a) || !agree(&back.db, part.b) || dx.as_ref().is_some_and(|dx| dx.len() != x.len()) {
             return Err(Error::failure("low-rank linear: expected gradients as long as what they are of, got others"));
         }

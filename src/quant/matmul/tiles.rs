@@ -108,12 +108,7 @@ pub(super) unsafe fn matmul(team: &Team, matrix: &Matrix<'_>, x: &[f32], y: &mut
                                 stride: columns,
                                 columns: (columns - first).min(DEEP * DEPTH),
                             };
-                            let out = Out {
-                                start: y.at(t * BOTH * rows + start),
-                                stride: rows,
-                                width,
-                                add: depth > 0,
-                            };
+                            let out = Out { start: y.at(t * BOTH * rows + start), stride: rows, width, add: depth > 0 };
                             stripe(&x, &terms[depth * DEEP * SET..], size, |pair| needed[pair], &out);
                         }
                     }

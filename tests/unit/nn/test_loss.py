@@ -34,7 +34,7 @@ def test_chunks_equal_the_whole(trained: bool) -> None:
         seen.append(len(x))
         return x @ weight.T
 
-    losses = token_losses(head, hidden, targets, VOCABULARY, head_is_trained=trained, chunk_values=1)
+    losses = token_losses(head, hidden, targets, VOCABULARY, head_is_trained=trained, chunk_bytes=1)
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-13, atol=1e-13)
     share = values(ROWS, seed=3)  # each row's loss weighs differently

@@ -100,7 +100,9 @@ pub(super) fn turned<T: x86::Nearest>(values: &[T], columns: usize, tiles: &mut 
     let mut blocks = values.chunks(SIDE * columns);
     for tiles in tiles.chunks_mut(size) {
         // SAFETY: only called where the machine is usable; the tiles are of all columns.
-        unsafe { x86::turned_halves(blocks.next().unwrap_or(&[]), columns, &mut tiles[..columns.div_ceil(DEPTH) * SIDE]) };
+        unsafe {
+            x86::turned_halves(blocks.next().unwrap_or(&[]), columns, &mut tiles[..columns.div_ceil(DEPTH) * SIDE])
+        };
     }
 }
 
@@ -127,12 +129,7 @@ pub(super) fn paired<T: x86::Nearest>(
 }
 
 /// Rows of the matrix as [`paired`].
-pub(super) fn paired_rows(
-    matrix: &Matrix<'_>,
-    rows: Range<usize>,
-    tiles: &Shared<'_, Line>,
-    place: (usize, usize),
-) {
+pub(super) fn paired_rows(matrix: &Matrix<'_>, rows: Range<usize>, tiles: &Shared<'_, Line>, place: (usize, usize)) {
     match matrix.halves(rows.clone()) {
         Some(values) => paired(values, matrix.columns, tiles, place),
         None => with_values(matrix, rows, |values| paired(values, matrix.columns, tiles, place)),

@@ -150,8 +150,7 @@ unsafe fn inputs_gradient(
     let chunks: usize = sizes.iter().flatten().sum();
     let panels = inputs.div_ceil(BOTH) * PAIR;
     let b_lines: Vec<usize> = sizes.iter().map(|[outputs, more]| more * PAIR * outputs * SIDE).collect();
-    let scaled: Vec<Vec<f32>> =
-        parts.iter().map(|part| part.b.iter().map(|b| part.scale * b).collect()).collect();
+    let scaled: Vec<Vec<f32>> = parts.iter().map(|part| part.b.iter().map(|b| part.scale * b).collect()).collect();
     let dlows: Vec<Shared<'_, bf16>> = dlows.iter_mut().map(|dlow| Shared::new(dlow)).collect();
     let (wanted, dx) = (dx.is_some(), Shared::new(dx.unwrap_or_default()));
     with_room(|buffer| {
@@ -162,8 +161,11 @@ unsafe fn inputs_gradient(
         let w = Shared::new(w_tiles);
         let b: Vec<Shared<'_, Line>> = b_tiles.iter_mut().map(|tiles| Shared::new(tiles)).collect();
         // a chunk of 32 rows of one of the matrices
-        let all: Vec<(usize, usize)> =
-            sizes.iter().enumerate().flat_map(|(i, [outputs, more])| (0..outputs + more).map(move |at| (i, at))).collect();
+        let all: Vec<(usize, usize)> = sizes
+            .iter()
+            .enumerate()
+            .flat_map(|(i, [outputs, more])| (0..outputs + more).map(move |at| (i, at)))
+            .collect();
         team.each(all.len(), &|task| {
             let (i, at) = all[task];
             let ([outputs, _], part, rank) = (sizes[i], &parts[i], ranks[i]);
@@ -212,13 +214,7 @@ unsafe fn inputs_gradient(
 
 /// Calls `work` with groups of rows, in parallel, and with room for their tiles of so many chunks; a row is `cost` times
 /// 32 multiplications.
-fn in_groups(
-    team: &Team,
-    count: usize,
-    cost: usize,
-    chunks: usize,
-    work: &(dyn Fn(Range<usize>, &mut [Line]) + Sync),
-) {
+fn in_groups(team: &Team, count: usize, cost: usize, chunks: usize, work: &(dyn Fn(Range<usize>, &mut [Line]) + Sync)) {
     let stripe = PAIR * chunks * SIDE;
     let tasks = team.tasks(count * cost * DEPTH, TASK);
     let run = count.div_ceil(BOTH).div_ceil(tasks).min((GROUP / stripe).max(1));
