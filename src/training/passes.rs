@@ -217,10 +217,10 @@ pub fn cross_entropy<T: Number>(
         // SAFETY: lengths were checked, and the rows are this task's.
         let losses = unsafe { of(&losses, &run, 1) };
         let each = || run.clone().zip(all.chunks_exact(width)).map(|(row, scores)| (scores, targets[row] as usize));
-        let mut totals = vec![0.0; run.len()];
+        let mut totals = vec![(0.0, 0.0); run.len()];
         for (((scores, target), total), loss) in each().zip(&mut totals).zip(losses) {
             rows::log_total(scores, total);
-            *loss = *total - scores[target];
+            *loss = (total.0 - scores[target]) + total.1;
         }
         let Some(slopes) = &slopes else { return };
         // SAFETY: as above.

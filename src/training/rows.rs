@@ -147,8 +147,8 @@ dispatched! {
 }
 
 dispatched! {
-    /// log Σ exp(x) of a row: sums of 1,024 in float32, those in float64.
-    log_total(x: &[f32], found: &mut f32) {
+    /// The largest of a row, and log Σ exp(x − largest): sums of 1,024 in float32, those in float64.
+    log_total(x: &[f32], found: &mut (f32, f32)) {
         let mut most = [f32::NEG_INFINITY; 16];
         let (whole, rest) = x.as_chunks::<16>();
         for x in whole {
@@ -167,13 +167,13 @@ dispatched! {
             }
             total += f64::from(lanes.iter().sum::<f32>());
         }
-        *found = (f64::from(most) + total.ln()) as f32;
+        *found = (most, total.ln() as f32);
     }
 }
 
 dispatched! {
-    /// exp(x − log_total), the shares of a row.
-    softmax(x: &[f32], log_total: f32, y: &mut [f32]) {
-        y.iter_mut().zip(x).for_each(|(y, x)| *y = exp(x - log_total));
+    /// The shares of a row, by what [`log_total`] found.
+    softmax(x: &[f32], total: (f32, f32), y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = exp((x - total.0) - total.1));
     }
 }

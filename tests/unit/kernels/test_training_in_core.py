@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ftkit import _core, adapters
+from ftkit.errors import FtkitError
 from ftkit.kernels import pinned
 from ftkit.kernels.attention import attention
+from ftkit.kernels.cross_entropy import cross_entropy
 from ftkit.kernels.lora_linears import Origin, lora_linears
 from ftkit.kernels.rms_norm import rms_norm
 from ftkit.kernels.rope import rope
@@ -21,6 +23,7 @@ from ftkit.nn.batch import RaggedBatch
 from ftkit.nn.decoder import Decoder, DecoderConfig, Maker
 from ftkit.nn.linear import DenseWeight
 from ftkit.nn.rotary import Rope
+from ftkit.quant import nf4
 from ftkit.quant.gguf import GgufWeight
 
 pytestmark = pytest.mark.unit
@@ -252,6 +255,80 @@ def test_bfloat16_errs_less_than_torchs_operations() -> None:
         ours, theirs = errors["cpu torch.bfloat16"], errors[f"{peer} torch.bfloat16"]
         assert all(one <= other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
         assert max(ours) < 2.0**-8
+
+
+def test_layers_in_bfloat16_err_less_than_torchs_operations() -> None:
+    """As above, of linear layers with low ranks over each way to hold a matrix; where the processor has no tiles of
+    bfloat16, they are torch's operations."""
+    tokens, inputs, outputs = 77, 64, (96, 32, 33)
+    dense = [values(out, inputs, seed=out) for out in outputs]
+    blocks = torch.empty(96, inputs // 32 * 20, dtype=torch.uint8)
+    weights: list[Callable[[torch.dtype], list[Any]]] = [
+        lambda dtype: [DenseWeight(one.bfloat16().to(dtype)) for one in dense],
+        lambda dtype: [nf4.scheme("").weight(one, dtype) for one in dense],
+        lambda dtype: [GgufWeight(blocks, "q4_1", dtype).replace_dense(dense[0])],
+    ]
+    for made in weights:
+        count = len(made(torch.float32))
+        x = values(tokens, inputs, seed=7).bfloat16()
+        lows = [(values(5, inputs, seed=8), values(out, 5, seed=9)) for out in outputs[:count]]
+        slopes = [values(tokens, out, seed=10).bfloat16() for out in outputs[:count]]
+        errors: dict[str, list[float]] = {}
+        exact: list[Tensor] = []
+        for names, dtype in (("reference", torch.float64), ("cpu,fused", torch.bfloat16), ("fused", torch.bfloat16)):
+            with pinned(names):
+                given_ = x.to(dtype).requires_grad_()
+                pairs = [[one.to(max(dtype, torch.float32, key=lambda d: d.itemsize)) for one in low] for low in lows]
+                trained = [one.requires_grad_() for pair in pairs for one in pair]
+                held = [weight.train() for weight in made(dtype)]
+                ys = lora_linears(given_, held, [(a, b, 0.7) for a, b in pairs])
+                loss = sum((y * slope.to(dtype)).sum() for y, slope in zip(ys, slopes, strict=True))
+                found = [*ys, *torch.autograd.grad(loss, [given_, *trained])]
+            assert all(one.dtype == dtype for one in found[: count + 1])
+            assert all(one.dtype in (torch.float32, torch.float64) for one in found[count + 1 :])
+            exact = exact or found
+            errors[names] = [
+                float(((one.double() - true).abs().max() / true.abs().max()).detach())
+                for one, true in zip(found, exact, strict=True)
+            ]
+        # A and B are rounded, too, and so is what lies between them
+        assert max(errors["cpu,fused"]) < 2.0**-6, errors
+        if _core.multiplies_bfloat16():
+            pairs_of = list(zip(errors["cpu,fused"], errors["fused"], strict=True))
+            assert all(one <= other for one, other in pairs_of[count:]), errors
+            # of y most is the rounding of A and B, which both have: which of them has the largest error is chance
+            assert all(one <= 1.5 * other for one, other in pairs_of[:count]), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_scores(dtype: torch.dtype) -> None:
+    logits = (values(37, 1003) * 9).to(dtype)
+    logits[3, 5], logits[4] = 300.0, -1e30  # one certain, all equal
+    targets = torch.arange(37) * 26
+    targets[3] = 5
+    exact, slope = cross_entropy.reference(logits.double(), targets, gradient=True)
+    assert slope is not None
+    losses, found = cross_entropy(logits, targets, gradient=True)
+    assert found is not None
+    assert (found.dtype, losses.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-6)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found.double(), slope, rtol=rounding, atol=1e-6)
+    with torch.no_grad():
+        alone, none = cross_entropy(logits, targets)
+    assert none is None
+    assert torch.equal(alone, losses)
+    with pinned("reference"):
+        torch.testing.assert_close(cross_entropy(logits, targets)[0], losses, rtol=1e-5, atol=1e-5)
+    nan = logits.clone()
+    nan[7, 9] = float("nan")
+    losses, found = cross_entropy(nan, targets, gradient=True)
+    assert losses.isnan().nonzero().flatten().tolist() == [7]
+    assert found is not None
+    assert found[7].isnan().all()
+    targets[2] = 1003
+    with pytest.raises(FtkitError, match="below 1003, got 1003"):
+        cross_entropy(logits, targets, gradient=True)
 
 
 def _with(operation: Any, *more: Any, **named: Any) -> Any:
