@@ -356,7 +356,7 @@ mod tests {
             let into = wanted.then_some(&mut dx[..]);
             Team::run(|team| low_rank_back(team, &x, inputs, &parts, &mut back, into)).unwrap();
 
-            let sampled = |t: usize| t < 40 || t % 517 == 0;
+            let sampled = |t: usize| t < 40 || t.is_multiple_of(517);
             let mut pairs_of_dx: Vec<Vec<(f64, f64)>> = vec![Vec::new(); count * inputs];
             for (i, &(rows, rank)) in outputs.iter().enumerate() {
                 let (_, a, b, dy) = &made[i];

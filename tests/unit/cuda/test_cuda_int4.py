@@ -145,7 +145,7 @@ def test_qalora_on_a_gpu(gpu: list[str], rows: int) -> None:
             return _gpu.runs["coded_matmul"](x, False, *arguments(self.coded))
 
         def matmul_transposed(self, dy: torch.Tensor) -> torch.Tensor:
-            return _gpu.runs["coded_matmul_transposed"](dy, *arguments(self.coded))
+            return _gpu.runs["coded_matmul_transposed"](dy, dy.dtype, *arguments(self.coded))
 
         def dense(self) -> torch.Tensor:
             return exact(self.coded, BF16)

@@ -88,7 +88,7 @@ def test_coded_products_and_blocks(gpu: list[str]) -> None:
     assert torch.equal(_gpu.runs["coded_dense"](*arguments(coded)), coded_dense.reference(coded))
     found = _gpu.runs["coded_matmul"](x, False, *arguments(coded))
     torch.testing.assert_close(found, coded_matmul.reference(x, coded), rtol=0.02, atol=0.02)
-    found = _gpu.runs["coded_matmul_transposed"](x[:, :40], *arguments(coded))
+    found = _gpu.runs["coded_matmul_transposed"](x[:, :40], x.dtype, *arguments(coded))
     torch.testing.assert_close(found, coded_matmul_transposed.reference(x[:, :40], coded), rtol=0.02, atol=0.02)
     blocks = torch.randint(100, (3, 40), dtype=torch.uint8)
     assert torch.equal(_gpu.runs["dequantize"]("q4_1", blocks), dequantize("q4_1", blocks))
