@@ -68,9 +68,9 @@ def _in_core(x: Tensor, weights: Sequence[Frozen], lows: Sequence[Low]) -> bool:
         return False
     if x.dtype == torch.float32:
         return True
-    cells = sum(a.shape[1] * b.shape[0] for a, b, _ in lows)
-    few = cells <= _training.AT_ONCE and multiplies(x, torch.is_grad_enabled())
-    return few and all(_given(weight) is not None for weight in weights)
+    if sum(a.shape[1] * b.shape[0] for a, b, _ in lows) > _training.AT_ONCE:
+        return False
+    return all(multiplies(x, getattr(weight, "training", False)) and _given(weight) is not None for weight in weights)
 
 
 def _given(weight: Frozen) -> Coded | tuple[str, Tensor] | None:
