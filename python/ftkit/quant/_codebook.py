@@ -53,6 +53,7 @@ def codebook(name: str, values: Sequence[float], option: str = "") -> Scheme:
     table /= table.abs().max()
     order = table.argsort(stable=True)
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
+    dynamic = dynamic_map()
 
     def encode(dense: Tensor) -> dict[str, Tensor]:
         flat = dense.reshape(-1)
@@ -83,7 +84,7 @@ def codebook(name: str, values: Sequence[float], option: str = "") -> Scheme:
         device = parts["codes"].device
         nested = None
         if not single:
-            numbers = parts["map"] if "map" in parts else dynamic_map().to(device)
+            numbers = parts["map"] if "map" in parts else dynamic.to(device)
             nested = Nested(map=numbers, greatest=parts["scale_scales"], mean=parts["scale_mean"])
         return Coded(
             shape=shape,
