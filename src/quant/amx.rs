@@ -57,7 +57,7 @@ pub(super) unsafe fn configure(tiles: [(u16, u8); 8]) {
 ///
 /// # Safety
 /// The machine has AMX.
-pub(super) unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: the caller's promise.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }

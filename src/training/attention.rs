@@ -7,19 +7,26 @@
 //! ```
 //! A tile of queries meets a block of keys at a time; forward, sums so far are scaled down when a larger score comes. Of
 //! the forward pass y and m are kept. Blocks begin with the sequence, and their sums run in order, so a row's numbers
-//! depend on its sequence alone.
+//! depend on its sequence alone. Products of bfloat16 are made of tiles where a machine has them (`attention/tiles.rs`).
 //!
 //! Source: Dao et al., `FlashAttention`, 2022, arXiv 2205.14135; Milakov and Gimelshein, Online normalizer calculation
 //! for softmax, 2018, arXiv 1805.02867.
 
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
+use bytemuck::Zeroable;
+
 use super::number::Number;
 use super::rows::{shares, slopes, weigh};
-use super::tile::{COLUMNS as KEYS, Line, Out, Strides, accumulate};
+use super::tile::{COLUMNS as KEYS, Out, Strides, accumulate};
 use crate::error::{Error, Result};
-use crate::quant::matmul::Path;
+use crate::quant::matmul::{Line, Path};
 use crate::team::Team;
 
 /// Queries of a tile.
@@ -162,7 +169,7 @@ fn with_room<const N: usize>(lengths: [usize; N], work: impl FnOnce([&mut [f32];
     ROOM.with_borrow_mut(|lines| {
         let whole: usize = lengths.iter().map(|length| length.next_multiple_of(16)).sum();
         if lines.len() < whole / 16 {
-            lines.resize(whole / 16, Line::default());
+            lines.resize(whole / 16, Line::zeroed());
         }
         let mut rest: &mut [f32] = bytemuck::cast_slice_mut(lines);
         work(lengths.map(|length| {
@@ -173,10 +180,10 @@ fn with_room<const N: usize>(lengths: [usize; N], work: impl FnOnce([&mut [f32];
     });
 }
 
-/// Tiles of the queries in a range of positions: their first rows in the stream, and their positions.
-fn tiles(sequence: Sequence, own: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
-    own.clone().step_by(QUERIES).map(move |first| {
-        let end = own.end.min(first + QUERIES);
+/// Tiles of so many queries in a range of positions: their first rows in the stream, and their positions.
+fn tiles_of(sequence: Sequence, own: Range<usize>, queries: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    own.clone().step_by(queries).map(move |first| {
+        let end = own.end.min(first + queries);
         (sequence.start + first, sequence.before + first..sequence.before + end)
     })
 }
@@ -222,7 +229,15 @@ pub fn forward<T: Number>(
             tasks.extend((0..shape.key_value_heads).map(|head| (sequence, own.clone(), head)));
         }
     }
-    let (y, m, dim) = (Out::new(y), Out::new(m), shape.head_dim);
+    let (m, dim) = (Out::new(m), shape.head_dim);
+    #[cfg(target_arch = "x86_64")]
+    if T::HALF && tiles::usable(shape.head_dim) {
+        let ([q, k, v], y) = ([q, k, v].map(bytemuck::cast_slice), Out::new(bytemuck::cast_slice_mut(y)));
+        // SAFETY: the machine has the tiles; rows of a head are one task's.
+        team.each(tasks.len(), &|task| unsafe { tiles::forward(&shape, &tasks[task], q, k, v, y, m) });
+        return Ok(());
+    }
+    let y = Out::new(y);
     team.each(tasks.len(), &|task| {
         let (sequence, own, head) = &tasks[task];
         let end = sequence.before + own.end;
@@ -234,7 +249,7 @@ pub fn forward<T: Number>(
                 pack(k, &shape, sequence, *head, end, shape.scale, columns);
                 gather(v, &shape, sequence, *head, end, values);
                 let (largest, totals) = kept.split_at_mut(QUERIES);
-                for (row, positions) in tiles(*sequence, own.clone()) {
+                for (row, positions) in tiles_of(*sequence, own.clone(), QUERIES) {
                     for query in head * shape.group()..(head + 1) * shape.group() {
                         largest.fill(f32::NEG_INFINITY);
                         totals.fill(0.0);
@@ -312,6 +327,27 @@ pub struct Kept<'a, T> {
     pub dy: &'a [T],
 }
 
+impl<T: Number> Kept<'_, T> {
+    /// The same where numbers are bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    fn halves(&self) -> Kept<'_, half::bf16> {
+        let &Self { m, .. } = self;
+        let [q, k, v, y, dy] = [self.q, self.k, self.v, self.y, self.dy].map(bytemuck::cast_slice);
+        Kept { q, k, v, y, m, dy }
+    }
+
+    /// δ of a sequence's own queries, of the heads that read one head of keys and values `[length, heads]`.
+    fn deltas(&self, shape: &Shape<'_>, sequence: &Sequence, head: usize, out: &mut [f32]) {
+        let dim = shape.head_dim;
+        for (i, deltas) in out.chunks_exact_mut(shape.group()).enumerate() {
+            for (query, delta) in (head * shape.group()..).zip(deltas) {
+                let at = (sequence.start + i) * shape.queries() + query * dim;
+                *delta = dot(&self.y[at..][..dim], &self.dy[at..][..dim]);
+            }
+        }
+    }
+}
+
 /// Writes dq, dk and dv.
 ///
 /// # Errors
@@ -336,9 +372,17 @@ pub fn backward<T: Number>(
     // those that share keys stand together: their gradients meet in them
     let families: Vec<&[Sequence]> = sequences.chunk_by(|_, next| next.before > 0).collect();
     let (dq, dk, dv) = (Out::new(dq), Out::new(dk), Out::new(dv));
+    #[cfg(target_arch = "x86_64")]
+    let halves = (T::HALF && tiles::usable(shape.head_dim)).then(|| kept.halves());
     team.each(families.len() * shape.key_value_heads, &|task| {
         let head = task % shape.key_value_heads;
         for sequence in families[task / shape.key_value_heads] {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(kept) = &halves {
+                // SAFETY: the machine has the tiles; a family's rows of a head are one task's.
+                unsafe { tiles::backward(&shape, kept, sequence, head, [dq, dk, dv]) };
+                continue;
+            }
             back_through(path, &shape, &kept, sequence, head, [dq, dk, dv]);
         }
     });
@@ -366,18 +410,12 @@ fn back_through<T: Number>(
         pack(kept.k, shape, sequence, head, end, shape.scale, keys);
         pack(kept.v, shape, sequence, head, end, 1.0, values);
         gather(kept.k, shape, sequence, head, end, rows);
-        for (i, deltas) in deltas.chunks_exact_mut(shape.group()).enumerate() {
-            for (query, delta) in (head * shape.group()..).zip(deltas) {
-                let at = (sequence.start + i) * wide + query * dim;
-                *delta =
-                    kept.y[at..][..dim].iter().zip(&kept.dy[at..][..dim]).map(|(y, dy)| y.wide() * dy.wide()).sum();
-            }
-        }
+        kept.deltas(shape, sequence, head, deltas);
         for block in 0..blocks {
             dks.fill(0.0);
             dvs.fill(0.0);
             let width = KEYS.min(end - block * KEYS);
-            for (row, positions) in tiles(*sequence, 0..sequence.length) {
+            for (row, positions) in tiles_of(*sequence, 0..sequence.length, QUERIES) {
                 let seen_by_all = runs(shape, &positions, block).count();
                 if seen_by_all == 0 {
                     continue;
@@ -442,3 +480,19 @@ fn back_through<T: Number>(
         }
     });
 }
+
+/// Σ x y, in 16 lanes.
+#[inline]
+fn dot<T: Number>(x: &[T], y: &[T]) -> f32 {
+    let ((whole, rest), (y_whole, y_rest)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
+    let mut lanes = [0.0; 16];
+    for (x, y) in whole.iter().zip(y_whole) {
+        for lane in 0..16 {
+            lanes[lane] += x[lane].wide() * y[lane].wide();
+        }
+    }
+    lanes.iter().sum::<f32>() + rest.iter().zip(y_rest).map(|(x, y)| x.wide() * y.wide()).sum::<f32>()
+}
+
+#[cfg(test)]
+mod tests;

@@ -10,9 +10,11 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytemuck::Zeroable;
+
 use super::tile::{self, COLUMNS, Out, Strides, accumulate};
 use crate::error::{Error, Result};
-use crate::quant::matmul::Path;
+use crate::quant::matmul::{Line, Path};
 use crate::team::Team;
 
 /// Rows of a packed panel that are gone through together: they stay in the second cache.
@@ -257,14 +259,14 @@ fn over_rows(path: Path, team: &Team, (high, wide): (usize, usize), rows: usize,
 
 /// Memory for a panel, and which one stands in it.
 struct Buffer {
-    lines: Vec<tile::Line>,
+    lines: Vec<Line>,
     holds: (u64, usize),
 }
 
 impl Buffer {
     fn room(&mut self, count: usize) -> &mut [f32] {
         if self.lines.len() < count.div_ceil(16) {
-            self.lines.resize(count.div_ceil(16), tile::Line::default());
+            self.lines.resize(count.div_ceil(16), Line::zeroed());
         }
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..count]
     }

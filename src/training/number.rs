@@ -10,6 +10,8 @@ use crate::decoder::math::dispatched;
 
 /// A number of a tensor.
 pub trait Number: Value {
+    /// Whether it is bfloat16.
+    const HALF: bool;
     /// Memory that [`Number::read`] and [`Number::write`] of so many numbers take; the longest first.
     fn room(count: usize) -> Vec<f32>;
     /// The numbers as float32, in `room` where they are others.
@@ -23,6 +25,7 @@ pub trait Number: Value {
 }
 
 impl Number for f32 {
+    const HALF: bool = false;
     fn room(_count: usize) -> Vec<f32> {
         Vec::new()
     }
@@ -39,6 +42,7 @@ impl Number for f32 {
 }
 
 impl Number for bf16 {
+    const HALF: bool = true;
     fn room(count: usize) -> Vec<f32> {
         vec![0.0; count]
     }

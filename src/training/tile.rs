@@ -8,8 +8,6 @@
 
 use std::marker::PhantomData;
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::quant::matmul::Path;
 
 /// Columns that go together through the widest processor's registers.
@@ -19,11 +17,6 @@ pub const ROWS: usize = 6;
 /// Rows where there are no more columns than one vector has.
 const NARROW_ROWS: usize = 12;
 const LANES: usize = 16;
-
-/// A line of the cache: vectors that cross no two of them load at full speed.
-#[derive(Clone, Copy, Default, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub struct Line([f32; 16]);
 
 /// Memory that tasks write to at places of their own.
 #[derive(Clone, Copy)]

@@ -10,7 +10,7 @@
 pub mod halves;
 mod micro;
 #[cfg(target_arch = "x86_64")]
-mod tiles;
+pub(crate) mod tiles;
 mod transposed;
 
 use std::cell::RefCell;
@@ -248,7 +248,7 @@ fn rows_of(what: &str, lengths: [usize; 2], columns: [usize; 2]) -> Result<usize
 /// A line of the cache: vectors that cross no two of them load at full speed.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-pub(super) struct Line([f32; 16]);
+pub(crate) struct Line([f32; 16]);
 
 /// Some rows of a matrix with all rows of x: columns `at..` of y.
 #[allow(clippy::too_many_arguments)]

@@ -13,9 +13,9 @@
 //! this is for training, where all rows are many; answers are computed in one way on every machine. Infinite numbers
 //! become NaN; what is below 2⁻¹²⁶ counts as zero, and so do bits of a number below 2⁻¹³³.
 
-pub(super) mod halves;
+pub(crate) mod halves;
 pub(super) mod low_rank;
-mod x86;
+pub(crate) mod x86;
 
 use std::cell::RefCell;
 use std::ops::Range;

@@ -31,7 +31,7 @@ thread_local! {
 }
 
 /// Whether the machine has what it takes.
-pub(in super::super) fn usable() -> bool {
+pub(crate) fn usable() -> bool {
     super::usable() && std::arch::is_x86_feature_detected!("avx512bf16")
 }
 
@@ -101,7 +101,8 @@ pub(super) fn turned<T: x86::Nearest>(values: &[T], columns: usize, tiles: &mut 
     for tiles in tiles.chunks_mut(size) {
         // SAFETY: only called where the machine is usable; the tiles are of all columns.
         unsafe {
-            x86::turned_halves(blocks.next().unwrap_or(&[]), columns, &mut tiles[..columns.div_ceil(DEPTH) * SIDE])
+            let tiles = &mut tiles[..columns.div_ceil(DEPTH) * SIDE];
+            x86::turned_halves(blocks.next().unwrap_or(&[]), columns, columns, tiles)
         };
     }
 }
@@ -124,7 +125,7 @@ pub(super) fn paired<T: x86::Nearest>(
     for panel in 0..columns.div_ceil(SIDE) {
         let at = (panel * chunks + chunk) * SIDE;
         // SAFETY: only called where the machine is usable; the tiles of these rows are the calling task's alone.
-        unsafe { x86::paired_halves(values, columns, panel * SIDE, tiles.part(at..at + SIDE)) };
+        unsafe { x86::paired_halves(values, columns, columns, panel * SIDE, tiles.part(at..at + SIDE)) };
     }
 }
 

@@ -272,7 +272,7 @@ unsafe fn over_rows(
                         let (at, to) = (first + half * SIDE, (half * here + i) * SIDE);
                         if at < width {
                             // SAFETY: the caller's promise.
-                            unsafe { x86::paired_halves(rows, width, at, &mut w[to..to + SIDE]) };
+                            unsafe { x86::paired_halves(rows, width, width, at, &mut w[to..to + SIDE]) };
                         }
                     }
                 }

@@ -10,7 +10,7 @@ use half::bf16;
 use super::super::{Line, Path};
 use super::{DEPTH, PAIR, SET, SIDE, Square, TERMS};
 use crate::quant::amx;
-pub(super) use crate::quant::amx::release;
+pub(crate) use crate::quant::amx::release;
 
 /// Whether the machine has tiles that multiply bfloat16, and AVX-512 beside them.
 pub(in super::super) fn usable() -> bool {
@@ -22,7 +22,7 @@ pub(in super::super) fn usable() -> bool {
 ///
 /// # Safety
 /// The machine is [`usable`].
-pub(super) unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     // SAFETY: the caller's promise.
     unsafe { amx::configure([(64, 16); 8]) };
 }
@@ -206,7 +206,7 @@ macro_rules! w_term {
 
 /// Two blocks of 16 rows of x, and two of W: `chunks` sets each, the blocks of x `x_size` lines apart, those of W
 /// `w_size`. Numbers of `terms` terms, 1 or 3; of W's the first `needed`.
-pub(super) struct Both<'a> {
+pub(crate) struct Both<'a> {
     pub x: &'a [Line],
     pub x_size: usize,
     pub w: &'a [Line],
@@ -221,7 +221,7 @@ impl Both<'_> {
     ///
     /// # Safety
     /// The machine is [`usable`] and configured; the sums are there.
-    pub(super) unsafe fn multiply(&self, sums: *mut f32, stride: usize, add: bool) {
+    pub(crate) unsafe fn multiply(&self, sums: *mut f32, stride: usize, add: bool) {
         let &Self { x, x_size, w, w_size, chunks, terms, needed } = self;
         let size = chunks * terms * SIDE;
         assert!(chunks > 0 && x.len() >= (PAIR - 1) * x_size + size && w.len() >= (PAIR - 1) * w_size + size);
@@ -286,7 +286,7 @@ impl Both<'_> {
 }
 
 /// Numbers that become the nearest bfloat16.
-pub(super) trait Nearest: Copy {
+pub(crate) trait Nearest: Copy {
     /// The first `left` numbers from an address on, or 32; zeros behind them.
     ///
     /// # Safety
@@ -330,32 +330,33 @@ impl Nearest for bf16 {
     }
 }
 
-/// Up to 16 rows of the first `columns` numbers, `stride` apart: a row of a tile is a row's, 32 columns.
+/// Up to 16 rows of the first `columns` numbers, `stride` apart, to the nearest bfloat16: a row of a tile is a row's, 32
+/// columns.
 ///
 /// # Safety
 /// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn copied(x: &[bf16], stride: usize, columns: usize, out: &mut [Line]) {
+pub(crate) unsafe fn copied<T: Nearest>(x: &[T], stride: usize, columns: usize, out: &mut [Line]) {
     for (r, row) in x.chunks(stride).enumerate() {
         for (set, start) in out.chunks_exact_mut(SIDE).zip((0..columns).step_by(DEPTH)) {
             // SAFETY: the row has `columns` numbers, the set a line for it.
             unsafe {
-                let numbers = bf16::both(row.as_ptr().add(start), columns - start);
+                let numbers = T::both(row.as_ptr().add(start), columns - start);
                 _mm512_store_si512((&raw mut set[r]).cast(), numbers);
             }
         }
     }
 }
 
-/// Up to 16 rows to the nearest bfloat16, turned: a column of a tile is a row's, a line two of its numbers.
+/// The same, turned: a column of a tile is a row's, a line two of its numbers.
 ///
 /// # Safety
 /// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn turned_halves<T: Nearest>(w: &[T], columns: usize, out: &mut [Line]) {
+pub(crate) unsafe fn turned_halves<T: Nearest>(w: &[T], stride: usize, columns: usize, out: &mut [Line]) {
     for (set, start) in out.chunks_exact_mut(SIDE).zip((0..columns).step_by(DEPTH)) {
         let mut rows = [_mm512_setzero_ps(); SIDE];
-        for (pairs, row) in rows.iter_mut().zip(w.chunks_exact(columns)) {
+        for (pairs, row) in rows.iter_mut().zip(w.chunks(stride)) {
             // SAFETY: the row has `columns` numbers.
             *pairs = _mm512_castsi512_ps(unsafe { T::both(row.as_ptr().add(start), columns - start) });
         }
@@ -366,23 +367,39 @@ pub(super) unsafe fn turned_halves<T: Nearest>(w: &[T], columns: usize, out: &mu
     }
 }
 
-/// The columns `at..at + 16` of up to 32 rows, to the nearest bfloat16: a row of a tile is two rows', one below the
-/// other.
+/// The columns `at..at + 16` of up to 32 rows, `stride` apart, to the nearest bfloat16: a row of a tile is two rows', one
+/// below the other.
 ///
 /// # Safety
 /// The machine is [`super::halves::usable`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn paired_halves<T: Nearest>(w: &[T], columns: usize, at: usize, out: &mut [Line]) {
-    let (rows, left) = (w.len() / columns, columns - at);
+pub(crate) unsafe fn paired_halves<T: Nearest>(w: &[T], stride: usize, columns: usize, at: usize, out: &mut [Line]) {
+    let (rows, left) = (w.len().div_ceil(stride), columns - at);
     for (line, out) in out.iter_mut().enumerate() {
         let row = |r: usize| match r < rows {
             // SAFETY: there is such a row, and it has `columns` numbers.
-            true => _mm512_cvtepu16_epi32(unsafe { T::half(w.as_ptr().add(r * columns + at), left) }),
+            true => _mm512_cvtepu16_epi32(unsafe { T::half(w.as_ptr().add(r * stride + at), left) }),
             false => _mm512_setzero_si512(),
         };
         let pairs = _mm512_or_si512(row(2 * line), _mm512_slli_epi32::<16>(row(2 * line + 1)));
         // SAFETY: a line is a vector.
         unsafe { _mm512_store_si512((&raw mut *out).cast(), pairs) };
+    }
+}
+
+/// The columns `at..at + 16` of 32 rows of 32 as rows of a tile.
+///
+/// # Safety
+/// The machine is [`super::halves::usable`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) unsafe fn transposed_halves(square: &[bf16], at: usize, out: &mut [Line]) {
+    // SAFETY: the caller's promise.
+    unsafe { paired_halves(square, DEPTH, DEPTH, at, out) };
+    // SAFETY: a line is a vector.
+    let pairs = from_fn(|line| unsafe { _mm512_load_ps((&raw const out[line]).cast()) });
+    for (line, pairs) in out.iter_mut().zip(transpose(pairs)) {
+        // SAFETY: as above.
+        unsafe { _mm512_store_ps((&raw mut *line).cast(), pairs) };
     }
 }
 
