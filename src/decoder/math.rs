@@ -174,12 +174,12 @@ dispatched! {
 pub(crate) fn exp(x: f32) -> f32 {
     let x = x.clamp(-104.0, 89.0);
     // adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits; casts would not vectorize
-    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, 12_582_912.0);
     let (n, whole) = (shifted - 12_582_912.0, shifted.to_bits() as i32 - 12_582_912f32.to_bits() as i32);
-    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4; // ln 2 in two parts, the first exact in few bits
-    let mut sum = 1.0 / 5040.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x)); // ln 2 in two parts, the first exact in few bits
+    let mut sum: f32 = 1.0 / 5040.0;
     for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        sum = sum * r + factor;
+        sum = sum.mul_add(r, factor);
     }
     // |n| ≤ 151, so both halves are exponents of normal numbers
     let half = whole >> 1;

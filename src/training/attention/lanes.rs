@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::Shape;
 use crate::quant::matmul::Line;
+use crate::quant::matmul::tiles::x86::interleaved;
 
 /// Queries of a row.
 pub(super) const LANES: usize = 32;
@@ -114,7 +115,9 @@ impl Stats {
                 });
                 self.totals[half] = _mm512_add_ps(self.totals[half], _mm512_add_ps(shares[0], shares[1]));
                 // SAFETY: a line is a vector.
-                unsafe { _mm512_store_si512((&raw mut out[half * stride + pair]).cast(), paired(shares)) };
+                unsafe {
+                    _mm512_store_si512((&raw mut out[half * stride + pair]).cast(), interleaved(rounded(shares)))
+                };
             }
         }
     }
@@ -172,7 +175,7 @@ impl Slopes<'_> {
                 }
             }
             for half in 0..2 {
-                let line = paired(both.map(|row| row[half][1]));
+                let line = interleaved(rounded(both.map(|row| row[half][1])));
                 // SAFETY: as above.
                 unsafe { _mm512_store_si512((&raw mut self.pairs[half * self.stride + pair]).cast(), line) };
             }
@@ -206,22 +209,4 @@ fn seen_power(seen: __mmask16, x: __m512) -> __m512 {
 fn rounded([low, top]: [__m512; 2]) -> __m512i {
     // SAFETY: a vector is a vector.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low)) }
-}
-
-/// The same, one number of each after the other.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn paired(both: [__m512; 2]) -> __m512i {
-    const ORDER: [u16; 32] = {
-        let mut order = [0; 32];
-        let mut place = 0;
-        while place < 32 {
-            order[place] = (place / 2 + place % 2 * 16) as u16;
-            place += 1;
-        }
-        order
-    };
-    // SAFETY: as many numbers are a vector.
-    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
-    _mm512_permutexvar_epi16(order, rounded(both))
 }

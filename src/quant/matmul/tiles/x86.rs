@@ -292,11 +292,11 @@ pub(crate) trait Nearest: Copy {
     /// # Safety
     /// The machine is [`super::halves::usable`], and they are there.
     unsafe fn both(at: *const Self, left: usize) -> __m512i;
-    /// As [`Nearest::both`], of 16.
+    /// The first numbers from two addresses on, `left` of each or 16, one's behind the other's; zeros behind each.
     ///
     /// # Safety
     /// As of [`Nearest::both`].
-    unsafe fn half(at: *const Self, left: usize) -> __m256i;
+    unsafe fn pair(at: [*const Self; 2], left: [usize; 2]) -> __m512i;
 }
 
 impl Nearest for f32 {
@@ -309,9 +309,12 @@ impl Nearest for f32 {
         }
     }
     #[inline(always)]
-    unsafe fn half(at: *const Self, left: usize) -> __m256i {
+    unsafe fn pair(at: [*const Self; 2], left: [usize; 2]) -> __m512i {
         // SAFETY: as above.
-        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(load(at, left))) }
+        unsafe {
+            let [low, top] = [0, 1].map(|row| load(at[row], left[row]));
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low))
+        }
     }
 }
 
@@ -323,11 +326,34 @@ impl Nearest for bf16 {
         unsafe { _mm512_maskz_loadu_epi16(mask, at.cast()) }
     }
     #[inline(always)]
-    unsafe fn half(at: *const Self, left: usize) -> __m256i {
-        let mask = if left < SIDE { (1 << left) - 1 } else { !0 };
+    unsafe fn pair(at: [*const Self; 2], left: [usize; 2]) -> __m512i {
         // SAFETY: the caller's promise.
-        unsafe { _mm256_maskz_loadu_epi16(mask, at.cast()) }
+        unsafe {
+            let [low, top] = [0, 1].map(|row| {
+                let mask = if left[row] < SIDE { (1 << left[row]) - 1 } else { !0 };
+                _mm256_maskz_loadu_epi16(mask, at[row].cast())
+            });
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), top)
+        }
     }
+}
+
+/// 16 numbers and 16 more as pairs, one of each.
+#[inline]
+#[target_feature(enable = "avx512bw")]
+pub(crate) fn interleaved(numbers: __m512i) -> __m512i {
+    const ORDER: [u16; 2 * SIDE] = {
+        let mut order = [0; 2 * SIDE];
+        let mut place = 0;
+        while place < order.len() {
+            order[place] = (place / 2 + place % 2 * SIDE) as u16;
+            place += 1;
+        }
+        order
+    };
+    // SAFETY: as many numbers are a vector.
+    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
+    _mm512_permutexvar_epi16(order, numbers)
 }
 
 /// Up to 16 rows of the first `columns` numbers, `stride` apart, to the nearest bfloat16: a row of a tile is a row's, 32
@@ -376,14 +402,13 @@ pub(crate) unsafe fn turned_halves<T: Nearest>(w: &[T], stride: usize, columns: 
 pub(crate) unsafe fn paired_halves<T: Nearest>(w: &[T], stride: usize, columns: usize, at: usize, out: &mut [Line]) {
     let (rows, left) = (w.len().div_ceil(stride), columns - at);
     for (line, out) in out.iter_mut().enumerate() {
-        let row = |r: usize| match r < rows {
-            // SAFETY: there is such a row, and it has `columns` numbers.
-            true => _mm512_cvtepu16_epi32(unsafe { T::half(w.as_ptr().add(r * stride + at), left) }),
-            false => _mm512_setzero_si512(),
-        };
-        let pairs = _mm512_or_si512(row(2 * line), _mm512_slli_epi32::<16>(row(2 * line + 1)));
-        // SAFETY: a line is a vector.
-        unsafe { _mm512_store_si512((&raw mut *out).cast(), pairs) };
+        let both = [2 * line, 2 * line + 1];
+        // SAFETY: there are such rows, or nothing of them is read; a row has `columns` numbers, a line is a vector.
+        unsafe {
+            let places = both.map(|r| w.as_ptr().wrapping_add(r * stride + at));
+            let numbers = T::pair(places, both.map(|r| if r < rows { left } else { 0 }));
+            _mm512_store_si512((&raw mut *out).cast(), interleaved(numbers));
+        }
     }
 }
 
