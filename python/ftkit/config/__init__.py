@@ -117,10 +117,10 @@ class TrainingConfig:
     optimizer_in_backward: bool = option(
         False, "update each weight as soon as its gradient is there, and free it: gradients are never all in memory"
     )
-    offload: Literal["auto", "none", "optimizer"] = option(
+    offload: Literal["auto", "none", "optimizer", "activations"] = option(
         "auto",
-        "what lies in a file on disk between its uses, on a CPU: the optimizer's state, nothing, or (auto) the state "
-        "where nothing cheaper fits the memory",
+        "what lies in a file on disk between its uses, on a CPU: nothing, the optimizer's state, the inputs of "
+        "recomputed layers (all are recomputed then), or (auto) either or both where nothing cheaper fits the memory",
     )
     shard: Literal["auto"] | bool = option(
         "auto",
@@ -138,6 +138,11 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.offload == "activations" and not self.activation_checkpointing:
+            raise InputError(
+                "offload: expected auto, none or optimizer where no layers are recomputed, got activations",
+                "their inputs are what goes to disk; leave activation_checkpointing at auto",
+            )
         if not self.optimizer_in_backward:
             return
         if self.gradient_accumulation_steps > 1:

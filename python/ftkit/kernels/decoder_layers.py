@@ -11,7 +11,7 @@ weights' own format, the sequences of each adapter are computed in a call of the
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,14 @@ def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: 
 
     The activations of the model's first `recomputed_layers` are not kept for a backward pass but computed again in it.
     They come first since what is kept grows from layer to layer, and a recomputed layer's activations come on top of
-    what is kept before it. Where the model is thinned out, a layer takes only some of the rows.
+    what is kept before it. What a recomputed layer keeps is its input; the model's `input_hooks` say where. Where the
+    model is thinned out, a layer takes only some of the rows.
     """
     learns = cache is None and torch.is_grad_enabled()
     recomputed: int = model.recomputed_layers if learns else 0
     thinning: Any = model.thinning(batch) if learns else None
     for number, layer in enumerate(model.layers):
-        run = functools.partial(checkpoint, layer, use_reentrant=False) if number < recomputed else layer
+        run = functools.partial(_recomputed, layer, model.input_hooks) if number < recomputed else layer
         kept = None if thinning is None else thinning.kept(number, layer, x)
         if kept is None:
             x = run(x, angles, batch, cache)
@@ -46,6 +47,13 @@ def decoder_layers(x: Tensor, angles: tuple[Tensor, Tensor], batch: Any, cache: 
             cos, sin = (angle.index_select(0, kept) for angle in angles)
             x = x.index_copy(0, kept, run(x.index_select(0, kept), (cos, sin), thinning.batch(kept), None))
     return x
+
+
+def _recomputed(layer: Any, hooks: Callable[[], Any], *inputs: Any) -> Tensor:
+    """The layer's output; in the backward pass it is computed again."""
+    with hooks():  # inside, the checkpoint has its own
+        output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+    return output
 
 
 @dataclass

@@ -7,6 +7,7 @@
 Modules carry the names of published safetensors (`model.layers.0.self_attn.q_proj`).
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ class Decoder(nn.Module):
         self.config = config
         self.sparse_tokens: SparseTokens | None = None  # what training leaves out of which layers
         self.recomputed_layers = 0  # of the first layers, the activations are recomputed in the backward pass
+        self.input_hooks: Callable[[], Any] = contextlib.nullcontext  # a context for saving the inputs of those layers
         self.fingerprint: str | None = None  # of the weights that were loaded
         self.attached = Attachments()  # what `adapters` knows of the adapters by their ids
         self.embed_tokens = make.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)

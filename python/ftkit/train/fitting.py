@@ -1,9 +1,10 @@
 """Finds the fastest way to a run's update that its memory allows, and, where there is none, what else would fit.
 
 Cutting batches apart costs least: rows that are long enough multiply at the same speed one by one. Then layers are
-recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go. Then the
-optimizer's state goes to disk, on a CPU. At last the matrices of a GGUF file are not kept in memory, but read for each
-product.
+recomputed, as few as it takes. Then batches are cut inside their rows, as far as sequences (or pairs) go. Then, on a
+CPU, the inputs of recomputed layers go to disk, or the optimizer's state, whichever is faster by the plan; the former
+are written and read with each batch, the latter once a step. Then both do. At last the matrices of a GGUF file are not
+kept in memory, but read for each product.
 """
 
 import dataclasses
@@ -22,11 +23,15 @@ _TRIES = 4
 def fit(case: Case, room: int) -> list[Plan]:
     """The ways that were tried, the fastest first, up to the one that takes at most `room` bytes; the last does not
     where none does."""
-    tried = _in_memory(case, room, Way(state_on_disk=case.can_offload and case.config.training.offload == "optimizer"))
-    if tried[-1].needed_bytes > room and case.can_offload and not tried[-1].way.state_on_disk:
-        smallest = case.plan(dataclasses.replace(tried[-1].way, state_on_disk=True))
+    asked = case.config.training.offload
+    state, inputs = case.can_offload("optimizer"), case.can_offload("activations") and _layers(case)[1] > 0
+    start = Way(state_on_disk=state and asked == "optimizer", activations_on_disk=inputs and asked == "activations")
+    tried = _divided(case, room, start)
+    if tried[-1].needed_bytes > room and asked == "auto" and (state or inputs):
+        least = dataclasses.replace(tried[-1].way, state_on_disk=state, activations_on_disk=inputs)
+        smallest = case.plan(least)
         if smallest.needed_bytes <= room:  # and maybe in a faster way
-            tried += _in_memory(case, room, Way(state_on_disk=True))
+            tried += _on_disk(case, room, least)
         elif smallest.needed_bytes < tried[-1].needed_bytes:
             tried.append(smallest)
     if tried[-1].needed_bytes > room and case.can_stream:
@@ -34,9 +39,25 @@ def fit(case: Case, room: int) -> list[Plan]:
     return tried
 
 
-def _in_memory(case: Case, room: int, start: Way) -> list[Plan]:
-    """As `fit`, of ways to divide and recompute a batch, from `start` on."""
+def _on_disk(case: Case, room: int, least: Way) -> list[Plan]:
+    """As `fit`, of ways with something on disk, where `least` is one that fits: the fastest has one of the two there, or
+    else both."""
+    found = []
+    if least.state_on_disk and least.activations_on_disk:
+        for one in ({"state_on_disk": False}, {"activations_on_disk": False}):
+            way = dataclasses.replace(least, **one)
+            if case.plan(way).needed_bytes <= room:
+                found.append(_divided(case, room, dataclasses.replace(way, recomputed=0, parts=1)))
+    if found:
+        return min(found, key=lambda tried: tried[-1].seconds_per_step or 0.0)
+    return _divided(case, room, dataclasses.replace(least, recomputed=0, parts=1))
+
+
+def _divided(case: Case, room: int, start: Way) -> list[Plan]:
+    """As `fit`, of ways to divide and recompute a batch, from `start` on. Where inputs of recomputed layers go to disk,
+    as many layers are recomputed as may be: another one's activations take more memory than its input."""
     rows, (fewest, most) = case.config.training.batch_rows, _layers(case)
+    fewest = most if start.activations_on_disk else fewest
     tried: list[Plan] = []
     for parts in dict.fromkeys((1, min(rows, case.most_parts))):
         tried.append(case.plan(dataclasses.replace(start, recomputed=fewest, parts=parts)))
@@ -138,11 +159,13 @@ def _other(
 ) -> Other | None:
     try:
         case = case_of(config.changed(settings))
+        layers = _layers(case)[1]
         way = Way(
-            recomputed=_layers(case)[1],
+            recomputed=layers,
             parts=case.most_parts,
             streamed=case.can_stream,
-            state_on_disk=case.can_offload,
+            state_on_disk=case.can_offload("optimizer"),
+            activations_on_disk=case.can_offload("activations") and layers > 0,
         )
         plan = case.plan(way)
     except InputError:  # these settings do not go together
@@ -175,8 +198,9 @@ def described(way: Way) -> str:
     parts = f"batches are cut into {way.parts} parts" if way.parts > 1 else ""
     recomputed = f"{way.recomputed} layers are recomputed in the backward pass" if way.recomputed else ""
     streamed = "matrices are read from their file for each product" if way.streamed else ""
-    on_disk = "the optimizer's state lies on disk between updates" if way.state_on_disk else ""
-    return ", ".join(words for words in (parts, recomputed, on_disk, streamed) if words) or "as it is"
+    inputs = "whose inputs wait for it on disk" if way.activations_on_disk else ""
+    state = "the optimizer's state lies on disk between updates" if way.state_on_disk else ""
+    return ", ".join(words for words in (parts, recomputed, inputs, state, streamed) if words) or "as it is"
 
 
 def _hint(near: list[Other]) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,7 @@ from ftkit.plan.budget import Gpu
 from ftkit.plan.recorder import Recorder
 from ftkit.plan.speed import Work, speeds
 from ftkit.train import memory, rounding, sharding, sparse_shapes, sparse_tokens
-from ftkit.train.offload import lies_on_disk
+from ftkit.train.offload import ActivationFile, lies_on_disk
 from ftkit.train.step import each_gradient
 
 LATER_BYTES = 344 << 20
@@ -59,6 +60,8 @@ class Way:
     """Whether matrices are read from their file for each product."""
     state_on_disk: bool = False
     """Whether the optimizer's state lies in a file between updates."""
+    activations_on_disk: bool = False
+    """Whether the inputs of recomputed layers lie in a file until the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +223,8 @@ class Case:
             seconds = None
             if self.gpu is None:
                 seconds = speeds().seconds(of_batches) / len(step) * batches + speeds().seconds(of_step)
-                seconds += 2 * of_disk.bytes / speeds().disk  # read, and written
+                on_disk = of_disk.state + of_disk.inputs / len(step) * batches
+                seconds += 2 * on_disk / speeds().disk  # read, and written
             peak_bytes = peak.bytes + (batches - len(step)) * kept
             found = Plan(
                 way=way,
@@ -246,10 +250,9 @@ class Case:
         """Whether matrices are multiplied with where they stand in their file."""
         return self.config.model.quant == "gguf" and self.mapped_bytes > 0
 
-    @property
-    def can_offload(self) -> bool:
-        """Whether the optimizer's state may lie on disk."""
-        asked = self.config.training.offload in ("auto", "optimizer")
+    def can_offload(self, what: Literal["optimizer", "activations"]) -> bool:
+        """Whether the optimizer's state, or the inputs of recomputed layers, may lie on disk."""
+        asked = self.config.training.offload in ("auto", what)
         return asked and self.gpu is None and sharding.shares(self.config) == 1
 
     @property
@@ -289,11 +292,14 @@ def started_bytes() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfDisk:
-    """What of the optimizer's state lies on disk."""
+    """The bytes that lie on disk."""
 
-    bytes: int = 0
-    largest: int = 0
-    """Of one parameter, in memory while it is updated."""
+    state: int
+    """Of the optimizer."""
+    largest: int
+    """Of the state of one parameter, in memory while it is updated."""
+    inputs: int
+    """Of recomputed layers, over all batches of the trace."""
 
 
 def _of(state: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
@@ -303,7 +309,7 @@ def _of(state: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
 
 def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int, _OfDisk]:
     """What an optimizer step and an evaluation allocate; the work of the step's batches, and its other work; the bytes
-    that a batch keeps until the step is done; what of the optimizer is on disk."""
+    that a batch keeps until the step is done; what is on disk."""
     recorder, config, training = Recorder(), case.config, case.config.training
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     objective = plugins.load("objectives", config.objective.name)
@@ -319,6 +325,9 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
         rounded = rounding.attach(config, model)
         sparse_tokens.attach(config, model)
         model.recomputed_layers = way.recomputed
+        inputs = ActivationFile(None)
+        if way.activations_on_disk:
+            model.input_hooks = inputs.hooks
         model.train()
         parameters = adapters.trainable(model, _ADAPTER)
         if mesh is not None:
@@ -332,8 +341,8 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
         recorder.adopt([tensor for tensor in held if id(tensor) not in mine], "base weights")
         recorder.adopt(map(local, parameters.values()), "adapter")
         state = optimizer.state()  # held as a run holds it, its counter of steps included
-        on_disk = [tensor for tensor in state.values() if way.state_on_disk and lies_on_disk(tensor)]
-        recorder.elsewhere(on_disk)
+        on_disk = {key: tensor for key, tensor in state.items() if way.state_on_disk and lies_on_disk(tensor)}
+        recorder.elsewhere(on_disk.values())
         recorder.adopt(state.values(), "optimizer")
         tasks = hasattr(objective, "balanced")
         batches = [batch_of(shape, tasks) for shape in step]
@@ -389,10 +398,11 @@ def _trace(case: Case, step: Step, way: Way) -> tuple[Recorder, Work, Work, int,
         made = [value for name, value in vars(batches[-1]).items() if name not in given]
         kept = sum(value.nbytes for value in made if isinstance(value, torch.Tensor))
         of_disk = _OfDisk(
-            bytes=sum(tensor.nbytes for tensor in on_disk),
-            largest=max((sum(t.nbytes for t in _of(state, name) if lies_on_disk(t)) for name in parameters), default=0),
+            state=sum(tensor.nbytes for tensor in on_disk.values()),
+            largest=max((sum(t.nbytes for t in _of(on_disk, name)) for name in parameters), default=0),
+            inputs=inputs.written_bytes,
         )
-        return recorder, of_batches, of_step, kept, of_disk if on_disk else _OfDisk()
+        return recorder, of_batches, of_step, kept, of_disk
 
 
 def batch_of(shape: Shape, tasks: bool) -> RaggedBatch:

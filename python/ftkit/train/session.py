@@ -16,6 +16,7 @@ from ftkit.config import RunConfig
 from ftkit.config.cache import cache_directory
 from ftkit.errors import InputError
 from ftkit.nn.batch import RaggedBatch
+from ftkit.nn.decoder import Decoder
 from ftkit.nn.eight_bits import EightBitProducts
 from ftkit.nn.shards import local
 from ftkit.plan.budget import written
@@ -142,10 +143,10 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
     torch.set_num_threads(training.threads or threads_of_environment())
     _core.set_threads(torch.get_num_threads())
     device = device_of(config.model.device)
-    if training.offload == "optimizer" and (device.type != "cpu" or processes.sharded):
+    if training.offload not in ("auto", "none") and (device.type != "cpu" or processes.sharded):
         raise InputError(
-            "training.offload: expected auto or none on a GPU or where weights are shared out, got optimizer",
-            "the state goes to disk in a process with all weights, on a CPU; training.shard=false makes it one",
+            f"training.offload: expected auto or none on a GPU or where weights are shared out, got {training.offload}",
+            "it goes to disk in a process with all weights, on a CPU; training.shard=false makes it one",
         )
     started_bytes = planned.started_bytes()
     loaded = base_of(config, device)
@@ -199,10 +200,11 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
         plan.way.parts > 1
         or plan.way.streamed
         or plan.way.state_on_disk
+        or plan.way.activations_on_disk
         or (plan.way.recomputed and training.activation_checkpointing == "auto")
     ):
         notices.append(f"memory: {fitting.described(plan.way)}, to stay within {written(room)}")
-    loaded.model.recomputed_layers = plan.way.recomputed
+    recompute(loaded.model, plan)
     loaded.model.train()
     if processes.sharded:
         sharding.shard(loaded.model, ADAPTER, sharding.everybody(device, processes.size))
@@ -246,7 +248,18 @@ def build(config: RunConfig, while_reading: Callable[[int], None], processes: Pr
 
 def place_of(plan: planned.Plan) -> optim.Place | None:
     """Where the optimizer's state lies, if not in memory."""
-    return offload.Shelf(cache_directory() / "scratch") if plan.way.state_on_disk else None
+    return offload.Shelf(_scratch()) if plan.way.state_on_disk else None
+
+
+def recompute(model: Decoder, plan: planned.Plan) -> None:
+    """Has the model recompute layers as planned, and keep their inputs where the plan says."""
+    model.recomputed_layers = plan.way.recomputed
+    if plan.way.activations_on_disk:
+        model.input_hooks = offload.ActivationFile(_scratch()).hooks
+
+
+def _scratch() -> Path:
+    return cache_directory() / "scratch"
 
 
 def _worst_steps(config: RunConfig, dataset: data.Dataset, steps: int, processes: Processes) -> list[planned.Step]:

@@ -52,7 +52,7 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
     model = session.base_of(config, device).model
     adapters.attach(model, config.method.name, config.method.options, config.training.seed, session.ADAPTER)
     sparse_tokens.attach(config, model)
-    model.recomputed_layers = plan.way.recomputed
+    session.recompute(model, plan)
     if plan.way.streamed:
         stream(linear.weight for linear in model.linears().values())
     parameters = adapters.trainable(model, session.ADAPTER)
