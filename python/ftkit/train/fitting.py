@@ -40,8 +40,7 @@ def fit(case: Case, room: int) -> list[Plan]:
 
 
 def _on_disk(case: Case, room: int, least: Way) -> list[Plan]:
-    """As `fit`, of ways with something on disk, where `least` is one that fits: the fastest has one of the two there, or
-    else both."""
+    """As `fit`, of ways with something on disk; `least`, with all of it there, fits."""
     found = []
     if least.state_on_disk and least.activations_on_disk:
         for one in ({"state_on_disk": False}, {"activations_on_disk": False}):

@@ -128,6 +128,7 @@ def small(tmp_path: Path) -> list[str]:
     [
         {"method.name": "full", "training.batch_rows": 2},
         {"model.quant": "int8", "training.gradient_accumulation_steps": 2},
+        {"training.offload": "activations", "data.max_tokens": 256},
         {"method.name": "full", "training.optimizer_in_backward": True, "training.max_gradient_norm": 0.0},
     ],
     ids=str,

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.unit
     [
         {},
         {"training__activation_checkpointing": True},
+        {"training__offload": "activations", "data__max_tokens": 512},
         {"training__batch_rows": 2, "training__gradient_accumulation_steps": 2},
         {"data__train_on": "all"},
         {"method__name": "full"},

@@ -1,5 +1,6 @@
 """Interrupted at any moment, a run continues to the same bits: real processes, real signals, a disk that fills up."""
 
+import os
 import random
 import resource
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,20 @@ from ftkit import train
 from ftkit.config import RunConfig
 from ftkit.errors import InputError
 from ftkit.train import checkpoints, directory, events
+from ftkit.train.result import sha256_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 STEPS = 24
+ON_DISK = """
+import runpy
+from ftkit.train import fitting, offload, planned
+offload.LEAST_BYTES = 64
+way = planned.Way(recomputed=2, state_on_disk=True, activations_on_disk=True)
+fitting.fastest = lambda case, _: case.plan(way)
+runpy.run_module("ftkit", None, "__main__")
+"""
+"""ftkit with all on disk that can be, small tensors, too."""
 
 
 @pytest.fixture
@@ -34,16 +46,20 @@ Spawn = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
-    """Starts `ftkit train` with settings in a process of its own; `limit` is the most bytes a file may have."""
+    """Starts `ftkit train` with settings in a process of its own; `limit` is the most bytes a file may have, `program`
+    what runs instead of the module."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(settings: dict[str, Any], *options: str, limit: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        settings: dict[str, Any], *options: str, limit: int | None = None, program: str | None = None
+    ) -> subprocess.Popen[str]:
         def prepare() -> None:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "-m", "ftkit", "train", *given, *options]
+        run = ["-m", "ftkit"] if program is None else ["-c", program]
+        command = [sys.executable, *run, "train", *given, *options]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, preexec_fn=prepare))
         return started[-1]
@@ -111,6 +127,35 @@ def test_killed_at_random_moments_and_resumed(
     assert story(chosen) == straight[1]
     assert result.adapter_sha256 == straight[0]
     assert not list(folder(chosen).path.rglob(".tmp-*"))
+
+
+def sizes_on_disk(process: subprocess.Popen[str], scratch: Path) -> dict[int, int]:
+    """The bytes of the files without a name that a process has in a folder, by their inodes."""
+    files = [entry for entry in Path(f"/proc/{process.pid}/fd").iterdir() if str(scratch) in os.readlink(entry)]
+    return {entry.stat().st_ino: entry.stat().st_size for entry in files}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_killed_with_files_on_disk_and_resumed(
+    spawn: Spawn, chosen: dict[str, Any], straight: tuple[str, list[tuple[Any, ...]]]
+) -> None:
+    scratch = Path(os.environ["FTKIT_CACHE"]) / "scratch"
+    process = spawn(chosen, program=ON_DISK)
+    wait_for(process, chosen, "step", 7)
+    os.kill(process.pid, signal.SIGSTOP)
+    sizes = sizes_on_disk(process, scratch)
+    process.kill()
+    _, errors = process.communicate()
+    assert len(sizes) == 2, errors  # the optimizer's state, inputs of layers
+    assert min(sizes.values()) > 0
+    assert not list(scratch.iterdir())
+    assert checkpoints.every(folder(chosen).checkpoints)
+    process = spawn(chosen, "--resume", program=ON_DISK)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert story(chosen) == straight[1]
+    assert sha256_of(folder(chosen).adapter) == straight[0]
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
