@@ -27,8 +27,8 @@ def fit(case: Case, room: int) -> list[Plan]:
     state, inputs = case.can_offload("optimizer"), case.can_offload("activations") and _layers(case)[1] > 0
     start = Way(state_on_disk=state and asked == "optimizer", activations_on_disk=inputs and asked == "activations")
     tried = _divided(case, room, start)
-    if tried[-1].needed_bytes > room and asked == "auto" and (state or inputs):
-        least = dataclasses.replace(tried[-1].way, state_on_disk=state, activations_on_disk=inputs)
+    least = dataclasses.replace(tried[-1].way, state_on_disk=state, activations_on_disk=inputs)
+    if tried[-1].needed_bytes > room and least != tried[-1].way:
         smallest = case.plan(least)
         if smallest.needed_bytes <= room:  # and maybe in a faster way
             tried += _on_disk(case, room, least)

@@ -30,33 +30,44 @@ LEAST_BYTES = 1 << 16
 """Smaller tensors stay in memory: a mapping costs more than they do."""
 
 
+_MAPPING_BYTES = 1 << 26
+"""Of a mapping, in which tensors lie one after another: each keeps a descriptor open, of which a process has few."""
+
+
 class Shelf:
     """A file below `folder` for the state of parameters by name. Raises InputError where the disk has no room."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, _without_name(folder)
-        self._end = 0
-        self._mapped: dict[str, list[mmap.mmap]] = {}
+        self._start = self._end = 0  # of the last mapping, and of the tensors in it
+        self._mapping: mmap.mmap | None = None
+        self._held: dict[str, list[tuple[mmap.mmap, int, int]]] = {}  # (mapping, place in it, bytes) by name
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the same values, in the file."""
         if not lies_on_disk(tensor):
             return tensor
         size = -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        file = self._file.fileno()
         with _room_for(size, self._folder):
-            _reserve(self._file.fileno(), self._end, size)
-        mapped = mmap.mmap(self._file.fileno(), size, offset=self._end)
+            if self._mapping is None or self._end + size > self._start + len(self._mapping):
+                length, self._start = max(size, _MAPPING_BYTES), self._end
+                os.ftruncate(file, self._start + length)
+                self._mapping = mmap.mmap(file, length, offset=self._start)
+            _reserve(file, self._end, size)
+        place = self._end - self._start
         self._end += size
-        held = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        held = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=tensor.numel(), offset=place)
+        held = held.view(tensor.shape)
         held.copy_(tensor)
-        self._mapped.setdefault(name, []).append(mapped)
+        self._held.setdefault(name, []).append((self._mapping, place, size))
         self.rest(name)
         return held
 
     def rest(self, name: str) -> None:
         """Gives the memory of a parameter's state back, until it is used again."""
-        for mapped in self._mapped.get(name, ()):
-            mapped.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: the file keeps what was written
+        for mapping, place, size in self._held.get(name, ()):
+            mapping.madvise(mmap.MADV_DONTNEED, place, size)  # of a shared mapping: the file keeps what was written
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +154,6 @@ def _room_for(size: int, folder: Path) -> Iterator[None]:
 def _reserve(file: int, start: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):  # else a full disk is met at the first write
         os.posix_fallocate(file, start, size)
-    else:
-        os.ftruncate(file, start + size)
 
 
 def lies_on_disk(tensor: Tensor) -> bool:

@@ -83,6 +83,18 @@ def test_what_rests_takes_no_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # the file has no name
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_many_tensors_leave_a_process_its_descriptors(tmp_path: Path) -> None:
+    before, shelf = len(os.listdir("/proc/self/fd")), offload.Shelf(tmp_path)
+    sizes = [20_011 + 997 * (place % 7) for place in range(200)]
+    sizes[100] = 17 << 20  # more than a mapping has
+    held = {str(place): shelf.hold(str(place), torch.full((size,), float(place))) for place, size in enumerate(sizes)}
+    assert len(os.listdir("/proc/self/fd")) - before <= 4
+    for name, tensor in held.items():
+        shelf.rest(name)
+        assert (tensor == int(name)).all()
+
+
 def test_what_waits_takes_no_memory(tmp_path: Path) -> None:
     file, count = offload.ActivationFile(tmp_path), 1 << 23
     before = memory.rss_bytes()
