@@ -14,7 +14,7 @@ from ftkit import adapters, optim, plugins
 from ftkit.config import RunConfig
 from ftkit.plan.budget import Gpu
 from ftkit.quant.gguf import stream
-from ftkit.train import fitting, memory, offload, planned, session, sparse_tokens
+from ftkit.train import fitting, heap, memory, offload, planned, session, sparse_tokens
 from ftkit.train.planned import Case, Plan
 from ftkit.train.step import clear, gradients, means, step_in_backward
 
@@ -42,6 +42,7 @@ def verify(config: RunConfig) -> tuple[Plan, list[Check]]:
 
     Raises InputError for a run that does not fit, and as `models.load` does.
     """
+    heap.settle()  # as a run does
     device = session.device_of(config.model.device)
     gpu = Gpu.of(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
     case = Case.of_configuration(config, gpu)
