@@ -193,14 +193,7 @@ pub(super) unsafe fn forward(
                         stats.shares(scores, sight, shape.scale, sums, shared, OVER_KEYS);
                         for d in (0..dim).step_by(SIDE) {
                             let place = (d / HALF, first, seen.len());
-                            values.multiply(
-                                place,
-                                shared,
-                                KEYS / SIDE * HALF,
-                                sums[d * SIDE..].as_mut_ptr(),
-                                SIDE,
-                                true,
-                            );
+                            values.multiply(place, shared, OVER_KEYS, sums[d * SIDE..].as_mut_ptr(), SIDE, true);
                         }
                     }
                     let [totals, logs] = stats.done();
@@ -292,7 +285,7 @@ pub(super) unsafe fn backward(
                                 p.multiply(place, &dy_below[d..], HALF, dvs[at..].as_mut_ptr(), dim, true);
                                 e.multiply(place, &q_below[d..], HALF, dks[at..].as_mut_ptr(), dim, true);
                             }
-                            let (place, w_size) = ((d / HALF, first, seen.len()), KEYS / SIDE * HALF);
+                            let (place, w_size) = ((d / HALF, first, seen.len()), OVER_KEYS);
                             let sums = found[d * SIDE..].as_mut_ptr();
                             turned_keys.multiply(place, pairs, w_size, sums, SIDE, false);
                         }
