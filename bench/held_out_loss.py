@@ -112,6 +112,7 @@ _OPENINGS = [
     "To whom it may concern,",
     "Please help,",
     "Sorry, but",
+    "Good morning,",
 ]
 _ENDINGS = ["and nobody answers.", "what now?", "please look into it.", "as my sister says, too.", "I am at a loss."]
 
