@@ -22,7 +22,9 @@ FIRST = 3
 EVERY = 50
 LEAST_COSINE = 0.95
 MOST_LOSS = 0.01
-"""Relative difference of the losses."""
+"""Relative difference of the losses of `TOKENS` targets, or more."""
+TOKENS = 512
+"""Roundings point either way, so that the mean over fewer differs by more: as the root of their number falls."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -71,14 +73,15 @@ def compared(
     exact = make()
     cosine = _cosine((gradients.get(name), parameter.grad) for name, parameter in parameters.items())
     difference = abs(rounded.loss - exact.loss) / max(abs(exact.loss), 1e-6)
-    trusted = not math.isfinite(exact.loss) or (cosine >= LEAST_COSINE and difference <= MOST_LOSS)
+    most = MOST_LOSS * math.sqrt(max(1.0, TOKENS / max(exact.trained_tokens, 1)))
+    trusted = not math.isfinite(exact.loss) or (cosine >= LEAST_COSINE and difference <= most)
     be_exact(weights, not trusted)
     if trusted:
         return exact, None
     return exact, Warning(
         kind="rounding",
         message=f"step {step}: expected products in 8 bits to give a gradient along the exact one (cosine of at least "
-        f"{LEAST_COSINE}) and a loss within {MOST_LOSS:.0%}, got {cosine:.4f} and {difference:.2%}; the run goes on "
+        f"{LEAST_COSINE}) and a loss within {most:.1%}, got {cosine:.4f} and {difference:.2%}; the run goes on "
         "exactly",
         hint="training.precision=dtype spares the comparison",
     )

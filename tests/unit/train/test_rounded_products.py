@@ -13,6 +13,7 @@ from ftkit.errors import InputError, Interrupted
 from ftkit.nn.eight_bits import EightBitProducts
 from ftkit.nn.linear import DenseWeight
 from ftkit.train import events, rounding
+from ftkit.train.step import StepOutcome
 
 pytestmark = pytest.mark.unit
 
@@ -43,6 +44,19 @@ def test_products_are_rounded_in_training_alone() -> None:
     assert weight.stored() is not None
     weight.train().exact = True
     assert torch.equal(weight.matmul_transposed(dy), DenseWeight(w).matmul_transposed(dy))
+
+
+@pytest.mark.parametrize(("trained", "trusted"), [(64, True), (16, True), (512, False), (5000, False)])
+def test_the_loss_of_few_targets_may_differ_by_more(trained: int, trusted: bool) -> None:
+    losses = iter([1.02, 1.0])
+
+    def make() -> StepOutcome:
+        return StepOutcome(
+            loss=next(losses), gradient_norm=1.0, tokens=trained, trained=float(trained), trained_tokens=trained
+        )
+
+    _, warning = rounding.compared([], {}, make, 1)
+    assert (warning is None) == trusted
 
 
 def test_a_run_learns_what_the_exact_one_learns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
