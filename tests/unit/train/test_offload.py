@@ -138,17 +138,22 @@ def test_without_recomputed_layers_no_inputs_wait(settings: Settings, layers: bo
         RunConfig.from_toml(None, table)
 
 
+def assert_same_in_less(on_disk: train.TrainResult, in_memory: train.TrainResult, near: float = 1.01) -> None:
+    """The same to the bit, in less memory, and in what was planned, which is at most `near` times as much."""
+    assert on_disk.adapter_sha256 == in_memory.adapter_sha256
+    assert on_disk.final_loss == in_memory.final_loss
+    assert on_disk.planned_peak_bytes is not None
+    assert on_disk.peak_bytes <= on_disk.planned_peak_bytes <= near * on_disk.peak_bytes
+    assert on_disk.peak_bytes < in_memory.peak_bytes
+
+
 @pytest.mark.usefixtures("low")
 def test_a_run_is_the_same_and_as_planned(settings: Settings) -> None:
     table = {key: value for key, value in settings(**FULL).items() if not key.startswith("method.")}
     config = RunConfig.from_toml(None, table)
     on_disk = train.run(config)
     plain = train.run(config.changed({"training.offload": "none", "output.name": "plain"}))
-    assert on_disk.adapter_sha256 == plain.adapter_sha256
-    assert on_disk.final_loss == plain.final_loss
-    assert on_disk.planned_peak_bytes is not None
-    assert on_disk.peak_bytes <= on_disk.planned_peak_bytes <= 1.01 * on_disk.peak_bytes
-    assert on_disk.peak_bytes < plain.peak_bytes
+    assert_same_in_less(on_disk, plain)
 
 
 @pytest.mark.usefixtures("low")
@@ -172,11 +177,7 @@ def test_inputs_of_layers_wait_on_disk_for_the_same_gradients(settings: Settings
     on_disk = train.run(config)
     kept = {"training.offload": "none", "training.activation_checkpointing": True, "output.name": "kept"}
     in_memory = train.run(config.changed(kept))
-    assert on_disk.adapter_sha256 == in_memory.adapter_sha256
-    assert on_disk.final_loss == in_memory.final_loss
-    assert on_disk.planned_peak_bytes is not None
-    assert on_disk.peak_bytes <= on_disk.planned_peak_bytes <= 1.02 * on_disk.peak_bytes
-    assert on_disk.peak_bytes < in_memory.peak_bytes
+    assert_same_in_less(on_disk, in_memory, near=1.02 if "model__quant" in changes else 1.01)
 
 
 @pytest.mark.usefixtures("low")
