@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::Shape;
 use crate::quant::matmul::Line;
-use crate::quant::matmul::tiles::x86::interleaved;
+use crate::quant::matmul::tiles::x86::{interleaved, rounded};
 
 /// Queries of a row.
 pub(super) const LANES: usize = 32;
@@ -201,12 +201,4 @@ fn seen_power(seen: __mmask16, x: __m512) -> __m512 {
         sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
     }
     _mm512_maskz_scalef_ps(seen, sum, whole)
-}
-
-/// Both vectors to the nearest bfloat16, one behind the other.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn rounded([low, top]: [__m512; 2]) -> __m512i {
-    // SAFETY: a vector is a vector.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low)) }
 }

@@ -303,18 +303,12 @@ impl Nearest for f32 {
     #[inline(always)]
     unsafe fn both(at: *const Self, left: usize) -> __m512i {
         // SAFETY: the caller's promise; a vector is a vector.
-        unsafe {
-            let [low, top] = halves(at, left);
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low))
-        }
+        unsafe { rounded(halves(at, left)) }
     }
     #[inline(always)]
     unsafe fn pair(at: [*const Self; 2], left: [usize; 2]) -> __m512i {
         // SAFETY: as above.
-        unsafe {
-            let [low, top] = [0, 1].map(|row| load(at[row], left[row]));
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low))
-        }
+        unsafe { rounded([0, 1].map(|row| load(at[row], left[row]))) }
     }
 }
 
@@ -338,6 +332,14 @@ impl Nearest for bf16 {
     }
 }
 
+/// Both vectors to the nearest bfloat16, one behind the other.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) fn rounded([low, top]: [__m512; 2]) -> __m512i {
+    // SAFETY: a vector is a vector.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low)) }
+}
+
 /// 16 numbers and 16 more as pairs, one of each.
 #[inline]
 #[target_feature(enable = "avx512bw")]
@@ -356,25 +358,24 @@ pub(crate) fn interleaved(numbers: __m512i) -> __m512i {
     _mm512_permutexvar_epi16(order, numbers)
 }
 
-/// Up to 16 rows of the first `columns` numbers, `stride` apart, to the nearest bfloat16: a row of a tile is a row's, 32
-/// columns.
+/// Up to 16 rows of the first `columns` numbers, `stride` apart: a row of a tile is a row's, 32 columns.
 ///
 /// # Safety
 /// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn copied<T: Nearest>(x: &[T], stride: usize, columns: usize, out: &mut [Line]) {
+pub(super) unsafe fn copied(x: &[bf16], stride: usize, columns: usize, out: &mut [Line]) {
     for (r, row) in x.chunks(stride).enumerate() {
         for (set, start) in out.chunks_exact_mut(SIDE).zip((0..columns).step_by(DEPTH)) {
             // SAFETY: the row has `columns` numbers, the set a line for it.
             unsafe {
-                let numbers = T::both(row.as_ptr().add(start), columns - start);
+                let numbers = bf16::both(row.as_ptr().add(start), columns - start);
                 _mm512_store_si512((&raw mut set[r]).cast(), numbers);
             }
         }
     }
 }
 
-/// The same, turned: a column of a tile is a row's, a line two of its numbers.
+/// The same to the nearest bfloat16, turned: a column of a tile is a row's, a line two of its numbers.
 ///
 /// # Safety
 /// The machine is [`super::halves::usable`]; `out` has room for the sets of all columns.
@@ -438,8 +439,7 @@ pub(super) unsafe fn narrow(found: &Square, count: usize, width: usize, out: *mu
     for (r, row) in found.0.iter().enumerate().take(count) {
         // SAFETY: a row is two vectors; there is room.
         unsafe {
-            let [low, top] = [0, SIDE].map(|at| _mm512_load_ps(row.as_ptr().add(at)));
-            let numbers = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(top, low));
+            let numbers = rounded([0, SIDE].map(|at| _mm512_load_ps(row.as_ptr().add(at))));
             _mm512_mask_storeu_epi16(out.add(r * stride).cast(), mask, numbers);
         }
     }
